@@ -1,0 +1,1 @@
+"""Saving and restoring runs, and conversion from and to Hugging Face checkpoints."""

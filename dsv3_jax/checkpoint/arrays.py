@@ -1,0 +1,195 @@
+"""Groups of named arrays on disk and back, bit for bit: the one file that talks to Orbax.
+
+Part of `store.py`, which adds steps, manifest and commit. A group ("params") maps names
+("layers.3.moe.w_gate_EDF") to arrays. Orbax joins the keys of a tree with dots, and TensorStore
+those with slashes and chunk numbers, so groups and names are percent-encoded: any two stay apart.
+Shape, dtype and checksum are what `describe` says; Orbax's own metadata is not relied upon.
+
+CRC-32 runs at 4 GB/s in zlib, against 1.8 for SHA-256 and 0.9 for BLAKE2b. It is linear, so the
+checksums of shards that several processes hold can be merged by XOR.
+
+Layout, medians of 8 interleaved runs on two busy cores, 990 arrays of 94 MB in all:
+
+    one OCDBT tree (this file)    save 0.76 s   load 0.50 s     27 files
+    one OCDBT tree a group             0.90          0.56       41
+    one folder an array                1.56          0.91     1983
+
+Compression is off: zstd would save 15 % of the bytes, but on 24 large tensors (268 MB) a save takes
+0.9 s instead of 0.2 s, and 220 MB more memory instead of 9 MB. On the small ones it is a draw.
+"""
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with np.dtype)
+import numpy as np
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+DTYPES = (
+    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 "
+    "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e8m0fnu"
+).split()
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written, found or trusted; the message is one line."""
+
+
+class OrbaxError(Exception):
+    """Whatever Orbax raised: with TensorStore below it, that can be nearly any class."""
+
+
+def to_host(where: str, x: Any) -> np.ndarray:
+    """Returns `x` (jax, NumPy or scalar) as a NumPy array; `where` names it in errors.
+
+    Raises `CheckpointError` for a dtype that is not in `DTYPES`.
+    """
+    dtype = str(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"array {where}: dtype {dtype}; allowed: {', '.join(DTYPES)}")
+    return np.asarray(x)
+
+
+def describe(array: np.ndarray) -> dict[str, Any]:
+    """Returns an array's line in the manifest: shape, dtype, CRC-32 of its bytes in C order."""
+    array_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "crc32": crc32(memoryview(array_bytes)),
+    }
+
+
+def crc32(content: "bytes | memoryview") -> str:
+    """Returns the CRC-32 as eight hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
+
+
+def write_arrays(folder: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Writes the arrays to a new folder, except those of size 0, which Orbax refuses.
+
+    Raises `OrbaxError` where that fails, `CheckpointError` for a name that is not Unicode.
+    """
+    tree = _tree({g: {n: x for n, x in named.items() if x.size} for g, named in groups.items()})
+    if tree:
+        with _orbax() as (orbax, checkpointer):
+            checkpointer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree))
+
+
+def read_arrays(
+    folder: Path, described: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the arrays named in (part of) a manifest, as Orbax finds them, unverified.
+
+    Those of size 0 are made from their description. Raises `OrbaxError`.
+    """
+    tree = _tree(
+        {g: {n: 0 for n, d in named.items() if not _empty(d)} for g, named in described.items()}
+    )
+    restored: dict[str, dict[str, np.ndarray]] = {}
+    if tree:
+        with _orbax() as (orbax, checkpointer):
+            as_numpy = orbax.RestoreArgs(restore_type=np.ndarray)
+            restore_args = {g: dict.fromkeys(named, as_numpy) for g, named in tree.items()}
+            args = orbax.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+            restored = checkpointer.restore(folder.absolute(), args=args)
+    return {
+        g: {
+            n: np.empty(d["shape"], d["dtype"]) if _empty(d) else restored[_group_key(g)][_key(n)]
+            for n, d in named.items()
+        }
+        for g, named in described.items()
+    }
+
+
+def _empty(description: Mapping[str, Any]) -> bool:
+    return 0 in description["shape"]
+
+
+def _tree(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns Orbax's tree: encoded keys, no empty groups."""
+    return {
+        _group_key(g): {_key(n): x for n, x in named.items()}
+        for g, named in groups.items()
+        if named
+    }
+
+
+def _group_key(group: str) -> str:
+    """Returns a group without dots, as Orbax's key "<group>.<name>" is cut at the first one."""
+    return _key(group).replace(".", "%2E")
+
+
+def _key(name: str) -> str:
+    """Returns a name in letters, digits, "_", ".", "-", "~" and percent signs."""
+    try:
+        return quote(name, safe="")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"name of an array or group: {name!a} is not Unicode") from error
+
+
+@contextlib.contextmanager
+def _orbax() -> "Iterator[tuple[Any, ocp.Checkpointer]]":
+    """Yields Orbax and a checkpointer; what Orbax logs is dropped, what it raises is marked."""
+    import orbax.checkpoint as ocp  # 1.5 s
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    failures: list[Exception] = []
+    try:
+        with ocp.Checkpointer(_handler(ocp, failures)) as checkpointer:
+            yield ocp, checkpointer
+        if failures:
+            raise failures[0]
+    except MemoryError:
+        raise
+    except Exception as error:
+        first = failures[0] if failures else error
+        raise OrbaxError(f"{type(first).__name__}: {first}") from first
+    finally:
+        logger.setLevel(level)
+
+
+def _handler(orbax: Any, failures: list[Exception]) -> "ocp.PyTreeCheckpointHandler":
+    """Returns a handler of NumPy arrays alone, which adds failed writes to `failures`.
+
+    Orbax leaves at the first error of many operations that run at once. TensorStore's threads
+    then print a traceback for each of the others, as the event loop they report to is closed.
+    So here every operation ends before the first error is raised.
+    """
+    types = orbax.type_handlers
+
+    class Handler(types.NumpyHandler):
+        # A private name: without it Orbax raises the error itself, with the tracebacks.
+        async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super()._open_and_write(*args, **kwargs)
+            except Exception as error:
+                failures.append(error)
+
+        async def deserialize(self, infos: Sequence[Any], args: Any = None) -> list[np.ndarray]:
+            read = super().deserialize
+            each = args or [orbax.RestoreArgs()] * len(infos)
+            results = await asyncio.gather(
+                *(read([info], [arg]) for info, arg in zip(infos, each, strict=True)),
+                return_exceptions=True,
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            return [array for (array,) in results]
+
+    # By default every array is copied first, lest it change meanwhile (263 MB more memory for a
+    # state of 268 MB instead of 9 MB, no time); here nothing runs meanwhile.
+    handler = Handler(deepcopy_host_arrays=False)
+    registry = types.create_type_handler_registry((np.ndarray, handler))
+    return orbax.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)

@@ -1,0 +1,66 @@
+"""Model state <-> flat dict of arrays by layer name, so that any stacking or stage split restores
+any other.
+
+`layers.5.mla.w_o_HU_D` is that tensor of layer 5, counted from the first layer of the model,
+whether it sits in a stack of dense or of MoE layers; `mtp.0.…` belongs to the first MTP module.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
+    """Host arrays by layer name; stacks come apart."""
+    named = {}
+    for path, variable in nnx.to_flat_state(state):
+        array = np.asarray(jax.device_get(variable[...]))
+        first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
+        if first is None:
+            named[".".join(map(str, path))] = array
+            continue
+        rest = ".".join(map(str, path[1:]))
+        named |= {f"layers.{first + i}.{rest}": layer for i, layer in enumerate(array)}
+    return named
+
+
+def from_layers(
+    like: nnx.State, named: Mapping[str, np.ndarray], num_dense_layers: int
+) -> nnx.State:
+    """`like`'s structure with the named values.
+
+    ValueError for missing, left-over or misshapen tensors.
+    """
+    wanted = to_layers(
+        jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), like), num_dense_layers
+    )
+    _check_names(wanted, named)
+    restored = {}
+    for path, variable in nnx.to_flat_state(like):
+        first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
+        if first is None:
+            value = named[".".join(map(str, path))]
+        else:
+            rest, count = ".".join(map(str, path[1:])), variable.shape[0]
+            value = np.stack([named[f"layers.{first + i}.{rest}"] for i in range(count)])
+        restored[path] = variable.replace(jax.numpy.asarray(value, variable.dtype))
+    return nnx.from_flat_state(restored)
+
+
+def _check_names(wanted: Mapping[str, np.ndarray], named: Mapping[str, np.ndarray]) -> None:
+    for problem, names in (
+        ("lacks", set(wanted) - set(named)),
+        ("also holds", set(named) - set(wanted)),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise ValueError(
+                f"checkpoint {problem} {len(names)} tensors this model has not matched: {shown}"
+            )
+    for name, array in wanted.items():
+        if named[name].shape != array.shape:
+            raise ValueError(
+                f"checkpoint: {name} has shape {named[name].shape}; the model needs {array.shape}"
+            )

@@ -1,0 +1,376 @@
+"""Training checkpoints on disk: flat groups of named arrays, and JSON beside them.
+
+The report trains for two months on 2048 devices (sections 1 and 3.2) without an irrecoverable
+loss spike or a rollback; that rests on checkpoints which are whole or absent, never in between.
+One checkpoint is one folder:
+
+    <folder>/step_00000123/
+        arrays/          by Orbax, see `arrays.py`
+        meta.json        what the caller wants back besides arrays
+        manifest.json    format, step, CRC-32 of meta.json; shape, dtype, CRC-32 of each array
+        COMMITTED        CRC-32 of manifest.json; written last
+
+**A half-written checkpoint is never picked up.** Only a folder with a `COMMITTED` file exists for
+`steps` and `load`. `save` goes in this order, each line durable (fsync) before the next:
+  1. everything but the marker is written under `step_00000123.tmp-<random>`;
+  2. that folder is renamed to `step_00000123`;
+  3. the marker appears by an atomic `os.replace`.
+The rename alone would do where a rename is atomic, and the marker alone where it is not (network
+and object-store mounts copy a folder file by file): with the marker after the rename, neither a
+kill, nor a power loss, nor such a mount can show a marker beside incomplete data.
+
+**Saving a step again** replaces it. The committed one is first renamed to `step_00000123.old`,
+marker included, where it still counts as step 123 until the new marker exists. So at every
+moment one of the two is valid. `delete` goes the other way round: marker first, then the data.
+
+Checksums are verified on every load: TensorStore reads a missing chunk as zeros, without an error.
+
+Left out: several processes, restoring to a sharding, policies on what to keep (`steps` and
+`delete` are what they need). One writer per folder; readers may come at any time.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv3_jax.checkpoint.arrays import (
+    CheckpointError,
+    OrbaxError,
+    crc32,
+    describe,
+    read_arrays,
+    to_host,
+    write_arrays,
+)
+
+if TYPE_CHECKING:
+    import jax
+
+FORMAT = 1
+MARKER = "COMMITTED"
+_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})(\.old)?")
+_TEMPORARY = re.compile(r"step_[0-9]{8,}\.tmp-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` returns."""
+
+    step: int
+    arrays: dict[str, dict[str, np.ndarray]]  # group -> name -> array
+    meta: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    arrays: Mapping[str, Mapping[str, "jax.Array | np.ndarray | np.generic"]],
+    meta: dict[str, Any],
+) -> Path:
+    """Returns the committed folder `<folder>/step_<step>`, replacing that step if it exists.
+
+    `arrays` maps group (such as "params", "mu") to name to array, of any shape and of a dtype in
+    `DTYPES`; arrays are stored bit for bit. `meta` is stored as strict JSON: its tuples come back
+    as lists, its keys as strings, and NaN is refused.
+
+    Raises `CheckpointError` (disk full, folder not writable, unsupported dtype, ...); temporary
+    files are then gone, and every earlier checkpoint is what it was.
+    """
+    if step < 0:
+        raise CheckpointError(f"step of a checkpoint: {step}; allowed: 0 or more")
+    host = {
+        group: {name: to_host(f"{group}/{name}", x) for name, x in named.items()}
+        for group, named in arrays.items()
+    }
+    meta_bytes = _to_json("meta", meta)
+    manifest_bytes = _to_json("manifest", _manifest(step, host, meta_bytes))
+    final = _step_folder(folder, step)
+    temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
+    with _one_line(f"cannot write checkpoint of step {step} in {folder}"):
+        try:
+            os.makedirs(temporary)
+            write_arrays(temporary / "arrays", host)
+            _write_file(temporary / "meta.json", meta_bytes)
+            _write_file(temporary / "manifest.json", manifest_bytes)
+            _sync_tree(temporary)
+            _publish(temporary, final, marker=crc32(manifest_bytes).encode())
+        except BaseException:  # an interrupt, too, leaves nothing behind
+            _discard(temporary)
+            raise
+    return final
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load(
+    folder: Path,
+    step: int | None = None,
+    groups: Collection[str] | None = None,
+    *,
+    report: Callable[[str], None] = _to_stderr,
+) -> Checkpoint:
+    """Returns the checkpoint of `step`, or the newest valid one, with NumPy arrays.
+
+    Names, shapes, dtypes and checksums are verified. `groups` restricts reading to some groups.
+    Without a `step`, one that cannot be used is told to `report` in one line and the one before
+    it is tried; with a `step`, it raises.
+
+    Raises `CheckpointError` where nothing usable is found.
+    """
+    committed = _committed(folder)
+    if not committed:
+        raise CheckpointError(
+            f"no checkpoint in {folder}: found {_contents(folder)}; "
+            f"needed: a folder step_<8 digits> with a file {MARKER}"
+        )
+    if step is not None:
+        return _read(_require(folder, committed, step), groups)
+    reasons = []
+    for path in (committed[number] for number in sorted(committed, reverse=True)):
+        try:
+            return _read(path, groups)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            report(f"checkpoint skipped: {error}")
+    raise CheckpointError(
+        f"no usable checkpoint in {folder}: all {len(reasons)} fail, newest: {reasons[0]}"
+    )
+
+
+def steps(folder: Path) -> list[int]:
+    """Returns the committed steps in ascending order; their contents are not verified."""
+    return sorted(_committed(folder))
+
+
+def delete(folder: Path, step: int) -> None:
+    """Deletes a committed step, marker first: a kill midway leaves nothing that looks valid."""
+    _require(folder, _committed(folder), step)
+    final = _step_folder(folder, step)
+    with _one_line(f"cannot delete checkpoint {final}"):
+        _drop(_replaced(final))  # before its successor, or it would count again
+        _drop(final)
+
+
+def clean(folder: Path) -> list[Path]:
+    """Removes and returns what was never committed, or was replaced. Not while another saves."""
+    kept = set(_committed(folder).values())
+    stale = [
+        path
+        for path in _entries(folder)
+        if path not in kept and (_STEP.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name))
+    ]
+    with _one_line(f"cannot clean {folder}"):
+        for path in stale:
+            _drop(path)
+    return stale
+
+
+# --- which folders count -------------------------------------------------------------------------
+
+
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
+def _replaced(final: Path) -> Path:
+    """Where a committed step waits while it is being replaced."""
+    return final.with_name(f"{final.name}.old")
+
+
+def _committed(folder: Path) -> dict[int, Path]:
+    """Returns step -> its committed folder; `step_x` comes before `step_x.old`."""
+    found: dict[int, Path] = {}
+    for path in _entries(folder):
+        match = _STEP.fullmatch(path.name)
+        if match and (path / MARKER).is_file():
+            found.setdefault(int(match[1]), path)
+    return found
+
+
+def _require(folder: Path, committed: Mapping[int, Path], step: int) -> Path:
+    if step not in committed:
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {folder}: found steps {sorted(committed)}"
+        )
+    return committed[step]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Returns the sorted entries of a folder, none where there is no folder."""
+    with _one_line(f"cannot read {folder}"):
+        try:
+            return sorted(folder.iterdir())
+        except FileNotFoundError:
+            return []
+
+
+def _contents(folder: Path) -> str:
+    """Returns what an error message says about a folder without checkpoints."""
+    if not folder.exists():
+        return "no such folder"
+    names = [path.name for path in _entries(folder)]
+    if len(names) > 3:
+        return f"{len(names)} entries ({', '.join(names[:3])}, ...)"
+    return ", ".join(names) or "an empty folder"
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def _publish(temporary: Path, final: Path, marker: bytes) -> None:
+    """Turns a complete temporary folder into the committed `final` (steps 2 and 3 above)."""
+    old = _replaced(final)
+    if _is_committed(final):
+        _drop(old)  # left by an earlier replacement that was killed after its commit
+        os.rename(final, old)
+    elif final.exists():
+        _drop(final)
+    try:
+        os.rename(temporary, final)
+        _sync(final.parent)
+        _write_file(final / f"{MARKER}.tmp", marker)
+        os.replace(final / f"{MARKER}.tmp", final / MARKER)
+        _sync(final)
+    except BaseException:
+        if not _is_committed(final):
+            _discard(final)
+            if _is_committed(old):
+                os.rename(old, final)
+        raise
+    _discard(old)
+
+
+def _is_committed(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def _drop(path: Path) -> None:
+    """Removes a folder, if there is one, so that it stops counting before it is incomplete."""
+    if path.exists():
+        if _is_committed(path):
+            os.unlink(path / MARKER)
+            _sync(path)
+        shutil.rmtree(path)
+
+
+def _discard(path: Path) -> None:
+    """Like `_drop`, but an error is no reason to fail: `clean` removes what is left."""
+    # After an error Orbax's threads may still create a file or two: 20 tries, 1 s at most.
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            _drop(path)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    for entry in path.rglob("*"):
+        _sync(entry)
+    _sync(path)
+    _sync(path.parent.parent)  # the folder of checkpoints may be new
+
+
+# --- manifest ------------------------------------------------------------------------------------
+
+
+def _manifest(
+    step: int, host: Mapping[str, Mapping[str, np.ndarray]], meta_bytes: bytes
+) -> dict[str, Any]:
+    """Returns the manifest: a function of step, arrays and meta alone."""
+    return {
+        "format": FORMAT,
+        "step": int(step),
+        "meta": crc32(meta_bytes),
+        "arrays": {
+            group: {name: describe(array) for name, array in named.items()}
+            for group, named in host.items()
+        },
+    }
+
+
+def _to_json(what: str, value: Any) -> bytes:
+    try:
+        return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{what} of a checkpoint must be JSON: {error}") from error
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read(path: Path, groups: Collection[str] | None) -> Checkpoint:
+    """Returns a committed folder's content, verified; raises `CheckpointError` where it fails."""
+    with _one_line(f"checkpoint {path}"):
+        manifest_bytes = (path / "manifest.json").read_bytes()
+        meta_bytes = (path / "meta.json").read_bytes()
+        marker = (path / MARKER).read_bytes().decode(errors="replace")
+        _expect(path, "CRC-32 of manifest.json", crc32(manifest_bytes), marker)
+        manifest = json.loads(manifest_bytes)
+        _expect(path, "format", manifest["format"], FORMAT)
+        _expect(path, "CRC-32 of meta.json", crc32(meta_bytes), manifest["meta"])
+        described = manifest["arrays"]
+        missing = sorted(set(groups or ()) - set(described))
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {path}: no group {', '.join(missing)}; found: "
+                f"{', '.join(sorted(described))}"
+            )
+        wanted = described if groups is None else {group: described[group] for group in groups}
+        arrays = read_arrays(path / "arrays", wanted)
+        for group, named in wanted.items():
+            for name, description in named.items():
+                found = describe(arrays[group][name])
+                for what, expected in description.items():
+                    _expect(path, f"{what} of array {group}/{name}", found[what], expected)
+    return Checkpoint(manifest["step"], arrays, json.loads(meta_bytes))
+
+
+def _expect(path: Path, what: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise CheckpointError(f"checkpoint {path}: {what} is {found}, should be {expected}")
+
+
+@contextlib.contextmanager
+def _one_line(doing: str) -> Iterator[None]:
+    """Turns an error of the file system or of Orbax into one line that starts with `doing`."""
+    try:
+        yield
+    except (OSError, OrbaxError) as error:
+        raise CheckpointError(f"{doing}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """Returns an error's message in one line, at most 400 characters long."""
+    line = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
+    # TensorStore goes from the outer to the inner error: the cause stands at the end.
+    return line if len(line) <= 400 else f"{line[:100]} ... {line[-295:]}"

@@ -1,0 +1,50 @@
+"""Work kept between runs by the hash of its input (no section of the report).
+
+A cache that cannot be read or written costs time and nothing else.
+"""
+
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder(override: str | Path | None = None) -> Path | None:
+    """`override`, `$XDG_CACHE_HOME/dsv3_jax` or `~/.cache/dsv3_jax`; None without a home."""
+    if override is not None:
+        return Path(override)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "dsv3_jax" if os.path.isabs(base) else None
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of a sequence of texts, in hexadecimal; ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is never seen half-written. OSError where the folder cannot be written."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def store(path: Path, data: bytes) -> None:
+    """Keep `data` in the cache if the cache can be written; log one line if not."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)
+    except OSError as error:
+        _log.warning("not cached, the work is done again next time: %s", error)

@@ -1,0 +1,1 @@
+"""Latent cache, sampling, speculative decoding and the serving engines (report, section 3.4)."""

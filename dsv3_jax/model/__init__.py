@@ -1,0 +1,1 @@
+"""DeepSeek-V3's architecture: MLA, DeepSeekMoE, multi-token prediction (report, section 2)."""

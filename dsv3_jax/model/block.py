@@ -1,0 +1,77 @@
+"""One layer: pre-norm attention and pre-norm feed-forward on a residual stream, and what its
+backward pass keeps (report 2, 3.2.3).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import FeedForward, Init, rms_norm
+from dsv3_jax.model.mla import MLA
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.router import RouterStats
+
+Remat = Literal["none", "report", "full"]
+
+# The report recomputes RMSNorms and MLA up-projections; SwiGLU's output is recomputed as well
+# (3.3.3). All else that a GEMM made stays.
+KEPT_BY_REPORT = (
+    "residual",
+    "mla_q_latent",
+    "mla_kv_latent",
+    "attention_out",
+    "attention_lse",
+    "ffn_gate",
+    "ffn_up",
+    "moe_down",
+    "moe_layout",
+)
+
+
+class Block(nnx.Module):
+    """x += MLA(norm(x)); x += FFN(norm(x)), where FFN is dense or a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, *, moe: bool, init: Init) -> None:
+        self.eps = cfg.rms_eps
+        self.attention_norm_D = init.ones(cfg.d_model)
+        self.mla = MLA(cfg, init=init.at("mla"))
+        self.ffn_norm_D = init.ones(cfg.d_model)
+        if moe:
+            self.moe = MoE(cfg, init=init.at("moe"))
+        else:
+            self.dense = FeedForward(cfg.d_model, cfg.dense_hidden, init=init.at("dense"))
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The residual stream after this layer, and the router's statistics (None for a dense
+        layer).
+        """
+        x_BTD += self.mla(rms_norm(x_BTD, self.attention_norm_D[...], self.eps), rope)
+        return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT)
+
+    def feed_forward(
+        self, x_BTD: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The second half: x + FFN(norm(x))."""
+        normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.eps)
+        if hasattr(self, "dense"):
+            return x_BTD + self.dense(normed_BTD), None
+        y_BTD, stats = self.moe(normed_BTD, valid_BT)
+        return x_BTD + y_BTD, stats
+
+
+def rematerialised(layer: Callable, remat: Remat) -> Callable:
+    """`layer` with its backward pass's memory policy: keep all, recompute as the report does, or
+    keep only its input.
+    """
+    if remat == "none":
+        return layer
+    policy = None
+    if remat == "report":
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT_BY_REPORT)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

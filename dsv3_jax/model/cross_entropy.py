@@ -1,0 +1,88 @@
+"""Cross-entropy in chunks of tokens, so that float32 logits of the whole batch never exist, and
+its plain form.
+
+The gradient is taken in the forward pass, while a chunk's logits are there: nothing is computed
+twice, and what stays for the backward pass are the gradients themselves, to be scaled by the
+loss's cotangent.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsv3_jax.quant.gemm import dot, wide
+
+NUM_CHUNKS = 8
+
+
+def plain_cross_entropy(h_BTD, head_DV, labels_BT) -> jax.Array:
+    """Sum of -log p(label) over labels >= 0, in nats; logits of the whole batch at once."""
+    logits_BTV = dot(h_BTD, head_DV.astype(h_BTD.dtype), (2, 0))
+    log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    nll_BT = -jnp.take_along_axis(log_p_BTV, jnp.maximum(labels_BT, 0)[..., None], -1)[..., 0]
+    return jnp.where(labels_BT >= 0, nll_BT, 0).sum()
+
+
+@jax.custom_vjp
+def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array) -> jax.Array:
+    """`plain_cross_entropy` in eight chunks of tokens.
+
+    labels int32, -1 = not counted. -> scalar, at least float32.
+    """
+    h_MXD, labels_MX = _chunks(h_BTD, labels_BT)
+    head = head_DV.astype(h_BTD.dtype)
+
+    def body(total, chunk):
+        h_XD, labels_X = chunk
+        return total + _nll(h_XD, head, labels_X)[0].sum(), None
+
+    return lax.scan(body, jnp.zeros((), wide(h_BTD.dtype)), (h_MXD, labels_MX))[0]
+
+
+def _forward(h_BTD, head_DV, labels_BT):
+    h_MXD, labels_MX = _chunks(h_BTD, labels_BT)
+    head = head_DV.astype(h_BTD.dtype)
+
+    def body(carry, chunk):
+        total, dhead_DV = carry
+        h_XD, labels_X = chunk
+        nll_X, p_XV = _nll(h_XD, head, labels_X)
+        onehot_XV = jax.nn.one_hot(labels_X, head.shape[1], dtype=p_XV.dtype)
+        dlogits_XV = jnp.where(labels_X[:, None] >= 0, p_XV - onehot_XV, 0).astype(h_XD.dtype)
+        dh_XD = dot(dlogits_XV, head, (1, 1)).astype(h_XD.dtype)
+        return (total + nll_X.sum(), dhead_DV + dot(h_XD, dlogits_XV, (0, 0))), dh_XD
+
+    high = wide(h_BTD.dtype)
+    start = (jnp.zeros((), high), jnp.zeros(head_DV.shape, high))
+    (total, dhead_DV), dh_MXD = lax.scan(body, start, (h_MXD, labels_MX))
+    dh_BTD = dh_MXD.reshape(-1, h_BTD.shape[-1])[: labels_BT.size].reshape(h_BTD.shape)
+    return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
+
+
+def _backward(residuals, dtotal):
+    # 1 / tokens rounded to bfloat16 would be off by up to 0.4%, for dh and not for the head.
+    scaled = lambda x: (x.astype(dtotal.dtype) * dtotal).astype(x.dtype)
+    dh_BTD, dhead_DV = residuals
+    return scaled(dh_BTD), scaled(dhead_DV), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _nll(h_XD, head_DV, labels_X) -> tuple[jax.Array, jax.Array]:
+    """-log p of each label (0 where it is -1), and p [X, V]."""
+    logits_XV = dot(h_XD, head_DV, (1, 0))
+    shifted_XV = logits_XV - logits_XV.max(-1, keepdims=True)
+    exp_XV = jnp.exp(shifted_XV)
+    sum_X1 = exp_XV.sum(-1, keepdims=True)
+    own_X1 = jnp.take_along_axis(shifted_XV, jnp.maximum(labels_X, 0)[:, None], -1)
+    nll_X = jnp.where(labels_X >= 0, (jnp.log(sum_X1) - own_X1)[:, 0], 0)
+    return nll_X, exp_XV / sum_X1
+
+
+def _chunks(h_BTD, labels_BT) -> tuple[jax.Array, jax.Array]:
+    h_XD, labels_X = h_BTD.reshape(-1, h_BTD.shape[-1]), labels_BT.reshape(-1)
+    pad = -labels_X.size % NUM_CHUNKS
+    h_XD = jnp.pad(h_XD, ((0, pad), (0, 0)))
+    labels_X = jnp.pad(labels_X, (0, pad), constant_values=-1)
+    return h_XD.reshape(NUM_CHUNKS, -1, h_XD.shape[-1]), labels_X.reshape(NUM_CHUNKS, -1)

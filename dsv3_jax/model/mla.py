@@ -1,0 +1,101 @@
+"""Multi-head latent attention (report 2.1.1, Eq. 1-11).
+
+Two forms of one function. The naive form (training, prefill) expands the latent to keys and
+values per head. The absorbed form (decoding) folds the expansion into the query and the output,
+so that attention runs over the cached latent itself: one key-value head of width C + R. The cache
+holds c_kv after its norm and k_R after its rotation. The two norms on the latents stand in the
+released weights and not in the report's equations.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import attention
+from dsv3_jax.model.layers import Init, rms_norm
+from dsv3_jax.model.yarn import rotate, softmax_scale
+from dsv3_jax.quant.gemm import linear, wide
+
+
+class MLA(nnx.Module):
+    """Weights are stored as released, fused and head-major; HNR is H heads of N + R columns."""
+
+    def __init__(self, cfg: ModelConfig, *, init: Init) -> None:
+        self.cfg = cfg
+        d, h, c, r = cfg.d_model, cfg.num_heads, cfg.kv_latent, cfg.rope_dim
+        if cfg.q_latent is None:
+            self.w_q_D_HNR = init.normal("w_q_D_HNR", d, h * (cfg.nope_dim + r))
+        else:
+            self.w_dq_DQ = init.normal("w_dq_DQ", d, cfg.q_latent)
+            self.q_norm_Q = init.ones(cfg.q_latent)
+            self.w_uq_Q_HNR = init.normal("w_uq_Q_HNR", cfg.q_latent, h * (cfg.nope_dim + r))
+        self.w_dkv_D_CR = init.normal("w_dkv_D_CR", d, c + r)
+        self.kv_norm_C = init.ones(c)
+        self.w_ukv_C_HNU = init.normal("w_ukv_C_HNU", c, h * (cfg.nope_dim + cfg.v_dim))
+        self.w_o_HU_D = init.normal("w_o_HU_D", h * cfg.v_dim, d)
+
+    def __call__(self, x_BTD: jax.Array, rope: jax.Array) -> jax.Array:
+        """Naive form over a whole row: x [B, T, D] -> [B, T, D]. `rope` is `rope_table` of the T
+        positions.
+        """
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
+        c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope)
+        kv = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
+        k_nope_BSHN, v_BSHU = jnp.split(kv, [self.cfg.nope_dim], axis=-1)
+        k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], q_rope_BTHR.shape)
+        q = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], -1)
+        k = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1)
+        o_BTHU = attention(q, k, v_BSHU, softmax_scale(self.cfg))
+        return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
+
+    def absorbed(
+        self,
+        x_BTD: jax.Array,
+        rope: jax.Array,
+        c_kv_BSC: jax.Array,
+        k_rope_BSR: jax.Array,
+        seen_BTS: jax.Array,
+    ) -> jax.Array:
+        """Attention of T queries over S cached latents, their own among them; bool seen [B, T, S]
+        masks. -> [B, T, D].
+        """
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
+        w_ukv_CHX = self.w_ukv_C_HNU[...].astype(x_BTD.dtype).reshape(-1, *self._head_sizes())
+        w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CHX, [self.cfg.nope_dim], axis=-1)
+        q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, w_uk_CHN)
+        high = wide(x_BTD.dtype)
+        score_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, c_kv_BSC, preferred_element_type=high)
+        score_BHTS += jnp.einsum(
+            "bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, preferred_element_type=high
+        )
+        score_BHTS = jnp.where(seen_BTS[:, None], score_BHTS * softmax_scale(self.cfg), -jnp.inf)
+        p_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(x_BTD.dtype)
+        z_BTHC = jnp.einsum("bhts,bsc->bthc", p_BHTS, c_kv_BSC)
+        o_BTHU = jnp.einsum("bthc,chu->bthu", z_BTHC, w_uv_CHU)
+        return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
+
+    def latents(self, x_BTD: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the cache holds for x: c_kv [B, T, C] after its norm, k_R [B, T, R] after its
+        rotation.
+        """
+        kv = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
+        c_kv_BTC, k_rope_BTR = jnp.split(kv, [self.cfg.kv_latent], axis=-1)
+        c_kv_BTC = rms_norm(c_kv_BTC, self.kv_norm_C[...], self.cfg.rms_eps)
+        return c_kv_BTC, rotate(k_rope_BTR[:, :, None], rope)[:, :, 0]
+
+    def _queries(self, x_BTD: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """q_C [B, T, H, N] and rotated q_R [B, T, H, R]."""
+        if self.cfg.q_latent is None:
+            q = linear(x_BTD, self.w_q_D_HNR[...])
+        else:
+            c_q_BTQ = checkpoint_name(linear(x_BTD, self.w_dq_DQ[...]), "mla_q_latent")
+            c_q_BTQ = rms_norm(c_q_BTQ, self.q_norm_Q[...], self.cfg.rms_eps)
+            q = linear(c_q_BTQ, self.w_uq_Q_HNR[...])
+        q = q.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
+        q_nope_BTHN, q_rope_BTHR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
+        return q_nope_BTHN, rotate(q_rope_BTHR, rope)
+
+    def _head_sizes(self) -> tuple[int, int]:
+        return self.cfg.num_heads, self.cfg.nope_dim + self.cfg.v_dim

@@ -1,0 +1,47 @@
+"""Multi-token prediction (report 2.2, Eq. 21-25).
+
+Depth k takes the hidden state of depth k - 1 at position i and the embedding of token i + k, and
+predicts token i + k + 1. The released weights concatenate [norm(embedding); norm(hidden)], the
+reverse of Eq. 21; so do we. Hidden states enter after the final norm of the depth before (the
+main model's for depth 1), which the report leaves open. Embedding and head belong to the main
+model and come in as arguments.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.layers import Init, rms_norm
+from dsv3_jax.model.router import RouterStats
+from dsv3_jax.quant.gemm import linear
+
+
+class MTP(nnx.Module):
+    """One depth: combine, one MoE layer, norm."""
+
+    def __init__(self, cfg: ModelConfig, *, init: Init) -> None:
+        self.eps = cfg.rms_eps
+        self.embed_norm_D = init.ones(cfg.d_model)
+        self.hidden_norm_D = init.ones(cfg.d_model)
+        self.w_proj_DD_D = init.normal("w_proj_DD_D", 2 * cfg.d_model, cfg.d_model)
+        self.block = Block(cfg, moe=True, init=init.at("block"))
+        self.norm_D = init.ones(cfg.d_model)
+
+    def __call__(
+        self, h_BTD: jax.Array, embedded_BTD: jax.Array, rope: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, RouterStats]:
+        """h of the depth before and embedding of token i + k at position i -> normed h of this
+        depth.
+        """
+        embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)
+        h_BTD = rms_norm(h_BTD, self.hidden_norm_D[...], self.eps)
+        x_BTD = linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])
+        x_BTD, stats = self.block(x_BTD, rope, valid_BT)
+        return rms_norm(x_BTD, self.norm_D[...], self.eps), stats
+
+
+def shift_left(x_BT: jax.Array, places: int, fill: int) -> jax.Array:
+    """x[i + places] at i, `fill` where the row has ended."""
+    return jnp.pad(x_BT[:, places:], ((0, 0), (0, places)), constant_values=fill)

@@ -1,0 +1,106 @@
+"""The router: sigmoid scores, node-limited top-K, loss-free balancing (report 2.1.2, Eq. 12-20).
+
+The bias enters the choice of experts and never the gates. It is no parameter: `RouterBias` is a
+variable of its own type, so that the optimiser, its weight decay and the gradient never see it;
+`updated_bias` moves it once per step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import Init
+from dsv3_jax.quant.gemm import wide
+
+
+class RouterBias(nnx.Variable):
+    """b of Eq. 16, at least float32 [E]."""
+
+
+class Routing(NamedTuple):
+    """Where tokens go: experts int32 [B, T, K] and their gates [B, T, K], at least float32."""
+
+    experts_BTK: jax.Array
+    gates_BTK: jax.Array
+
+
+class RouterStats(NamedTuple):
+    """What the trainer needs of a router: int32 load [E] over valid tokens; balance = mean over
+    rows of sum f P (Eq. 17 without alpha).
+    """
+
+    load_E: jax.Array
+    balance: jax.Array
+
+
+class Router(nnx.Module):
+    def __init__(self, cfg: ModelConfig, *, init: Init) -> None:
+        self.cfg = cfg
+        self.w_DE = init.normal("w_DE", cfg.d_model, cfg.num_experts)
+        self.bias_E = RouterBias(jnp.zeros(cfg.num_experts, wide(init.dtype)))
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, RouterStats]:
+        """Routes every token; tokens that are not valid (bool) are left out of the statistics."""
+        cfg, high = self.cfg, wide(x_BTD.dtype)
+        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(high), self.w_DE[...].astype(high))
+        s_BTE = jax.nn.sigmoid(logits_BTE)
+        biased_BTE = lax.stop_gradient(s_BTE) + self.bias_E[...].astype(high)[None, None]
+        experts_BTK = choose_experts(biased_BTE, cfg)
+        gates_BTK = jnp.take_along_axis(s_BTE, experts_BTK, axis=-1)
+        gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdims=True) + 1e-20) * cfg.gate_scale
+        chosen_BTE = _membership(experts_BTK, cfg.num_experts) & valid_BT[..., None]
+        counted_BTE = chosen_BTE
+        if cfg.balance_indicator == "scores":
+            top_BTK = lax.top_k(lax.stop_gradient(s_BTE), cfg.experts_per_token)[1]
+            counted_BTE = _membership(top_BTK, cfg.num_experts) & valid_BT[..., None]
+        balance = balance_loss(s_BTE, counted_BTE, valid_BT, cfg.experts_per_token)
+        return Routing(experts_BTK, gates_BTK), RouterStats(chosen_BTE.sum((0, 1)), balance)
+
+
+def choose_experts(biased_BTE: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Ids [B, T, K] of the best K experts within the best groups; a group scores the sum of its
+    two best experts.
+    """
+    if cfg.num_groups > cfg.num_kept_groups:
+        groups = biased_BTE.reshape(*biased_BTE.shape[:2], cfg.num_groups, -1)
+        group_score_BTG = lax.top_k(groups, 2)[0].sum(-1)
+        kept = lax.top_k(group_score_BTG, cfg.num_kept_groups)[1]
+        kept_BTG = _membership(kept, cfg.num_groups)
+        masked = jnp.where(kept_BTG[..., None], groups, float(cfg.masked_score))
+        biased_BTE = masked.reshape(biased_BTE.shape)
+    return lax.top_k(biased_BTE, cfg.experts_per_token)[1]
+
+
+def balance_loss(s_BTE, counted_BTE, valid_BT, experts_per_token: int) -> jax.Array:
+    """Mean over rows of sum_i f_i P_i (Eq.
+
+    17-20 without alpha): 1 under uniform load. Rows without a valid token count 0.
+    """
+    tokens_B = jnp.maximum(valid_BT.sum(-1), 1).astype(s_BTE.dtype)
+    f_BE = counted_BTE.sum(1).astype(s_BTE.dtype)
+    f_BE = f_BE * s_BTE.shape[-1] / (experts_per_token * tokens_B[:, None])
+    share_BTE = s_BTE / s_BTE.sum(-1, keepdims=True) * valid_BT[..., None].astype(s_BTE.dtype)
+    p_BE = share_BTE.sum(1) / tokens_B[:, None]
+    return (f_BE * p_BE).sum(-1).mean()
+
+
+def updated_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Array:
+    """b + speed * sign(mean load - load): down where overloaded. bias, load [..., E]; load is the
+    step's global count.
+    """
+    load = load.astype(bias.dtype)
+    return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)
+
+
+def max_violation(load: jax.Array) -> jax.Array:
+    """MaxVio of each layer: max load / mean load - 1. load [..., E] -> [...]."""
+    return load.max(-1) / jnp.maximum(load.mean(-1), 1) - 1
+
+
+def _membership(ids_BTK: jax.Array, size: int) -> jax.Array:
+    """bool [B, T, size]: whether each of 0..size-1 is among the ids."""
+    return (ids_BTK[..., None] == jnp.arange(size)[None, None, None]).any(-2)

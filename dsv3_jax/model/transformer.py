@@ -1,0 +1,113 @@
+"""DeepSeek-V3 on one device: embedding, dense layers, MoE layers, head, MTP modules (report 2).
+
+Layers of a kind are stacked and scanned, so a program's size does not grow with depth. Forward
+passes change nothing: router statistics come back as values.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block, Remat, rematerialised
+from dsv3_jax.model.layers import Init, rms_norm
+from dsv3_jax.model.mtp import MTP, shift_left
+from dsv3_jax.model.router import RouterStats
+from dsv3_jax.model.yarn import rope_table
+from dsv3_jax.quant.gemm import dot
+
+
+class DeepSeekV3(nnx.Module):
+    """The model. Weights of `dense_layers` and `moe_layers` carry a leading layer dimension."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+        self.cfg = cfg
+        init = Init(rngs.params(), cfg.init_std, dtype)
+        layers = init.at("layers")
+        self.embed_VD = init.normal("embed_VD", cfg.vocab_size, cfg.d_model)
+        dense, total = cfg.num_dense_layers, cfg.num_layers
+        self.dense_layers = _stack(cfg, layers, 0, dense, moe=False)
+        self.moe_layers = _stack(cfg, layers, dense, total, moe=True)
+        self.norm_D = init.ones(cfg.d_model)
+        if not cfg.tied_head:
+            self.head_DV = init.normal("head_DV", cfg.d_model, cfg.vocab_size)
+        mtp = init.at("mtp")
+        self.mtp = nnx.List([MTP(cfg, init=mtp.layer(k)) for k in range(cfg.mtp_depth)])
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits of the next token: int32 [B, T] -> [B, T, V] in float32 (float64 for a float64
+        model).
+        """
+        return self.logits(self.hidden(tokens_BT)[0])
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """Output head on normed hidden states, at least float32."""
+        return dot(h_BTD, self.head().astype(h_BTD.dtype), (2, 0))
+
+    def head(self) -> jax.Array:
+        return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]
+
+    def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """Embedding rows in `dtype`, the activations' dtype from here on (None: the weights'
+        own).
+        """
+        return self.embed_VD[...][tokens_BT].astype(dtype or self.embed_VD.dtype)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        valid_BT: jax.Array | None = None,
+        dtype: jnp.dtype | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, RouterStats]:
+        """Hidden states after the final norm [B, T, D] in `dtype`, and router statistics stacked
+        over the MoE layers.
+
+        valid_BT (bool, default all) marks the tokens that count in the statistics; all are
+        computed.
+        """
+        if tokens_BT.shape[1] > self.cfg.max_length:
+            raise ValueError(
+                f"{tokens_BT.shape[1]} tokens in a row; "
+                f"allowed: at most model.max_length = {self.cfg.max_length}"
+            )
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        x_BTD = self.embed(tokens_BT, dtype)
+        rope = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        layer = rematerialised(lambda x, block: block(x, rope, valid_BT), remat)
+        if self.dense_layers is not None:
+            x_BTD, _ = lax.scan(layer, x_BTD, self.dense_layers)
+        stats = RouterStats(jnp.zeros((0, self.cfg.num_experts), int), jnp.zeros(0, rope.dtype))
+        if self.moe_layers is not None:
+            x_BTD, stats = lax.scan(layer, x_BTD, self.moe_layers)
+        return rms_norm(x_BTD, self.norm_D[...], self.cfg.rms_eps), stats
+
+    def mtp_hidden(
+        self,
+        h_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        valid_BT: jax.Array | None = None,
+        remat: Remat = "none",
+    ) -> list[tuple[jax.Array, RouterStats]]:
+        """Each depth's normed hidden states and statistics, from the main model's `hidden`.
+
+        Depth k is valid on the first T - k.
+        """
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
+        rope = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1]), h_BTD.dtype)
+        outputs = []
+        for k, module in enumerate(self.mtp, start=1):
+            embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
+            valid = valid_BT & shift_left(valid_BT, k, fill=False)
+            depth = rematerialised(lambda m, h, e, valid=valid: m(h, e, rope, valid), remat)
+            h_BTD, stats = depth(module, h_BTD, embedded_BTD)
+            outputs.append((h_BTD, stats))
+        return outputs
+
+
+def _stack(cfg: ModelConfig, init: Init, start: int, stop: int, *, moe: bool) -> Block | None:
+    """Layers start..stop-1 in one module with a leading dimension; None if there are none."""
+    if start == stop:
+        return None
+    return jax.vmap(lambda i: Block(cfg, moe=moe, init=init.layer(i)))(jnp.arange(start, stop))

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning, reinforcement learning and synthesis (report, section 5)."""

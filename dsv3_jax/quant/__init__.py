@@ -1,0 +1,1 @@
+"""Number formats, blocks and scales, GEMMs with their derivatives (report, section 3.3)."""

@@ -1,0 +1,54 @@
+"""The training loss: main + MTP + balance (report Eq. 17, 24, 25)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.config import TrainConfig
+from dsv3_jax.model.cross_entropy import cross_entropy
+from dsv3_jax.model.mtp import shift_left
+from dsv3_jax.model.transformer import DeepSeekV3
+
+
+class LossParts(NamedTuple):
+    """Summands of the loss before their weights, and load [layers, E] of every router, MTP's
+    last.
+    """
+
+    main: jax.Array
+    mtp: jax.Array
+    balance: jax.Array
+    load_LE: jax.Array
+
+
+def loss(
+    model: DeepSeekV3,
+    batch: Any,
+    valid_tokens: jax.Array,
+    mtp_weight: jax.Array,
+    cfg: TrainConfig,
+    row_share: float = 1.0,
+) -> tuple[jax.Array, LossParts]:
+    """Loss of one micro-batch of `tokens_BT` and `labels_BT` (-1 = not counted).
+
+    `valid_tokens` is the count of labels in the whole step, so that micro-batches and devices add
+    up to the step's mean; MTP divides by it too, as Eq. 24 divides by T. Balance is the mean over
+    the step's rows, of which this micro-batch holds `row_share`, summed over MoE layers.
+    """
+    tokens_BT, labels_BT = batch
+    dtype = jnp.dtype(cfg.dtype)
+    valid_BT = labels_BT >= 0
+    h_BTD, stats = model.hidden(tokens_BT, valid_BT, dtype, cfg.remat)
+    main = cross_entropy(h_BTD, model.head(), labels_BT) / valid_tokens
+    mtp = jnp.zeros_like(main)
+    loads, balances = [stats.load_E], [stats.balance.sum()]
+    for k, (h_k, stats_k) in enumerate(
+        model.mtp_hidden(h_BTD, tokens_BT, valid_BT, cfg.remat), start=1
+    ):
+        labels_k = jnp.where(valid_BT, shift_left(labels_BT, k, fill=-1), -1)
+        mtp += cross_entropy(h_k, model.head(), labels_k) / (valid_tokens * len(model.mtp))
+        loads.append(stats_k.load_E[None])
+        balances.append(stats_k.balance)
+    parts = LossParts(main, mtp, sum(balances) * row_share, jnp.concatenate(loads))
+    return main + mtp_weight * mtp + cfg.balance_weight * parts.balance, parts

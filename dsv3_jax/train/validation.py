@@ -1,0 +1,72 @@
+"""Loss on held-out rows, in nats per token and in bits per byte, which no choice of tokenizer can
+flatter.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.data.packing import Rows
+from dsv3_jax.model.cross_entropy import cross_entropy
+from dsv3_jax.train.step import TrainState
+
+
+class Validation(NamedTuple):
+    """Over the labels of some rows: mean loss in nats, bits per byte of their text, number of
+    bytes and rows.
+    """
+
+    loss: float
+    bits_per_byte: float
+    bytes: int
+    rows: int
+
+
+def make_validate(
+    graphdef: nnx.GraphDef, cfg: RunConfig, byte_lengths_V: np.ndarray
+) -> Callable[[TrainState, Rows, Sequence[int]], Validation]:
+    """`validate(state, rows, indices)`; compiled once for batches as large as a training micro-
+    batch.
+    """
+    size = cfg.train.rows // cfg.train.microbatches
+
+    @jax.jit
+    def nll(params, biases, tokens_BT, labels_BT):
+        model = nnx.merge(graphdef, params, biases)
+        h_BTD, _ = model.hidden(tokens_BT, labels_BT >= 0, jnp.dtype(cfg.train.dtype))
+        return cross_entropy(h_BTD, model.head(), labels_BT)
+
+    def validate(state: TrainState, rows: Rows, indices: Sequence[int]) -> Validation:
+        nats, tokens, num_bytes = 0.0, 0, 0
+        for start in range(0, len(indices), size):
+            tokens_BT = np.zeros((size, cfg.data.length), np.int32)
+            labels_BT = np.full((size, cfg.data.length), -1, np.int32)
+            for place, index in enumerate(indices[start : start + size]):
+                tokens_BT[place], labels_BT[place] = rows[index]
+            nats += float(nll(state.params, state.biases, tokens_BT, labels_BT))
+            counted = labels_BT[labels_BT >= 0]
+            tokens += counted.size
+            num_bytes += int(byte_lengths_V[counted].sum())
+        bits = nats / math.log(2)
+        return Validation(nats / max(tokens, 1), bits / max(num_bytes, 1), num_bytes, len(indices))
+
+    return validate
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """`wanted` indices evenly over 0..total-1, or all of them."""
+    count = min(total, wanted)
+    return [i * total // count for i in range(count)]
+
+
+def text_of(rows: Rows, token_bytes: Sequence[bytes]) -> bytes:
+    """The bytes that the labels of all rows stand for."""
+    return b"".join(
+        token_bytes[i] for row in rows for i in row.labels_T[row.labels_T >= 0].tolist()
+    )

@@ -1,0 +1,41 @@
+"""The strict test room: eight emulated CPU devices, no silent broadcasting, no silent casts.
+
+JAX reads the platform when it is first imported and the number of devices when it first uses
+them; both are therefore settled before any test module is collected.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+NUM_CPU_DEVICES = 8  # divides into meshes of 1, 2, 4 and 8, with 2 or 4 nodes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle JAX's platform, devices and strictness for the whole process."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    # A configuration value, not XLA_FLAGS: commands started by a test see one device, as users do.
+    jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 for one test: parallel and plain programs are proved equal there."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """No implicit promotion between dtypes for one test; optax is not written for it."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield

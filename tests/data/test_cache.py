@@ -1,0 +1,56 @@
+"""The cache folder is where XDG says, keys tell texts apart, files appear whole or not at all."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.data.cache import cache_folder, hash_texts, store, write_atomic
+
+
+def test_folder_follows_xdg_then_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/dsv3_jax")
+    assert cache_folder("mine") == Path("mine")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache_folder() == Path("/h/.cache/dsv3_jax")
+
+
+def test_there_is_no_folder_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert cache_folder() is None
+
+
+def test_hash_tells_sequences_of_texts_apart() -> None:
+    sequences = [(), ("",), ("abc",), ("ab", "c"), ("a", "bc"), ("c", "ab"), ("ab", "c", "")]
+    assert len({hash_texts(texts) for texts in sequences}) == len(sequences)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_cache_is_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        store(tmp_path / "file" / "tokens" / "key", b"data")
+    (message,) = caplog.messages
+    assert str(tmp_path) in message
+    assert "\n" not in message
