@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 USER_ERROR = 2
@@ -20,16 +21,17 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
     """
     import tyro
 
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind, default=default, prog=prog, description=description, args=list(args)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        fail(_one_line(complaint.getvalue()), hint=f"{prog} --help lists all options")
+    read = partial(
+        tyro.cli, kind, default=default, prog=prog, description=description, args=list(args)
+    )
+    with _plain_output() as written:
+        try:
+            return read()
+        except SystemExit as stop:
+            code = stop.code
+    if code:
+        fail(_one_line(written.getvalue()), hint=f"{prog} --help lists all options")
+    return read()  # prints --help once more, in the terminal's own width and colours
 
 
 def fail(message: str, hint: str = "") -> NoReturn:
@@ -53,21 +55,50 @@ def user_errors() -> Iterator[None]:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs a command's main on the command line's arguments and exits with what it returns."""
+    """Runs a command's main on the command line's arguments and exits with what it returns.
+
+    ^C ends it with 130, a reader that leaves (as `head` does) with 141, both without a word.
+    """
     try:
-        raise SystemExit(main(sys.argv[1:]) or 0)
+        try:
+            code = main(sys.argv[1:]) or 0
+        finally:
+            sys.stdout.flush()  # or the interpreter would meet the closed pipe, and complain
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _plain_output() -> Iterator[io.StringIO]:
+    """Collects stdout and stderr. tyro sees no terminal, so it neither colours nor breaks lines,
+    and UTF-8, so it draws one kind of box.
+    """
+
+    class Utf8(io.StringIO):
+        encoding = "utf-8"
+
+    width, written = os.environ.get("COLUMNS"), Utf8()
+    os.environ["COLUMNS"] = "100000"
+    try:
+        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+            yield written
+    finally:
+        del os.environ["COLUMNS"]
+        if width is not None:
+            os.environ["COLUMNS"] = width
 
 
 def _one_line(boxed: str) -> str:
     """The first paragraph of tyro's boxed message, and the names of the options it suggests."""
-    rows = [re.sub(r"^[│|]\s*|\s*[│|]$", "", row.strip()) for row in boxed.splitlines()]
+    rows = [row.strip("│ ") for row in boxed.splitlines()]
     rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
-    rule = next((i for i, row in enumerate(rows) if set(row) <= {"─", "-"}), len(rows))
+    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     suggested = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
-    text = " ".join(rows[:rule])
+    text = re.sub(r"^Error parsing run\.\w+: ", "", " ".join(rows[:rule]))
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"
     return text or "the command line could not be read"

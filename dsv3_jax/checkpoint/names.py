@@ -51,14 +51,12 @@ def from_layers(
 
 def _check_names(wanted: Mapping[str, np.ndarray], named: Mapping[str, np.ndarray]) -> None:
     for problem, names in (
-        ("lacks", set(wanted) - set(named)),
-        ("also holds", set(named) - set(wanted)),
+        ("lacks tensors of this model", set(wanted) - set(named)),
+        ("holds tensors that this model has not", set(named) - set(wanted)),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:5])
-            raise ValueError(
-                f"checkpoint {problem} {len(names)} tensors this model has not matched: {shown}"
-            )
+            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"checkpoint {problem}, {len(names)} in all: {shown}")
     for name, array in wanted.items():
         if named[name].shape != array.shape:
             raise ValueError(

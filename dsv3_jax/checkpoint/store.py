@@ -1,8 +1,7 @@
 """Training checkpoints on disk: flat groups of named arrays, and JSON beside them.
 
-The report trains for two months on 2048 devices (sections 1 and 3.2) without an irrecoverable
-loss spike or a rollback; that rests on checkpoints which are whole or absent, never in between.
-One checkpoint is one folder:
+The report trains on 2048 GPUs (section 3.1) and does not describe its checkpoints. Ours are
+whole or absent, never in between. One checkpoint is one folder:
 
     <folder>/step_00000123/
         arrays/          by Orbax, see `arrays.py`
@@ -16,14 +15,15 @@ One checkpoint is one folder:
   2. that folder is renamed to `step_00000123`;
   3. the marker appears by an atomic `os.replace`.
 The rename alone would do where a rename is atomic, and the marker alone where it is not (network
-and object-store mounts copy a folder file by file): with the marker after the rename, neither a
-kill, nor a power loss, nor such a mount can show a marker beside incomplete data.
+and object-store mounts copy a folder file by file). With the marker after the rename, a marker
+beside incomplete data takes a file system that breaks its word on fsync. Tested are kills and
+errors at every one of these places, and the order of the fsync calls; not a real loss of power.
 
 **Saving a step again** replaces it. The committed one is first renamed to `step_00000123.old`,
 marker included, where it still counts as step 123 until the new marker exists. So at every
 moment one of the two is valid. `delete` goes the other way round: marker first, then the data.
 
-Checksums are verified on every load: TensorStore reads a missing chunk as zeros, without an error.
+Checksums are verified on every load: Orbax does not notice a flipped bit in an array.
 
 Left out: several processes, restoring to a sharding, policies on what to keep (`steps` and
 `delete` are what they need). One writer per folder; readers may come at any time.
@@ -81,8 +81,8 @@ def save(
     """Returns the committed folder `<folder>/step_<step>`, replacing that step if it exists.
 
     `arrays` maps group (such as "params", "mu") to name to array, of any shape and of a dtype in
-    `DTYPES`; arrays are stored bit for bit. `meta` is stored as strict JSON: its tuples come back
-    as lists, its keys as strings, and NaN is refused.
+    `arrays.DTYPES`, stored bit for bit. `meta` is stored as strict JSON: its tuples come back as
+    lists, its keys as strings, and NaN is refused.
 
     Raises `CheckpointError` (disk full, folder not writable, unsupported dtype, ...); temporary
     files are then gone, and every earlier checkpoint is what it was.
@@ -137,11 +137,11 @@ def load(
             f"needed: a folder step_<8 digits> with a file {MARKER}"
         )
     if step is not None:
-        return _read(_require(folder, committed, step), groups)
+        return _read(_require(folder, committed, step), step, groups)
     reasons = []
-    for path in (committed[number] for number in sorted(committed, reverse=True)):
+    for number in sorted(committed, reverse=True):
         try:
-            return _read(path, groups)
+            return _read(committed[number], number, groups)
         except CheckpointError as error:
             reasons.append(str(error))
             report(f"checkpoint skipped: {error}")
@@ -193,10 +193,11 @@ def _replaced(final: Path) -> Path:
 def _committed(folder: Path) -> dict[int, Path]:
     """Returns step -> its committed folder; `step_x` comes before `step_x.old`."""
     found: dict[int, Path] = {}
-    for path in _entries(folder):
-        match = _STEP.fullmatch(path.name)
-        if match and (path / MARKER).is_file():
-            found.setdefault(int(match[1]), path)
+    with _one_line(f"cannot read {folder}"):  # a step that cannot be looked at is not ignored
+        for path in _entries(folder):
+            match = _STEP.fullmatch(path.name)
+            if match and _is_committed(path):
+                found.setdefault(int(match[1]), path)
     return found
 
 
@@ -245,10 +246,9 @@ def _publish(temporary: Path, final: Path, marker: bytes) -> None:
         os.replace(final / f"{MARKER}.tmp", final / MARKER)
         _sync(final)
     except BaseException:
-        if not _is_committed(final):
-            _discard(final)
-            if _is_committed(old):
-                os.rename(old, final)
+        _discard(final)  # whatever stands there is the new one: the committed one stands aside
+        if _is_committed(old):
+            os.rename(old, final)
         raise
     _discard(old)
 
@@ -328,7 +328,7 @@ def _to_json(what: str, value: Any) -> bytes:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _read(path: Path, groups: Collection[str] | None) -> Checkpoint:
+def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
     """Returns a committed folder's content, verified; raises `CheckpointError` where it fails."""
     with _one_line(f"checkpoint {path}"):
         manifest_bytes = (path / "manifest.json").read_bytes()
@@ -337,6 +337,7 @@ def _read(path: Path, groups: Collection[str] | None) -> Checkpoint:
         _expect(path, "CRC-32 of manifest.json", crc32(manifest_bytes), marker)
         manifest = json.loads(manifest_bytes)
         _expect(path, "format", manifest["format"], FORMAT)
+        _expect(path, "step", manifest["step"], step)
         _expect(path, "CRC-32 of meta.json", crc32(meta_bytes), manifest["meta"])
         described = manifest["arrays"]
         missing = sorted(set(groups or ()) - set(described))
@@ -352,7 +353,7 @@ def _read(path: Path, groups: Collection[str] | None) -> Checkpoint:
                 found = describe(arrays[group][name])
                 for what, expected in description.items():
                     _expect(path, f"{what} of array {group}/{name}", found[what], expected)
-    return Checkpoint(manifest["step"], arrays, json.loads(meta_bytes))
+    return Checkpoint(step, arrays, json.loads(meta_bytes))
 
 
 def _expect(path: Path, what: str, found: Any, expected: Any) -> None:

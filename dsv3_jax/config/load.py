@@ -43,7 +43,7 @@ def load_json(path: Path) -> RunConfig:
     """The configuration written beside a run."""
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ConfigFileError(f"{path}: not a readable configuration: {error}") from error
 
 
@@ -54,4 +54,5 @@ def _where_and_what(path: Path, error: BaseException) -> str:
         if frame.filename == str(path):
             line = frame.lineno
     message = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-    return f"--config {path}, line {line}: {type(error).__name__}: {message}"
+    place = f"{path}, line {line}" if line else f"{path}"  # no line: null bytes, for one
+    return f"--config {place}: {type(error).__name__}: {message}"

@@ -4,6 +4,8 @@
 
 import dataclasses
 import json
+import math
+import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -156,9 +158,9 @@ class OutputConfig:
     """Steps between checkpoints; one is always made at the end"""
     sample_tokens: int = 200
     """Tokens of the sample written at the end; 0 for none"""
-    sample_prompt: str = "def "
+    sample_prompt: str = "class Reader:\n    def read(self, size):\n        \"\"\""
     """What the sample continues"""
-    sample_temperature: float = 0.7
+    sample_temperature: float = 0.5
     """0 takes the likeliest token each time"""
 
     def __post_init__(self) -> None:
@@ -183,6 +185,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        _check_types("", self, RunConfig)
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length is {self.data.length}; "
@@ -218,6 +221,37 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
             value = tuple(value)
         built[name] = value
     return kind(**built)
+
+
+def _check_types(name: str, value: Any, hint: Any) -> None:
+    """ValueError for a value, however deep, that is not of its field's type, or a number that is
+    not finite.
+    """
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        for item in value:
+            _check_types(name, item, typing.get_args(hint)[0])
+    elif dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        for field_name, inner in typing.get_type_hints(hint).items():
+            _check_types(f"{name}.{field_name}".strip("."), getattr(value, field_name), inner)
+    elif not _is_a(value, hint):
+        numbers = {int: "whole numbers", float: "finite numbers"}
+        allowed = numbers.get(hint, getattr(hint, "__name__", hint))
+        if typing.get_origin(hint) is Literal:
+            allowed = ", ".join(map(repr, typing.get_args(hint)))
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in choices
+    if origin is types.UnionType:
+        return any(_is_a(value, choice) for choice in choices)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, choices[0]) for item in value)
+    if isinstance(value, bool) or hint is not float:
+        return type(value) is hint
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _check(name: str, value: Any, holds: bool, allowed: str) -> None:

@@ -34,6 +34,7 @@ def build_corpus(cfg: DataConfig, vocab_size: int, seed: int, say: Callable[[str
         f"data       {_name(cfg.source)}: {len(train):,} documents to train on, "
         f"{len(validation):,} held out, {size / 1e6:.1f} MB"
     )
+    say("           tokenising; the first time takes some ten seconds, then it is cached")
     if cfg.tokenizer == "train":
         tokenizer = cached_tokenizer([document.text for document in train], vocab_size)
     else:

@@ -116,7 +116,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     least = 256 + len(SPECIAL_TOKENS)
     if vocab_size < least:
         raise ValueError(
-            f"tokenizer vocabulary of {vocab_size} ids; allowed: at least {least} "
+            f"model.vocab_size is {vocab_size}; allowed with a trained tokenizer: at least {least} "
             f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
     _allow_threads()

@@ -92,17 +92,18 @@ def num_blocks(copies: int, num_experts: int, rows: int) -> int:
 def lay_out(experts_TK: jax.Array, num_experts: int, rows: int) -> Layout:
     """Copies in order of expert, then of token. experts int32 [T, K]."""
     copies = experts_TK.size
-    onehot_XE = experts_TK.reshape(-1, 1) == jnp.arange(num_experts)[None]
+    onehot_XE = experts_TK.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None]
     rank_XE = _running_count(onehot_XE) - 1
     blocks_E = -(-(rank_XE[-1] + 1) // rows)
     end_E = jnp.cumsum(blocks_E)
     slot_XE = rank_XE + (end_E - blocks_E)[None] * rows
-    slot_X = jnp.where(onehot_XE, slot_XE, 0).sum(-1)
+    slot_X = jnp.where(onehot_XE, slot_XE, 0).sum(-1, dtype=jnp.int32)
     blocks = num_blocks(copies, num_experts, rows)
     copy_X = jnp.full(blocks * rows, copies, jnp.int32)
     copy_X = copy_X.at[slot_X].set(jnp.arange(copies, dtype=jnp.int32), unique_indices=True)
     # Blocks beyond the last one in use belong to the last expert; their rows are empty.
-    expert_x = (jnp.arange(blocks)[:, None] >= end_E[None, :-1]).sum(-1, dtype=jnp.int32)
+    block_x = jnp.arange(blocks, dtype=jnp.int32)
+    expert_x = (block_x[:, None] >= end_E[None, :-1]).sum(-1, dtype=jnp.int32)
     layout = Layout(slot_X.reshape(experts_TK.shape), copy_X, expert_x)
     return checkpoint_name(layout, "moe_layout")
 

@@ -46,7 +46,13 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, RouterStats]:
         """Routes every token; tokens that are not valid (bool) are left out of the statistics."""
         cfg, high = self.cfg, wide(x_BTD.dtype)
-        logits_BTE = jnp.einsum("btd,de->bte", x_BTD.astype(high), self.w_DE[...].astype(high))
+        # HIGHEST: a TPU would round the operands to bfloat16, a GPU to TF32.
+        logits_BTE = jnp.einsum(
+            "btd,de->bte",
+            x_BTD.astype(high),
+            self.w_DE[...].astype(high),
+            precision=lax.Precision.HIGHEST,
+        )
         s_BTE = jax.nn.sigmoid(logits_BTE)
         biased_BTE = lax.stop_gradient(s_BTE) + self.bias_E[...].astype(high)[None, None]
         experts_BTK = choose_experts(biased_BTE, cfg)
@@ -58,7 +64,8 @@ class Router(nnx.Module):
             top_BTK = lax.top_k(lax.stop_gradient(s_BTE), cfg.experts_per_token)[1]
             counted_BTE = _membership(top_BTK, cfg.num_experts) & valid_BT[..., None]
         balance = balance_loss(s_BTE, counted_BTE, valid_BT, cfg.experts_per_token)
-        return Routing(experts_BTK, gates_BTK), RouterStats(chosen_BTE.sum((0, 1)), balance)
+        load_E = chosen_BTE.sum((0, 1), dtype=jnp.int32)
+        return Routing(experts_BTK, gates_BTK), RouterStats(load_E, balance)
 
 
 def choose_experts(biased_BTE: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -98,9 +105,11 @@ def updated_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Arra
 
 def max_violation(load: jax.Array) -> jax.Array:
     """MaxVio of each layer: max load / mean load - 1. load [..., E] -> [...]."""
-    return load.max(-1) / jnp.maximum(load.mean(-1), 1) - 1
+    load = load.astype(jnp.float32)
+    # A mean is 0 or at least 1 / E; without a token the result is -1.
+    return load.max(-1) / jnp.maximum(load.mean(-1), 1 / load.shape[-1]) - 1
 
 
 def _membership(ids_BTK: jax.Array, size: int) -> jax.Array:
     """bool [B, T, size]: whether each of 0..size-1 is among the ids."""
-    return (ids_BTK[..., None] == jnp.arange(size)[None, None, None]).any(-2)
+    return (ids_BTK[..., None] == jnp.arange(size, dtype=ids_BTK.dtype)[None, None, None]).any(-2)

@@ -4,6 +4,7 @@ library's source code.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,9 +56,9 @@ def _train(cfg: RunConfig, resume: RunFolder | None) -> int:
 
     from dsv3_jax.train.run import execute, prepare  # JAX comes in here, not before --help
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names of files may hold [ or :
     with user_errors():
-        prepared = prepare(cfg, resume, console.print)
+        prepared = prepare(cfg, resume, partial(console.print, soft_wrap=True))
     return execute(prepared, console)
 
 
@@ -70,9 +71,9 @@ def resolve(args: list[str]) -> tuple[Options, RunFolder | None]:
     if path is not None:
         default = load_config(Path(path))
     wanted = _value_of(args, "--resume")
-    if wanted is None:
+    if wanted is None or not {"-h", "--help"}.isdisjoint(args):
         return _parse(args, default), None
-    folder = find_run(Path(_parse(args, default).run.output.folder), wanted)
+    folder = find_run(Path(_value_of(args, "--output.folder") or default.output.folder), wanted)
     if path is None:
         default = load_json(folder.config)
     return _parse(args, default), folder

@@ -21,7 +21,9 @@ def finish(trainer: Trainer, graphdef: nnx.GraphDef, trained: Trained, log: Metr
     cfg, run, corpus = trainer.cfg, trainer.run, trainer.corpus
     rows = corpus.validation
     validation = trainer.validate(trained.state, rows, range(len(rows)))
-    log.append(validation_record(validation, trained.position, cfg, whole=True))
+    record = validation_record(validation, trained.position, cfg, whole=True)
+    if record not in read_metrics(run.metrics):  # a finished run may be resumed
+        log.append(record)
     zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
     entries = read_metrics(run.metrics)
     loss_picture(entries, run.picture, zlib_bpb)

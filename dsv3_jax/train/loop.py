@@ -80,7 +80,7 @@ class Trainer:
         self, state: TrainState, position: Position, log: MetricsLog, progress: Progress
     ) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case."""
-        start, saved = time.perf_counter(), position.step
+        start, saved = time.perf_counter(), position.step or None  # step 0 may not be there yet
         clock = _Clock(position.step)
         batches = load(self.corpus.train, position.consumed_rows, repeat(self.cfg.train.rows))
         flight = None

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 HEADER_EVERY = 20  # plain lines between two headers: one is always on a screen of 24
-PACE_WINDOW = 20  # updates over which the remaining time is estimated
+PACE_WINDOW = 100  # updates over which the remaining time is estimated
 CURVE_POINTS = 48
 CURVE_BARS = "▁▂▃▄▅▆▇█"
 
@@ -162,8 +162,6 @@ class Progress:
             self._validation = record
             if not self._live:
                 self.message(_validation_line(record))
-        if self._live:
-            self._live.refresh()
 
     @property
     def live(self) -> bool:

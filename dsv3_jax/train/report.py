@@ -6,6 +6,7 @@ per byte means that the model predicts the text better than repetition within it
 
 import logging
 import math
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def summary(result: Result, console: Console | None = None) -> None:
     console.print(Panel(table, title="result", title_align="left", expand=False))
     if result.sample_text:
         sample = Text(printable(result.sample_prompt, console.encoding), "bold")
-        sample.append(printable(result.sample_text, console.encoding), "not bold")
+        sample.append(printable(result.sample_text.rstrip(), console.encoding), "not bold")
         console.print(Panel(sample, title="sample", title_align="left"))
 
 
@@ -111,13 +112,9 @@ def printable(text: str, encoding: str) -> str:
 
     A model may write any byte. Control characters other than newline and tab appear as U+FFFD.
     """
-    shown = "".join("\N{REPLACEMENT CHARACTER}" if _steers(c) else c for c in text)
+    steering = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+    shown = text.translate({ord(c): "\N{REPLACEMENT CHARACTER}" for c in steering})
     return shown.encode(encoding, "replace").decode(encoding)
-
-
-def _steers(character: str) -> bool:
-    code = ord(character)
-    return (code < 32 and character not in "\n\t") or 127 <= code < 160
 
 
 def loss_picture(entries: list[dict[str, Any]], path: Path, zlib_bpb: float | None) -> None:
@@ -134,7 +131,7 @@ def loss_picture(entries: list[dict[str, Any]], path: Path, zlib_bpb: float | No
         _draw_bits(bits, validation, zlib_bpb)
         _draw_small(rate, train, "learning_rate", "learning rate")
         _draw_small(balance, train, "max_violation", "MaxVio (0 = experts in balance)")
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 @contextmanager
@@ -142,9 +139,7 @@ def _matplotlib() -> Iterator["Figure"]:
     """A figure with our own settings, whatever the user's are, and without a word about fonts."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
-    logger.setLevel(
-        logging.ERROR
-    )  # building the font cache, once per user, is announced as a warning
+    logger.setLevel(logging.ERROR)  # the font cache, built once, is announced by a warning
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -188,9 +183,9 @@ def _panels(figure: "Figure", last_token: int) -> list["Axes"]:
 
 
 def _column(entries: list[dict[str, Any]], name: str) -> list[float]:
-    """Values of one key; NaN where an entry has none."""
+    """Values of one key; NaN, which leaves a gap, where an entry has no finite one."""
     values = (entry.get(name) for entry in entries)
-    return [math.nan if value is None else float(value) for value in values]
+    return [math.nan if v is None or not math.isfinite(v) else float(v) for v in values]
 
 
 def _draw_losses(panel: "Axes", train: list[dict], validation: list[dict]) -> None:

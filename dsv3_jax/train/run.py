@@ -3,11 +3,14 @@
 import dataclasses
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 from flax import nnx
 from rich.console import Console
 
+from dsv3_jax.checkpoint import store
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
@@ -16,7 +19,7 @@ from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, new_run
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe, matmul_peak
-from dsv3_jax.train.metrics import MetricsLog, Progress
+from dsv3_jax.train.metrics import MetricsLog, Progress, replace_file
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import TrainState, init_state
@@ -31,6 +34,7 @@ class Prepared(NamedTuple):
     graphdef: nnx.GraphDef
     state: TrainState
     position: Position
+    resumed: bool
 
 
 def prepare(cfg: RunConfig, resume: RunFolder | None, say: Callable[[str], None]) -> Prepared:
@@ -38,37 +42,41 @@ def prepare(cfg: RunConfig, resume: RunFolder | None, say: Callable[[str], None]
 
     ValueError or OSError, one line, for what cannot work.
     """
+    if cfg.train.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("train.dtype is float64; JAX has it only with JAX_ENABLE_X64=1 set")
     say(f"machine    {describe()}")
     corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = store.load(resume.checkpoints, report=say)
+        _check_same(cfg, corpus, checkpoint.meta)
     count = cfg.model.param_count()
     say(
         f"model      {(count.main + count.mtp) / 1e6:,.1f} M parameters, "
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
     graphdef, state = init_state(cfg)
-    position = Position()
-    if resume is None:
-        run = new_run(cfg.output)
+    if checkpoint is None:
+        run, position = new_run(cfg.output), Position()
         corpus.tokenizer.save(run.tokenizer)
     else:
         run = resume
-        state, position, meta = snapshot.restore(run.checkpoints, cfg, state, say)
-        _check_same(cfg, corpus, meta)
+        state, position = snapshot.restore(checkpoint, cfg, state)
         say(f"resume     step {position.step:,} of {run.path}")
-    run.config.write_text(cfg.to_json() + "\n")
-    return Prepared(cfg, run, corpus, graphdef, state, position)
+    replace_file(run.config, f"{cfg.to_json()}\n".encode())
+    return Prepared(cfg, run, corpus, graphdef, state, position, resume is not None)
 
 
 def execute(prepared: Prepared, console: Console) -> int:
     """Trains and finishes. Returns the exit code: 0, or 128 + the signal that stopped the run."""
-    cfg, run, corpus, graphdef, state, position = prepared
-    say = console.print
+    cfg, run, corpus, graphdef, state, position, resumed = prepared
+    say = partial(console.print, soft_wrap=True)
     say(f"run        {run.path}")
     trainer = Trainer(cfg, run, corpus, graphdef, matmul_peak(cfg.train.dtype))
-    with console.status("compiling the training step"):
+    if position.step < cfg.train.steps:
+        say("           compiling the training step takes some ten seconds")
         trainer.compile(state)
-    resumed = position.step if position.step else None
-    with MetricsLog(run.metrics, resumed) as log:
+    with MetricsLog(run.metrics, position.step if resumed else None) as log:
         progress = Progress(cfg.train.steps, position.step, title=run.path.name, console=console)
         with progress:
             trained = trainer.train(state, position, log, progress)
@@ -76,14 +84,14 @@ def execute(prepared: Prepared, console: Console) -> int:
             name = signal.Signals(trained.stopped_by).name
             say(f"{name}: saved step {trained.position.step:,}; go on with --resume {run.path}")
             return 128 + trained.stopped_by
-        with console.status("validating on all held-out text, sampling"):
-            result = finish(trainer, graphdef, trained, log)
+        say("           validating on all held-out text, sampling")
+        result = finish(trainer, graphdef, trained, log)
     summary(result, console)
     return 0
 
 
 def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict) -> None:
-    """A resumed run keeps model, tokenizer and text; ValueError names what differs."""
+    """A resumed run keeps model, tokenizer, text and seed; ValueError names what differs."""
     before = from_dict(RunConfig, meta["config"])
     differ = [
         f"{section}.{field.name} is {getattr(new, field.name)}, was {getattr(old, field.name)}"
@@ -102,3 +110,8 @@ def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict) -> None:
         differ.append(f"the text of data.source {cfg.data.source} has changed")
     if differ:
         raise ValueError(f"--resume: this is another run: {'; '.join(differ)}")
+    if cfg.train.steps < meta["step"]:
+        raise ValueError(
+            f"--resume: train.steps is {cfg.train.steps}; "
+            f"allowed: at least {meta['step']}, where the run stands"
+        )

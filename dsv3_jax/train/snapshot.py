@@ -3,7 +3,6 @@ where the run stood (design: checkpoints).
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,13 +49,9 @@ def save(
 
 
 def restore(
-    folder: Path, cfg: RunConfig, state: TrainState, say: Callable[[str], None]
-) -> tuple[TrainState, Position, dict]:
-    """The newest valid checkpoint in the shape of a fresh `state`, its position and its meta.
-
-    ValueError if none fits.
-    """
-    checkpoint = store.load(folder, report=say)
+    checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState
+) -> tuple[TrainState, Position]:
+    """What `save` wrote, in the shape of a fresh `state`. ValueError if it does not fit."""
     dense = cfg.model.num_dense_layers
 
     def part(group: str, like: nnx.State) -> nnx.State:
@@ -77,7 +72,7 @@ def restore(
         part("params", state.params), part("router_bias", state.biases), optimizer
     )
     position = Position(checkpoint.meta["step"], checkpoint.meta["consumed_rows"])
-    return restored, position, checkpoint.meta
+    return restored, position
 
 
 def _adam(state: TrainState) -> AdamState:

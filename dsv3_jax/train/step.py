@@ -79,7 +79,7 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
         params = optax.apply_updates(state.params, updates)
         biases = move_biases(state.biases, parts.load_LE, coefficients.bias_speed)
         metrics = StepMetrics(
-            total, parts, optax.global_norm(grads), max_violation(parts.load_LE).mean()
+            total, parts, optax.tree.norm(grads), max_violation(parts.load_LE).mean()
         )
         return TrainState(params, biases, optimizer), metrics
 

@@ -73,7 +73,7 @@ def test_jax_arrays_of_every_dtype_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [0x80000000, 0x7FC00001, 0xFFA55AA5, 0x00000001, 0x00000000])
 def test_arrays_of_one_special_value_come_back(tmp_path: Path, bits: int) -> None:
-    # TensorStore leaves out chunks that equal its fill value 0: -0.0 must not count as equal.
+    # TensorStore can leave out chunks that equal its fill value 0: -0.0 must not count as equal.
     special = np.full((4, 3), bits, np.uint32).view(np.float32)
     assert_same_bits(round_trip(tmp_path, {"a": {"x": special}}), {"a": {"x": special}})
 
@@ -193,12 +193,26 @@ def test_saving_works_inside_a_running_event_loop(tmp_path: Path) -> None:
 
 
 def test_orbax_is_silent_and_its_logger_is_left_as_it_was(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    level = logging.getLogger("absl").level
-    round_trip(tmp_path, {"a": {"x": np.ones(3)}})
-    assert logging.getLogger("absl").level == level
-    assert capfd.readouterr() == ("", "")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        round_trip(tmp_path, {"a": {"x": np.ones(3)}})
+        assert logging.getLogger("absl").level == logging.INFO
+        with pytest.raises(arrays.OrbaxError):  # nothing there
+            arrays.read_arrays(tmp_path / "none", describe_all({"a": {"x": np.ones(3)}}))
+        assert logging.getLogger("absl").level == logging.INFO
+    assert caplog.records == []
+
+
+def test_users_see_nothing_of_orbax(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from dsv3_jax.checkpoint import store;"
+        "folder = Path(sys.argv[1]); store.save(folder, 1, {'a': {'x': np.ones(3)}}, {});"
+        "store.load(folder)"
+    )
+    command = [sys.executable, "-W", "default", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def many_arrays() -> dict[str, dict[str, np.ndarray]]:
@@ -218,6 +232,13 @@ def test_failing_writes_end_in_one_silent_error(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_failing_write_among_many_is_an_error(tmp_path: Path) -> None:
+    groups = many_arrays()
+    groups["a"]["bad"] = np.ones(3, ml_dtypes.uint2)  # TensorStore has no such type
+    with pytest.raises(arrays.OrbaxError, match="Unsupported data type"):
+        arrays.write_arrays(tmp_path / "arrays", groups)
 
 
 def test_failing_reads_end_in_one_silent_error(

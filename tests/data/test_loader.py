@@ -71,16 +71,35 @@ def test_sizes_are_taken_one_at_a_time(rows: Rows) -> None:
     batches.close()
 
 
+def wait_for_threads(number: int) -> None:
+    deadline = time.monotonic() + 10
+    while threading.active_count() > number:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
+
+
 def test_readers_end_with_the_loader(rows: Rows) -> None:
     before = threading.active_count()
     batches = load(rows, 0, itertools.repeat(2), readers=3)
     next(batches)
     assert threading.active_count() > before
     batches.close()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline, threading.enumerate()
-        time.sleep(0.01)
+    wait_for_threads(before)
+
+
+def test_readers_end_when_the_sizes_fail(rows: Rows) -> None:
+    def sizes() -> Iterator[int]:
+        yield 2
+        raise RuntimeError("no more")
+
+    before = threading.active_count()
+    batches = load(rows, 0, sizes(), readers=3)
+    next(batches)
+    assert threading.active_count() > before
+    with pytest.raises(RuntimeError, match="no more") as error:
+        next(batches)
+    wait_for_threads(before)
+    assert error.tb is not None  # which keeps the loader's frame, so nothing ended by chance
 
 
 def test_reading_ahead_is_bounded(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:

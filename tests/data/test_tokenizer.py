@@ -160,7 +160,7 @@ def test_vocabulary_is_filled_but_a_small_corpus_need_not() -> None:
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
     assert train_tokenizer(["aaaa"], 262).vocab_size == 262
-    with pytest.raises(ValueError, match=r"261 ids; allowed: at least 262 \(256 bytes and 6"):
+    with pytest.raises(ValueError, match=r"is 261; allowed.*: at least 262 \(256 bytes and 6"):
         train_tokenizer(["aaaa"], 261)
 
 
@@ -183,7 +183,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path:
 def test_settings_that_change_texts_are_switched_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
     backend.enable_truncation(3)
-    backend.enable_padding(length=50)
+    backend.enable_padding(length=5000)
     backend.model.dropout = 0.9
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")

@@ -22,9 +22,12 @@ def inputs(length: int, dtype=None, keys: int | None = None) -> list[jax.Array]:
     return [normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
-def value_and_gradients(function, q, k, v, do) -> tuple:
-    o, pull = jax.vjp(lambda q, k, v: function(q, k, v, SCALE), q, k, v)
-    return o, pull(do)
+def value_and_gradients(function, *args) -> tuple:
+    def run(q, k, v, do):
+        o, pull = jax.vjp(lambda q, k, v: function(q, k, v, SCALE), q, k, v)
+        return o, pull(do)
+
+    return compiled(run)(*args)
 
 
 def value_and_square(function):
@@ -43,7 +46,7 @@ def test_plain_equals_a_loop_over_queries(x64):
 
 
 @pytest.mark.parametrize(
-    ("length", "chunks"), [(1, 1), (3, 1), (4, 1), (5, 2), (11, 3), (12, 3), (23, 3), (25, 3)]
+    ("length", "chunks"), [(1, 1), (4, 1), (5, 2), (11, 3), (12, 3), (25, 3)]
 )
 def test_chunked_equals_plain(x64, strict_dtypes, monkeypatch, length: int, chunks: int):
     monkeypatch.setattr(source, "MIN_CHUNK", 4)
@@ -52,14 +55,14 @@ def test_chunked_equals_plain(x64, strict_dtypes, monkeypatch, length: int, chun
     dots = [e for e in equations(value_and_square(attention), *args[:3]) if "dot" in e.primitive.name]
     # Two products forward; backward the scores again, dP, dq, dk, dv; and one for delta.
     assert len(dots) == 7 * chunks + 1
-    actual = compiled(lambda *x: value_and_gradients(attention, *x))(*args)
+    actual = value_and_gradients(attention, *args)
     assert_close(actual, value_and_gradients(plain_attention, *args), FLOAT64)
 
 
 def test_chunked_equals_plain_at_full_chunk_size(strict_dtypes):
     """300 tokens are chunks of 128, 128 and 44."""
     args = inputs(300, jnp.float32)
-    actual = compiled(lambda *x: value_and_gradients(attention, *x))(*args)
+    actual = value_and_gradients(attention, *args)
     assert_close(actual, value_and_gradients(plain_attention, *args), FLOAT32)
 
 

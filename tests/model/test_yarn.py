@@ -79,17 +79,13 @@ def test_rotation_keeps_the_norm_of_every_pair(x64):
 
 
 def test_scores_depend_on_relative_position_only(x64):
-    q, k = normal(0, 1, 1, 1, 64), normal(1, 1, 1, 1, 64)
-
-    def score(at_q: int, at_k: int) -> float:
-        turned = [
-            rotate(x, rope_table(EXTENDED, jnp.asarray([at]), jnp.float64))
-            for x, at in ((q, at_q), (k, at_k))
-        ]
-        return float(jnp.sum(turned[0] * turned[1]))
-
-    np.testing.assert_allclose(score(905, 900), score(5, 0), rtol=1e-10)
-    assert abs(score(906, 900) - score(5, 0)) > 1e-3
+    """One query and one key at positions 905 and 900, 5 and 0, 906 and 900."""
+    q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, 64), (1, 3, 1, 64)) for seed in (0, 1))
+    tables = (rope_table(EXTENDED, jnp.asarray(at), q.dtype) for at in ([905, 5, 906], [900, 0, 900]))
+    turned = [rotate(x, table) for x, table in zip((q, k), tables, strict=True)]
+    far, near, other = np.asarray(turned[0] * turned[1]).sum((0, 2, 3))
+    np.testing.assert_allclose(far, near, rtol=1e-10)
+    assert abs(other - near) > 1e-3
 
 
 @pytest.mark.parametrize(("dtype", "table"), [("bfloat16", "float32"), ("float64", "float64")])

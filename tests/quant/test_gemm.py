@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from dsv3_jax.quant.gemm import dot, grouped_linear, linear, wide
-from tests.shapes import normal
+from tests.shapes import compiled, normal
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
 D, F, E = 5, 7, 4
 
 
-def value_and_gradients(function, x, w, dy) -> tuple:
-    y, pull = jax.vjp(function, x, w)
-    return y, pull(dy)
+def value_and_gradients(function, *args) -> tuple:
+    def run(x, w, dy):
+        y, pull = jax.vjp(function, x, w)
+        return y, pull(dy)
+
+    return compiled(run)(*args)
 
 
 def grouped_by_loop(x_XD, w_EDF, expert_x):
@@ -73,9 +76,9 @@ def test_products_are_rounded_once_at_the_end(strict_dtypes, case):
     """In bfloat16: the exact product of the rounded operands, to half a unit of the last place."""
     function, x, w, _ = case()
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.float32)
-    exact = function(x.astype(jnp.float32), w.astype(jnp.bfloat16).astype(jnp.float32))
-    actual = function(x, w).astype(jnp.float32)
-    np.testing.assert_allclose(actual, exact, rtol=2.0**-9 * 1.01, atol=1e-6)
+    exact = compiled(function)(*(a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w)))
+    actual = compiled(function)(x, w).astype(jnp.float32)
+    np.testing.assert_allclose(actual, exact, rtol=2.0**-8 * 1.01, atol=1e-6)
 
 
 def test_dot_contracts_and_batches_as_einsum(x64):

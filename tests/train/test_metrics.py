@@ -280,19 +280,19 @@ def test_a_message_appears_above_the_display():
 def test_the_remaining_time_follows_the_recent_pace_and_ticks_on():
     now = [0.0]
     console = Console(file=io.StringIO(), get_time=lambda: now[0])
-    progress = Progress(1000, console=console)
+    progress = Progress(10_000, console=console)
     now[0] = 60.0  # compiling
     progress.update(train(10))
     assert progress._remaining() == "-"
     now[0] = 80.0
     progress.update(train(20))
-    assert progress._remaining() == clock(980 * 2.0)
+    assert progress._remaining() == clock(9980 * 2.0)
     now[0] = 90.0
-    assert progress._remaining() == clock(980 * 2.0 - 10)
-    for step in range(30, 300, 10):
+    assert progress._remaining() == clock(9980 * 2.0 - 10)
+    for step in range(30, 30 + 10 * metrics.PACE_WINDOW, 10):
         now[0] += 5.0
         progress.update(train(step))
-    assert progress._remaining() == clock(710 * 0.5)
+    assert progress._remaining() == clock((10_000 - step) * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +310,9 @@ def test_the_curve_covers_the_whole_run_in_constant_space(count):
     bars = [metrics.CURVE_BARS.index(bar) for bar in curve.bars]
     assert 1 <= len(bars) < metrics.CURVE_POINTS
     assert bars == sorted(bars, reverse=True)
-    if count > 1:
-        assert (bars[0], bars[-1]) == (len(metrics.CURVE_BARS) - 1, 0)
+    if count > 1:  # a straight fall is drawn straight: all bars stand for equally many updates
+        top, last = len(metrics.CURVE_BARS) - 1, len(bars) - 1
+        assert all(abs(bar - top * (1 - i / last)) <= 0.51 for i, bar in enumerate(bars))
 
 
 def test_the_curve_passes_over_what_is_not_finite():

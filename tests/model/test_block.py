@@ -1,0 +1,134 @@
+"""One layer: the residual form, and what each rematerialisation policy computes and keeps (report 2.1, 3.2.3)."""
+
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block, Remat, rematerialised
+from dsv3_jax.model.layers import Init, rms_norm
+from dsv3_jax.model.yarn import rope_table
+from tests.shapes import compiled, normal, random_module, random_part, tiny_model
+from tests.tolerances import FLOAT64, assert_close
+
+B, T = 2, 23
+VALID = np.ones((B, T), bool)
+# No two of D, HN.., C, C + R, Q, and the hidden sizes agree, so that a shape tells what a residual is.
+CFG = tiny_model(
+    d_model=31,
+    num_heads=3,
+    q_latent=20,
+    kv_latent=13,
+    nope_dim=10,
+    rope_dim=4,
+    v_dim=7,
+    dense_hidden=41,
+    expert_hidden=19,
+    num_shared_experts=2,
+)
+
+
+def layer_of(cfg: ModelConfig, dtype, remat: Remat = "none"):
+    """`layer(x, block) -> (x, stats)`, as the model scans it."""
+    rope = rope_table(cfg, jnp.arange(T), dtype)
+    return rematerialised(lambda x, block: block(x, rope, jnp.asarray(VALID)), remat)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+def test_a_layer_adds_attention_and_feed_forward_of_the_normed_stream(x64, strict_dtypes, moe: bool):
+    block, x = random_part(Block, CFG, jnp.float64, moe=moe), normal(0, B, T, CFG.d_model)
+
+    def expected(x):
+        rope = rope_table(CFG, jnp.arange(T), x.dtype)
+        x = x + block.mla(rms_norm(x, block.attention_norm_D[...], CFG.rms_eps), rope)
+        normed = rms_norm(x, block.ffn_norm_D[...], CFG.rms_eps)
+        if not moe:
+            return x + block.dense(normed), None
+        y, stats = block.moe(normed, jnp.asarray(VALID))
+        return x + y, stats
+
+    actual = compiled(layer_of(CFG, x.dtype))(x, block)
+    assert_close(actual, compiled(expected)(x), FLOAT64)
+
+
+def test_all_policies_give_the_same_values_and_gradients(x64, strict_dtypes):
+    """Of two scanned MoE layers, balance loss included."""
+    init = Init(jax.random.key(0), CFG.init_std, jnp.dtype(jnp.float64))
+    build = lambda layer: Block(CFG, moe=True, init=init.layer(layer))
+    blocks = random_module(lambda: jax.vmap(build)(jnp.arange(2)))
+    x, weight = normal(0, B, T, CFG.d_model), normal(1, B, T, CFG.d_model)
+
+    def objective(remat, blocks, x):
+        y, stats = lax.scan(layer_of(CFG, x.dtype, remat), x, blocks)
+        return (y * weight).sum() + stats.balance.sum()
+
+    results = [
+        compiled(jax.value_and_grad(partial(objective, remat), (0, 1)))(blocks, x)
+        for remat in ("none", "report", "full")
+    ]
+    assert_close(results[1], results[0], FLOAT64)
+    assert_close(results[2], results[0], FLOAT64)
+
+
+def kept(moe: bool, remat: Remat) -> Counter:
+    """Shapes of what the backward pass keeps, weights left out; small index tables too. bfloat16 activations."""
+    block = jax.eval_shape(lambda: random_part(Block, CFG, moe=moe))
+    layer = layer_of(CFG, jnp.bfloat16, remat)
+    x = jax.ShapeDtypeStruct((B, T, CFG.d_model), jnp.bfloat16)
+    residuals = jax.eval_shape(lambda x, block: jax.vjp(lambda *a: layer(*a)[0], x, block)[1], x, block)
+    weights = {w.shape for w in jax.tree.leaves(block)}
+    leaves = [leaf for leaf in jax.tree.leaves(residuals) if leaf.shape not in weights]
+    return Counter((leaf.shape, leaf.dtype.name) for leaf in leaves)
+
+
+def bytes_of(shapes: Counter) -> int:
+    sizes = (np.prod(s, dtype=int) * jnp.dtype(d).itemsize * n for (s, d), n in shapes.items())
+    return int(sum(sizes))
+
+
+ATTENTION_KEEPS = Counter(
+    {
+        ((B, T, 31), "bfloat16"): 2,  # the stream into attention and into the feed-forward
+        ((B, T, 20), "bfloat16"): 1,  # query latent, before its norm
+        ((B, T, 17), "bfloat16"): 1,  # key-value latent and rotary key, before norm and rotation
+        ((B, T, 3, 7), "bfloat16"): 1,  # attention's output
+        ((B, 3, T), "float32"): 1,  # its log-sum-exp
+        ((B, T, 2), "float32"): 1,  # cos and sin of the positions, not per layer
+    }
+)
+"""Missing: what the norms return (31, 20, 13), what the up-projections return (3 x 14, 3 x 17, 3 x 7)."""
+
+
+def test_the_report_policy_keeps_no_norm_and_no_up_projection_of_a_dense_layer():
+    gate_and_up = Counter({((B, T, 41), "bfloat16"): 2})
+    assert kept(False, "report") == ATTENTION_KEEPS + gate_and_up
+
+
+def test_the_report_policy_keeps_no_norm_and_no_up_projection_of_an_expert_layer():
+    """Of the experts it keeps gate, up and down products and the layout, not the dispatched rows."""
+    rows, blocks = 8, (92 + 8 * 7) // 8
+    experts = Counter(
+        {
+            ((B, T, 38), "bfloat16"): 2,  # gate and up of the shared expert
+            ((rows * blocks, 19), "bfloat16"): 2,
+            ((rows * blocks, 31), "bfloat16"): 1,
+            ((B * T, 2), "int32"): 1,
+            ((rows * blocks,), "int32"): 1,
+            ((blocks,), "int32"): 1,
+        }
+    )
+    assert kept(True, "report") == ATTENTION_KEEPS + experts
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+def test_full_keeps_the_input_alone_and_each_policy_less_than_the_one_before(moe: bool):
+    full = Counter({((B, T, 31), "bfloat16"): 1, ((B, T, 2), "float32"): 1})
+    assert kept(moe, "full") == full
+    none, report = bytes_of(kept(moe, "none")), bytes_of(kept(moe, "report"))
+    assert bytes_of(full) * 5 < report < none / 4
+    assert kept(moe, "none")[(B, T, 31), "float32"] > 2  # the norms' own

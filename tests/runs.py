@@ -1,0 +1,174 @@
+"""One small training run for all tests of the command: its text, its configuration, and a way to
+start it in this process that compiles little and each program only once.
+"""
+
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from dsv3_jax.checkpoint import store
+from dsv3_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    Phase,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from dsv3_jax.train import run as run_module
+from dsv3_jax.train.__main__ import main
+from dsv3_jax.train.loop import Trainer
+from dsv3_jax.train.metrics import read_metrics
+from dsv3_jax.train.step import TrainState, init_state
+from tests.shapes import tiny_model
+
+TIMES = {"seconds", "tokens_per_second", "matmul_share"}  # what no two runs have in common
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """A run of 6 steps with 2 rows of 16 tokens; logs at 1, 2, 4, 6, validates after 3 and at the
+    end, saves at 4 and at the end.
+    """
+
+    home: Path
+
+    @property
+    def cfg(self) -> RunConfig:
+        """Constant learning rate, so that a run of 3 steps is the first half of one of 6."""
+        return RunConfig(
+            model=tiny_model(vocab_size=300, num_layers=2),
+            data=DataConfig(
+                source=str(self.home / "text" / "*.txt"), validation_fraction=0.2, length=16
+            ),
+            train=TrainConfig(steps=6, rows=2, dtype="float32"),
+            schedule=ScheduleConfig(
+                learning_rate=1e-2, warmup_steps=2, phases=(Phase(10**6, 1e-2),)
+            ),
+            output=OutputConfig(
+                folder=str(self.home / "runs"),
+                name="small",
+                log_every=2,
+                eval_every=3,
+                eval_rows=4,
+                save_every=4,
+                sample_tokens=8,
+            ),
+        )
+
+    @property
+    def config(self) -> Path:
+        """The configuration as a user's file."""
+        return self.home / "small.py"
+
+    def make(self) -> None:
+        """Writes text and configuration file."""
+        (self.home / "text").mkdir()
+        for part in range(4):
+            lines = [f"def f{i}(x):\n    return x + {i * i % 97}\n\n" for i in range(30)]
+            (self.home / "text" / f"{part}.txt").write_text(f"# part {part}\n" + "".join(lines))
+        write_config(self.config, self.cfg)
+
+    def train(self, *args: object) -> int | None:
+        """`python -m dsv3_jax.train ...` in this process. Returns the exit code."""
+        with self.quick():
+            return main(list(map(str, args)))
+
+    @contextlib.contextmanager
+    def quick(self) -> Iterator[None]:
+        """Compiles without optimising and keeps what it compiled on disk; the same programs as
+        ever, so equal results stay equal. Measures no machine, and leaves the user's cache alone.
+        """
+        settings = {
+            "jax_disable_most_optimizations": True,
+            "jax_compilation_cache_dir": str(self.home / "programs"),
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: jax.config.values[name] for name in settings}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(self.home / "cache"))
+            patch.setattr(run_module, "matmul_peak", lambda dtype: 1e9)
+            patch.setattr(run_module, "init_state", first_state)
+            try:
+                configure(settings)
+                yield
+            finally:
+                configure(before)
+
+
+def first_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """`init_state`, drawn once for runs that begin alike. A copy: steps consume their state."""
+    graphdef, state = _first_state(cfg.model, cfg.train.seed)
+    return graphdef, jax.tree.map(jnp.copy, state)
+
+
+@functools.cache
+def _first_state(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, TrainState]:
+    data = DataConfig(length=model.max_length)
+    return init_state(RunConfig(model=model, data=data, train=TrainConfig(seed=seed)))
+
+
+def configure(settings: dict[str, Any]) -> None:
+    """Sets JAX's options, where the folder of compiled programs is read only at the first use."""
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def write_config(path: Path, cfg: RunConfig) -> None:
+    """A config file that returns `cfg`."""
+    path.write_text(
+        "import json\n"
+        "from dsv3_jax.config.run import RunConfig, from_dict\n"
+        "def config():\n"
+        f"    return from_dict(RunConfig, json.loads({cfg.to_json()!r}))\n"
+    )
+
+
+def with_model(cfg: RunConfig, **changes: Any) -> RunConfig:
+    return replace(cfg, model=replace(cfg.model, **changes))
+
+
+def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """This process gets a signal while it works on update `step` (2 or later)."""
+    coefficients = Trainer.coefficients
+
+    def hooked(self, position):
+        if position.step == step - 1:
+            os.kill(os.getpid(), number)
+        return coefficients(self, position)
+
+    patch.setattr(Trainer, "coefficients", hooked)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run's metrics.jsonl without what a clock measured."""
+    entries = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
+
+
+def assert_same_checkpoint(run: Path, other: Path, step: int) -> None:
+    """Parameters, router biases and moments bit for bit, and where the runs stood."""
+    one, two = (store.load(path / "checkpoints", step) for path in (run, other))
+    assert one.meta == two.meta
+    assert one.arrays.keys() == two.arrays.keys() == {"params", "router_bias", "mu", "nu"}
+    for group, named in one.arrays.items():
+        assert named.keys() == two.arrays[group].keys()
+        for name, array in named.items():
+            twin = two.arrays[group][name]
+            assert array.dtype == twin.dtype
+            assert np.array_equal(array.view(np.uint8), twin.view(np.uint8)), f"{group}/{name}"

@@ -1,0 +1,195 @@
+"""One step: micro-batches add up, the biases move by the load and nothing else moves them."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from dsv3_jax.model.layers import Init
+from dsv3_jax.model.router import RouterBias
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.train.optimizer import adamw
+from dsv3_jax.train.step import (
+    Coefficients,
+    TrainState,
+    gradients,
+    init_state,
+    make_step,
+    move_biases,
+)
+from tests.shapes import compiled, random_model, random_tokens, tiny_model
+from tests.tolerances import FLOAT64, assert_close
+
+B, T = 4, 6
+RUN = RunConfig(
+    model=tiny_model(num_layers=1, num_dense_layers=0, q_latent=None),
+    data=DataConfig(length=T),
+    train=TrainConfig(rows=B, microbatches=2, dtype="bfloat16", balance_weight=0.0),
+    optimizer=OptimizerConfig(weight_decay=0.1),
+)
+
+
+def state_of(cfg: RunConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, TrainState]:
+    """What `init_state` returns, with the random weights and biases of the tests."""
+    graphdef, params, biases = nnx.split(random_model(cfg.model, dtype), nnx.Param, RouterBias)
+    return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
+
+
+def batch_of(cfg: RunConfig) -> tuple[jax.Array, jax.Array]:
+    """Tokens and labels; rows have 6, 1, 4 and 0 labels that count."""
+    sequence = random_tokens(cfg.model, B, T + 1)
+    counted = jnp.arange(T)[None] < jnp.array([[6], [1], [4], [0]])
+    return sequence[:, :-1], jnp.where(counted, sequence[:, 1:], -1)
+
+
+def coefficients(learning_rate: float, bias_speed: float, mtp_weight: float = 0.3) -> Coefficients:
+    return Coefficients(*(jnp.float32(x) for x in (learning_rate, bias_speed, mtp_weight)))
+
+
+@cache
+def step_program():
+    """The compiled step, one for all tests of this file."""
+    graphdef, state = state_of(RUN)
+    lowered = make_step(graphdef, RUN).lower(state, batch_of(RUN), coefficients(0, 0))
+    return lowered.compile({"xla_backend_optimization_level": 0})
+
+
+def take_step(learning_rate: float, bias_speed: float, batch=None):
+    """The state before and after one step, as NumPy arrays, and the step's metrics."""
+    _, state = state_of(RUN)
+    before = jax.tree.map(np.array, state)
+    rates = coefficients(learning_rate, bias_speed)
+    after, metrics = step_program()(state, batch or batch_of(RUN), rates)
+    return before, jax.tree.map(np.array, after), metrics
+
+
+def test_micro_batches_add_up_to_the_whole_step(x64):
+    """Loss, its parts, loads and every gradient, with very different label counts per micro-batch."""
+
+    def run(microbatches: int):
+        train = dict(microbatches=microbatches, dtype="float64", balance_weight=0.5)
+        cfg = replace(RUN, train=replace(RUN.train, **train))
+        graphdef, state = state_of(cfg, jnp.float64)
+        program = compiled(lambda *args: gradients(graphdef, *args, cfg))
+        return program(state, batch_of(cfg), jnp.asarray(0.3))
+
+    whole = run(1)
+    for microbatches in (2, 4):
+        assert_close(run(microbatches), whole, FLOAT64)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(whole[1]))
+
+
+def test_a_step_without_learning_rate_moves_the_biases_alone_against_the_load():
+    before, after, metrics = take_step(learning_rate=0.0, bias_speed=0.25)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    load = np.asarray(metrics.parts.load_LE)
+    np.testing.assert_array_equal(load.sum(-1), [(6 + 1 + 4) * 2, (5 + 0 + 3) * 2])
+    for bias, old, row in zip(*bias_rows(after, before), load, strict=True):
+        sign = np.sign(row.mean() - row).astype(np.float32)
+        np.testing.assert_array_equal(bias, old + np.float32(0.25) * sign)
+    violation = load.max(-1) / load.mean(-1) - 1
+    np.testing.assert_allclose(metrics.max_violation, violation.mean(), rtol=1e-6)
+
+
+def test_a_step_without_speed_moves_the_parameters_alone():
+    before, after, metrics = take_step(learning_rate=0.01, bias_speed=0.0)
+    jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)
+    moved = jax.tree.map(lambda a, b: (a != b).any(), after.params, before.params)
+    assert all(jax.tree.leaves(moved))
+    assert metrics.loss > 0
+
+
+def test_decay_leaves_norm_gains_and_biases_alone():
+    """No label counts and no balance loss: gradients are zero, and what moves moves by decay."""
+    tokens, labels = batch_of(RUN)
+    batch = tokens, jnp.full_like(labels, -1)
+    before, after, metrics = take_step(learning_rate=0.5, bias_speed=0.25, batch=batch)
+    assert metrics.grad_norm == metrics.loss == 0
+    jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)
+    flat = zip(nnx.to_flat_state(after.params), nnx.to_flat_state(before.params), strict=True)
+    for (path, new), (_, old) in flat:
+        factor = 1 if "norm" in path[-1] else 1 - 0.5 * 0.1
+        np.testing.assert_allclose(new[...], old[...] * np.float32(factor), rtol=1e-6, err_msg=path)
+
+
+def test_a_step_is_the_same_bit_for_bit_when_repeated():
+    first, second = (take_step(0.01, 0.25) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first[1:], second[1:])
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_before():
+    """The first moment after one step is (1 - b1) times the clipped gradient."""
+    _, after, metrics = take_step(0.0, 0.0)
+    moments = [np.asarray(m, np.float32) for m in jax.tree.leaves(after.optimizer[1].mu)]
+    clipped = np.sqrt(sum(np.square(m).sum() for m in moments)) / (1 - RUN.optimizer.b1)
+    np.testing.assert_allclose(clipped, RUN.optimizer.clip_norm, rtol=2**-8)
+    assert metrics.grad_norm > 1.1 * RUN.optimizer.clip_norm
+
+
+def test_repeated_steps_learn_the_batch():
+    _, state = state_of(RUN)
+    losses = []
+    for _ in range(12):
+        state, metrics = step_program()(state, batch_of(RUN), coefficients(0.01, 0.001))
+        losses.append(float(metrics.parts.main))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def bias_rows(*states: TrainState) -> list[list[np.ndarray]]:
+    """Biases of each state in the order of the loads: the stacked MoE layer, the MTP module."""
+    rows = []
+    for state in states:
+        flat = dict(nnx.to_flat_state(state.biases))
+        order = sorted(flat, key=lambda path: path[0] == "mtp")
+        rows.append([np.asarray(flat[path][...]).reshape(-1) for path in order])
+    return rows
+
+
+def test_biases_meet_the_loads_of_their_own_layers():
+    """Stacked layers first, then MTP modules in order of depth, twelve of them: 10 comes after 2."""
+    cfg = tiny_model(num_layers=4, num_dense_layers=1, mtp_depth=12)
+    _, _, biases = nnx.split(random_model(cfg), nnx.Param, RouterBias)
+    load = jnp.eye(15, cfg.num_experts, dtype=jnp.int32).at[8:].set(0)
+    load = load.at[jnp.arange(8, 15), jnp.arange(7)].set(2)
+    model = random_model(cfg)
+    nnx.update(model, move_biases(biases, load, jnp.float32(0.5)))
+    original = random_model(cfg)
+    routers = lambda m: [module.block.moe.router.bias_E[...] for module in m.mtp]
+    new = [*model.moe_layers.moe.router.bias_E[...], *routers(model)]
+    old = [*original.moe_layers.moe.router.bias_E[...], *routers(original)]
+    for i, (moved, before) in enumerate(zip(new, old, strict=True)):
+        expected = np.asarray(before) + 0.5 * np.sign(load[i].mean() - load[i])
+        np.testing.assert_allclose(moved, expected, rtol=1e-6, err_msg=f"router {i}")
+
+
+def test_the_optimiser_holds_no_bias():
+    _, state = state_of(RUN)
+    is_bias = lambda leaf: isinstance(leaf, RouterBias)
+    inside = lambda tree: sum(map(is_bias, jax.tree.leaves(tree, is_leaf=is_bias)))
+    assert inside(state.biases) == 2
+    assert inside(state.params) == inside(state.optimizer) == 0
+
+
+def test_a_fresh_state_is_the_model_of_the_seed_with_empty_moments(monkeypatch):
+    """Each weight here is filled with the number its random key begins with."""
+
+    def normal(self: Init, name: str, *shape: int) -> nnx.Param:
+        first = jax.random.key_data(self.at(name).key)[0].astype(self.dtype)
+        return nnx.Param(jnp.broadcast_to(first, shape))
+
+    monkeypatch.setattr(Init, "normal", normal)
+    model = tiny_model(num_layers=1, num_dense_layers=0, mtp_depth=0, num_shared_experts=0)
+    cfg = replace(RUN, model=model, train=replace(RUN.train, seed=7))
+    graphdef, state = init_state(cfg)
+    expected = DeepSeekV3(model, rngs=nnx.Rngs(jax.random.key(7)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.merge(graphdef, state.params, state.biases),
+        expected,
+    )
+    assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+    assert not any(np.any(x) for x in jax.tree.leaves(state.optimizer))
