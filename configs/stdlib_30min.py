@@ -15,6 +15,8 @@ def config() -> RunConfig:
     run = tiny_run()
     return replace(
         run,
-        train=replace(run.train, steps=3000),
-        output=replace(run.output, name="stdlib_30min", eval_every=250, save_every=500),
+        data=replace(run.data, length=512),
+        train=replace(run.train, steps=1400),
+        schedule=replace(run.schedule, learning_rate=5e-3, warmup_steps=60),
+        output=replace(run.output, name="stdlib_30min", eval_every=200, save_every=500),
     )

@@ -42,7 +42,7 @@ def fail(message: str, hint: str = "") -> NoReturn:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """Bad input inside this block ends the command with its one line: ValueError from our checks,
     OSError from the system.
     """
@@ -50,7 +50,7 @@ def user_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of our output left, as `head` does
         raise
-    except (ValueError, OSError) as error:
+    except kinds as error:
         fail(str(error))
 
 
@@ -98,7 +98,7 @@ def _one_line(boxed: str) -> str:
     rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
     rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     suggested = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
-    text = re.sub(r"^Error parsing run\.\w+: ", "", " ".join(rows[:rule]))
+    text = re.sub(r"^Error parsing (?!-)[\w.]*: ", "", " ".join(rows[:rule]))
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"
     return text or "the command line could not be read"

@@ -46,8 +46,10 @@ TINY = ModelConfig(
 # Active: beyond 16 positions, of which the tiny model allows 64.
 TINY_YARN = YarnConfig(factor=4.0, beta_fast=2.0, beta_slow=0.5, original_length=16)
 
-# Test programs run once on small arrays: code generation costs more than the code saves. Halves a whole model's gradient.
-compiled: Callable = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Test programs run a few times on small arrays: making fast code costs more than it saves. These
+# options nearly halve the compilation of a model's gradient. Not for use under another jit.
+FAST_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
+compiled: Callable = partial(jax.jit, compiler_options=FAST_COMPILATION)
 
 
 def tiny_model(**changes: Any) -> ModelConfig:

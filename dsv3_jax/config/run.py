@@ -158,7 +158,7 @@ class OutputConfig:
     """Steps between checkpoints; one is always made at the end"""
     sample_tokens: int = 200
     """Tokens of the sample written at the end; 0 for none"""
-    sample_prompt: str = "class Reader:\n    def read(self, size):\n        \"\"\""
+    sample_prompt: str = 'class Reader:\n    def read(self, size):\n        """'
     """What the sample continues"""
     sample_temperature: float = 0.5
     """0 takes the likeliest token each time"""

@@ -27,7 +27,6 @@ KEPT_BY_REPORT = (
     "attention_lse",
     "ffn_gate",
     "ffn_up",
-    "moe_down",
     "moe_layout",
 )
 

@@ -46,10 +46,10 @@ def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
     return (x * scale * gain_D.astype(x.dtype)[None, None]).astype(x_BTD.dtype)
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, computed at least in float32, in their dtype."""
+def swiglu(gate: jax.Array, up: jax.Array, factor: jax.Array | float = 1.0) -> jax.Array:
+    """silu(gate) * up * factor, computed at least in float32, in gate's dtype."""
     g, u = gate.astype(wide(gate.dtype)), up.astype(wide(up.dtype))
-    return (jax.nn.silu(g) * u).astype(gate.dtype)
+    return (jax.nn.silu(g) * u * factor).astype(gate.dtype)
 
 
 class FeedForward(nnx.Module):

@@ -1,10 +1,12 @@
-"""DeepSeekMoE on one device: shared and routed experts, no token ever dropped (report 2.1.2, Eq.
-12-14).
+"""DeepSeekMoE on one device: shared and routed experts, no token dropped (report 2.1.2, Eq. 12-14).
 
 Token copies are laid out per expert in blocks of equally many rows; each expert's last block may
 be part empty. The number of blocks has a static bound that holds for every routing, so nothing is
 dropped and nothing grows. The experts are then batched GEMMs over blocks. Dispatch and combine
-are gathers in both directions: a scatter would run on one core of XLA:CPU and be atomic on a GPU.
+are each other's transposes and gathers both: a scatter would run on one core of XLA:CPU and be
+atomic on a GPU. A copy's gate acts on its expert's hidden state, before the down-projection: the
+same sum, and neither the outputs of the experts are kept for the gates' gradient, nor need they
+stay apart on their way back.
 `dense_experts` is the obvious form that the blocks must equal.
 """
 
@@ -62,10 +64,11 @@ class MoE(nnx.Module):
         x_XD = dispatch(x_TD, layout)
         gate_XF = grouped_linear(x_XD, self.w_gate_EDF[...], layout.expert_x)
         up_XF = grouped_linear(x_XD, self.w_up_EDF[...], layout.expert_x)
-        h_XF = swiglu(checkpoint_name(gate_XF, "ffn_gate"), checkpoint_name(up_XF, "ffn_up"))
+        gate_XF = checkpoint_name(gate_XF, "ffn_gate")
+        up_XF = checkpoint_name(up_XF, "ffn_up")
+        h_XF = swiglu(gate_XF, up_XF, gates_of_copies(gates_TK, layout)[:, None])
         y_XD = grouped_linear(h_XF, self.w_down_EFD[...], layout.expert_x)
-        y_XD = checkpoint_name(y_XD, "moe_down")
-        return combine(y_XD, gates_TK, layout).reshape(x_BTD.shape)
+        return combine(y_XD, layout).reshape(x_BTD.shape)
 
     def dense_experts(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """`routed` the slow way: every expert computes every token."""
@@ -123,49 +126,43 @@ def _running_count(onehot_XE: jax.Array, chunk: int = 128) -> jax.Array:
     return (within + before[:, None]).reshape(-1, num_experts)[:size]
 
 
+def _rows_of_copies(x_TD: jax.Array, layout: Layout) -> jax.Array:
+    token_X = layout.copy_X // layout.slot_TK.shape[1]
+    return x_TD.at[token_X].get(mode="fill", fill_value=0)
+
+
+def _sum_of_copies(y_XD: jax.Array, layout: Layout) -> jax.Array:
+    y_TKD = y_XD[layout.slot_TK].astype(wide(y_XD.dtype))
+    return y_TKD.sum(1).astype(y_XD.dtype)
+
+
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, layout: Layout) -> jax.Array:
     """Rows of the blocks: each copy's token, zeros in empty slots. x [T, D] -> [X, D]."""
-    return _dispatch_fwd(x_TD, layout)[0]
-
-
-def _dispatch_fwd(x_TD, layout):
-    token_X = layout.copy_X // layout.slot_TK.shape[1]
-    return x_TD.at[token_X].get(mode="fill", fill_value=0), layout
-
-
-def _dispatch_bwd(layout, dx_XD):
-    dx_TKD = dx_XD[layout.slot_TK].astype(wide(dx_XD.dtype))
-    return dx_TKD.sum(1).astype(dx_XD.dtype), None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+    return _rows_of_copies(x_TD, layout)
 
 
 @jax.custom_vjp
-def combine(y_XD: jax.Array, gates_TK: jax.Array, layout: Layout) -> jax.Array:
-    """Gated sum of each token's copies, at least float32 inside.
-
-    y [X, D] -> [T, D] in y's dtype.
-    """
-    return _combine_fwd(y_XD, gates_TK, layout)[0]
+def combine(y_XD: jax.Array, layout: Layout) -> jax.Array:
+    """Sum of each token's copies, at least float32 inside: dispatch transposed. -> [T, D]."""
+    return _sum_of_copies(y_XD, layout)
 
 
-def _combine_fwd(y_XD, gates_TK, layout):
-    high = wide(y_XD.dtype)
-    y_TD = jnp.einsum("tkd,tk->td", y_XD[layout.slot_TK].astype(high), gates_TK.astype(high))
-    return y_TD.astype(y_XD.dtype), (y_XD, gates_TK, layout)
+@jax.custom_vjp
+def gates_of_copies(gates_TK: jax.Array, layout: Layout) -> jax.Array:
+    """The gate of every slot's copy [X], 0 in empty slots."""
+    return gates_TK.reshape(-1).at[layout.copy_X].get(mode="fill", fill_value=0)
 
 
-def _combine_bwd(residuals, dy_TD):
-    y_XD, gates_TK, layout = residuals
-    high = wide(y_XD.dtype)
-    gate_X = gates_TK.reshape(-1).at[layout.copy_X].get(mode="fill", fill_value=0)
-    token_X = layout.copy_X // gates_TK.shape[1]
-    dy_XD = dy_TD.at[token_X].get(mode="fill", fill_value=0).astype(high) * gate_X[:, None]
-    y_TKD = y_XD[layout.slot_TK].astype(high)
-    dgates_TK = jnp.einsum("tkd,td->tk", y_TKD, dy_TD.astype(high))
-    return dy_XD.astype(y_XD.dtype), dgates_TK.astype(gates_TK.dtype), None
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)
+dispatch.defvjp(
+    lambda x_TD, layout: (_rows_of_copies(x_TD, layout), layout),
+    lambda layout, dx_XD: (_sum_of_copies(dx_XD, layout), None),
+)
+combine.defvjp(
+    lambda y_XD, layout: (_sum_of_copies(y_XD, layout), layout),
+    lambda layout, dy_TD: (_rows_of_copies(dy_TD, layout), None),
+)
+gates_of_copies.defvjp(
+    lambda gates_TK, layout: (gates_of_copies(gates_TK, layout), layout),
+    lambda layout, dgate_X: (dgate_X[layout.slot_TK], None),
+)

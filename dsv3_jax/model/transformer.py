@@ -78,7 +78,9 @@ class DeepSeekV3(nnx.Module):
         layer = rematerialised(lambda x, block: block(x, rope, valid_BT), remat)
         if self.dense_layers is not None:
             x_BTD, _ = lax.scan(layer, x_BTD, self.dense_layers)
-        stats = RouterStats(jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope.dtype))
+        stats = RouterStats(
+            jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope.dtype)
+        )
         if self.moe_layers is not None:
             x_BTD, stats = lax.scan(layer, x_BTD, self.moe_layers)
         return rms_norm(x_BTD, self.norm_D[...], self.cfg.rms_eps), stats

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
+import chex
 import jax.numpy as jnp
 from flax import nnx
+from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.names import from_layers, to_layers
 from dsv3_jax.config import RunConfig
-from dsv3_jax.train.optimizer import AdamState
 from dsv3_jax.train.step import TrainState
 
 
@@ -31,18 +31,17 @@ def save(
 ) -> Path:
     """Writes one checkpoint. `data` identifies tokenizer and documents."""
     dense = cfg.model.num_dense_layers
-    adam = _adam(state)
     arrays = {
         "params": to_layers(state.params, dense),
         "router_bias": to_layers(state.biases, dense),
-        "mu": to_layers(adam.mu, dense),
-        "nu": to_layers(adam.nu, dense),
+        "mu": to_layers(tree_get(state.optimizer, "mu"), dense),
+        "nu": to_layers(tree_get(state.optimizer, "nu"), dense),
     }
     meta = {
         "config": json.loads(cfg.to_json()),
         "step": position.step,
         "consumed_rows": position.consumed_rows,
-        "updates": int(adam.count),
+        "updates": int(tree_get(state.optimizer, "count")),
         "data": data,
     }
     return store.save(folder, position.step, arrays, meta)
@@ -57,29 +56,16 @@ def restore(
     def part(group: str, like: nnx.State) -> nnx.State:
         return from_layers(like, checkpoint.arrays[group], dense)
 
-    adam = _adam(state)
-    moments = AdamState(
-        jnp.asarray(checkpoint.meta["updates"], jnp.int32),
-        part("mu", adam.mu),
-        part("nu", adam.nu),
-    )
-    optimizer = jax.tree.map(
-        lambda node: moments if isinstance(node, AdamState) else node,
+    optimizer = tree_set(
         state.optimizer,
-        is_leaf=lambda node: isinstance(node, AdamState),
+        count=jnp.asarray(checkpoint.meta["updates"], jnp.int32),
+        mu=part("mu", tree_get(state.optimizer, "mu")),
+        nu=part("nu", tree_get(state.optimizer, "nu")),
     )
     restored = TrainState(
         part("params", state.params), part("router_bias", state.biases), optimizer
     )
     position = Position(checkpoint.meta["step"], checkpoint.meta["consumed_rows"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     return restored, position
 
-
-def _adam(state: TrainState) -> AdamState:
-    found = [
-        node
-        for node in jax.tree.leaves(state.optimizer, is_leaf=lambda n: isinstance(n, AdamState))
-        if isinstance(node, AdamState)
-    ]
-    assert len(found) == 1, f"{len(found)} Adam states in the optimiser"
-    return found[0]

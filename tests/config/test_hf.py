@@ -122,7 +122,9 @@ def test_without_rope_scaling_yarn_stays_off_at_any_length(scaling: dict | None)
 
 
 def test_entries_that_files_may_leave_out_have_the_format_s_defaults():
-    names = "num_nextn_predict_layers tie_word_embeddings bos_token_id eos_token_id num_key_value_heads"
+    names = (
+        "num_nextn_predict_layers tie_word_embeddings bos_token_id eos_token_id num_key_value_heads"
+    )
     cfg = ModelConfig.from_hf(without(*names.split()))
     assert cfg == replace(ModelConfig.from_hf(RELEASED), mtp_depth=0)
 

@@ -43,7 +43,10 @@ from tests.shapes import TINY_YARN, tiny_model
         ),
         (lambda: TrainConfig(seed=2**32), "train.seed is 4294967296; allowed: 0 to 2^32 - 1"),
         (lambda: OptimizerConfig(b2=1.0), "optimizer.b2 is 1.0; allowed: 0 to below 1"),
-        (lambda: OptimizerConfig(clip_norm=0.0), "optimizer.clip_norm is 0.0; allowed: positive numbers"),
+        (
+            lambda: OptimizerConfig(clip_norm=0.0),
+            "optimizer.clip_norm is 0.0; allowed: positive numbers",
+        ),
         (
             lambda: OptimizerConfig(weight_decay=-1.0),
             "optimizer.weight_decay is -1.0; allowed: 0 or more",

@@ -27,7 +27,7 @@ def value_and_gradients(function, *args) -> tuple:
         o, pull = jax.vjp(lambda q, k, v: function(q, k, v, SCALE), q, k, v)
         return o, pull(do)
 
-    return compiled(run)(*args)
+    return compiled(run)(*args)  # a new function each time: chunk sizes are no part of jit's key
 
 
 def value_and_square(function):
@@ -45,14 +45,14 @@ def test_plain_equals_a_loop_over_queries(x64):
     assert_close(plain_attention(q, k, v, SCALE), expected, FLOAT64)
 
 
-@pytest.mark.parametrize(
-    ("length", "chunks"), [(1, 1), (4, 1), (5, 2), (11, 3), (12, 3), (25, 3)]
-)
+@pytest.mark.parametrize(("length", "chunks"), [(1, 1), (4, 1), (5, 2), (25, 3)])
 def test_chunked_equals_plain(x64, strict_dtypes, monkeypatch, length: int, chunks: int):
     monkeypatch.setattr(source, "MIN_CHUNK", 4)
     monkeypatch.setattr(source, "MAX_CHUNKS", 3)
     args = inputs(length)
-    dots = [e for e in equations(value_and_square(attention), *args[:3]) if "dot" in e.primitive.name]
+    dots = [
+        e for e in equations(value_and_square(attention), *args[:3]) if "dot" in e.primitive.name
+    ]
     # Two products forward; backward the scores again, dP, dq, dk, dv; and one for delta.
     assert len(dots) == 7 * chunks + 1
     actual = value_and_gradients(attention, *args)

@@ -80,16 +80,18 @@ def mla_by_loop(mla: MLA, x_TD: np.ndarray) -> np.ndarray:
 
 
 @variants
-def test_naive_equals_a_loop_over_heads_and_queries(x64, strict_dtypes, cfg: ModelConfig):
+def test_both_forms_equal_a_loop_over_heads_and_queries(x64, strict_dtypes, cfg: ModelConfig):
     mla, x, rope = make(cfg)
     assert cfg.yarn_active == (cfg.yarn is TINY_YARN)
     expected = np.stack([mla_by_loop(mla, row) for row in np.asarray(x)])
-    assert_close(compiled(lambda x: mla(x, rope))(x), expected, FLOAT64)
+    forms = compiled(lambda x: (mla(x, rope), absorbed(mla, x, rope)))(x)
+    assert_close(forms, (expected, expected), FLOAT64)
 
 
-@variants
-def test_absorbed_equals_naive(x64, strict_dtypes, cfg: ModelConfig):
-    """Values, and gradients of inputs and of every weight."""
+@pytest.mark.parametrize("name", ["query latent", "direct query, YaRN"])
+def test_absorbed_equals_naive_in_value_and_in_every_gradient(x64, strict_dtypes, name: str):
+    """Of the inputs and of every weight."""
+    cfg = VARIANTS[name]
     mla, x, rope = make(cfg)
     do = normal(8, B, T, cfg.d_model)
 

@@ -56,7 +56,9 @@ def test_cos_and_sin_carry_the_ratio_of_the_mscales(x64):
     np.testing.assert_allclose(equal[0] ** 2 + equal[1] ** 2, np.ones((3, 32)), rtol=1e-14)
     uneven = replace(EXTENDED, yarn=YarnConfig(mscale=2.0, mscale_all_dim=0.5))
     ratio = (0.2 * np.log(40) + 1) / (0.05 * np.log(40) + 1)
-    np.testing.assert_allclose(rope_table(uneven, positions, jnp.float64), equal * ratio, rtol=1e-14)
+    np.testing.assert_allclose(
+        rope_table(uneven, positions, jnp.float64), equal * ratio, rtol=1e-14
+    )
 
 
 @pytest.mark.parametrize("cfg", [PLAIN, EXTENDED], ids=["plain", "yarn"])
@@ -81,7 +83,9 @@ def test_rotation_keeps_the_norm_of_every_pair(x64):
 def test_scores_depend_on_relative_position_only(x64):
     """One query and one key at positions 905 and 900, 5 and 0, 906 and 900."""
     q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, 64), (1, 3, 1, 64)) for seed in (0, 1))
-    tables = (rope_table(EXTENDED, jnp.asarray(at), q.dtype) for at in ([905, 5, 906], [900, 0, 900]))
+    tables = (
+        rope_table(EXTENDED, jnp.asarray(at), q.dtype) for at in ([905, 5, 906], [900, 0, 900])
+    )
     turned = [rotate(x, table) for x, table in zip((q, k), tables, strict=True)]
     far, near, other = np.asarray(turned[0] * turned[1]).sum((0, 2, 3))
     np.testing.assert_allclose(far, near, rtol=1e-10)

@@ -57,9 +57,7 @@ def _grouped_case():
 
 
 @pytest.mark.parametrize("case", [_linear_case, _grouped_case])
-def test_gradients_of_wider_weights_are_never_rounded_to_the_activations_dtype(
-    strict_dtypes, case
-):
+def test_gradients_of_wider_weights_are_never_rounded_to_the_activations_dtype(strict_dtypes, case):
     """float32 masters under bfloat16 activations: dw is the float32 sum of bfloat16 products."""
     function, x, w, dy = case()
     x, w, dy = x.astype(jnp.bfloat16), w.astype(jnp.float32), dy.astype(jnp.bfloat16)
@@ -88,7 +86,12 @@ def test_dot_contracts_and_batches_as_einsum(x64):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")],
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ],
 )
 def test_accumulation_is_at_least_float32(x64, dtype: str, expected: str):
     a = jnp.ones((2, 2), dtype)

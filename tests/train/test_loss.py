@@ -1,5 +1,7 @@
 """The loss against loops over tokens and depths (report Eq. 17, 21-25), in float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,9 @@ from tests.tolerances import FLOAT64, assert_close
 
 B, T = 2, 7
 TRAIN = TrainConfig(dtype="float64", balance_weight=1e-4)
-CFG = tiny_model(num_layers=2, mtp_depth=2)
+CFG = tiny_model(num_layers=1, num_dense_layers=1, mtp_depth=2)
+
+run_block = compiled(lambda block, *args: block(*args)[0])
 
 
 def batch_of(sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,9 +51,9 @@ def mtp_loss_by_equations(model: DeepSeekV3, t: np.ndarray, h: np.ndarray) -> fl
             )
             for i in range(count)
         ]
-        x = jnp.asarray(joined)[None] @ module.w_proj_DD_D[...]
-        rope, valid = rope_table(CFG, jnp.arange(count), x.dtype), jnp.ones((1, count), bool)
-        y = np.asarray(compiled(module.block)(x, rope, valid)[0][0])
+        x = np.array(joined) @ np.asarray(module.w_proj_DD_D[...])
+        rope = rope_table(CFG, jnp.arange(count), x.dtype)
+        y = np.asarray(run_block(module.block, x[None], rope, np.ones((1, count), bool))[0])
         h = np.stack([norm(y[i], module.norm_D) for i in range(count)])
         total += sum(nll(h[i] @ head, t[i + k + 1]) for i in range(count)) / (len(t) - 1)
     return total / depths
@@ -58,11 +62,12 @@ def mtp_loss_by_equations(model: DeepSeekV3, t: np.ndarray, h: np.ndarray) -> fl
 @pytest.mark.parametrize("depth", [1, 2])
 def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
     """Normalised by T for every depth, although depth k has T - k terms."""
-    model = random_model(tiny_model(num_layers=2, mtp_depth=depth), jnp.float64)
+    model = random_model(replace(CFG, mtp_depth=depth), jnp.float64)
     sequence = np.asarray(random_tokens(CFG, B, T + 1))
     batch = batch_of(jnp.asarray(sequence))
-    total, parts = compiled(lambda m: loss(m, batch, B * T, 0.3, TRAIN))(model)
-    hidden = np.asarray(compiled(lambda m: m.hidden(batch[0])[0])(model))
+    run = lambda m: (*loss(m, batch, B * T, 0.3, TRAIN), m.hidden(batch[0])[0])
+    total, parts, hidden = compiled(run)(model)
+    hidden = np.asarray(hidden)
     head = np.asarray(model.head_DV[...])
     main = [nll(hidden[b, t] @ head, sequence[b, t + 1]) for b, t in np.ndindex(B, T)]
     mtp = [mtp_loss_by_equations(model, sequence[b], hidden[b]) for b in range(B)]
@@ -74,29 +79,31 @@ def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
 def test_labels_of_minus_one_count_neither_in_the_loss_nor_in_the_load(x64):
     """Depth k leaves out a position if its own label or the one k further does not count."""
     model, sequence = random_model(CFG, jnp.float64), random_tokens(CFG, B, T + 1)
-    tokens, labels = batch_of(sequence)
-    labels = labels.at[0, 4:].set(-1).at[1, 2].set(-1)
-    _, parts = compiled(lambda m: loss(m, (tokens, labels), 10, 0.3, TRAIN))(model)
+    tokens, labels = batch_of(np.array(sequence))
+    labels[0, 4:] = labels[1, 2] = -1
 
-    def summed(model):
+    @compiled
+    def run(model):
+        _, parts = loss(model, (tokens, jnp.asarray(labels)), 10, 0.3, TRAIN)
         h, _ = model.hidden(tokens)
         states = [h, *(h_k for h_k, _ in model.mtp_hidden(h, tokens))]
-        return jnp.stack([jax.nn.log_softmax(model.logits(h)) for h in states])
+        return parts, jnp.stack([jax.nn.log_softmax(model.logits(h)) for h in states])
 
-    log_p = np.asarray(compiled(summed)(model))
-    labels, nlls, counts = np.asarray(labels), np.zeros(3), np.zeros(3, int)
+    parts, log_p = run(model)
+    nlls, counts = np.zeros(3), np.zeros(3, int)
     for k, b, i in np.ndindex(3, B, T):
         if i + k < T and labels[b, i] >= 0 and labels[b, i + k] >= 0:
             nlls[k] -= log_p[k, b, i, labels[b, i + k]]
             counts[k] += 1
     assert_close(parts.main, nlls[0] / 10, FLOAT64)
     assert_close(parts.mtp, (nlls[1] + nlls[2]) / 2 / 10, FLOAT64)
-    np.testing.assert_array_equal(parts.load_LE.sum(-1), counts * CFG.experts_per_token)
+    np.testing.assert_array_equal(parts.load_LE.sum(-1), counts[1:] * CFG.experts_per_token)
 
 
 def test_balance_loss_is_alpha_per_layer_at_uniform_load(x64):
-    """Routers without weights score all experts alike: one MoE layer and two MTP modules."""
-    model, batch = random_model(CFG, jnp.float64), batch_of(random_tokens(CFG, B, T + 1))
+    """Routers without weights score all experts alike: two MoE layers and one MTP module."""
+    cfg = tiny_model(num_layers=2, num_dense_layers=0)
+    model, batch = random_model(cfg, jnp.float64), batch_of(random_tokens(cfg, B, T + 1))
     routers = [model.moe_layers.moe.router, *(module.block.moe.router for module in model.mtp)]
     for router in routers:
         router.w_DE = router.w_DE.replace(jnp.zeros_like(router.w_DE[...]))

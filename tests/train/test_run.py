@@ -1,5 +1,6 @@
 """A run from start to end: exact resume, clean stops, folders of its own, refusals."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config.run import RunConfig, from_dict
 from tests.runs import (
     SmallRun,
@@ -232,6 +234,37 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.num_heads is 4, was 2" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CheckpointError("cannot write checkpoint of step 4: No space left"), "cannot write"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
+    small: SmallRun,
+    finished: Path,
+    copy: Path,
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    store.delete(copy / "checkpoints", 6)
+
+    def full(*args: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(store, "save", full)
+        small.train("--resume", copy)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert store.steps(copy / "checkpoints") == [4]
 
 
 # --- as a user starts it ---

@@ -1,0 +1,192 @@
+"""What the commands share: one plain line for every mistake, also on a terminal, and quiet ends."""
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.cli import fail, parse, user_errors
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Cake:
+    """Sizes of a cake."""
+
+    layers: int = 3
+    """Layers of the cake"""
+    label: str = ""
+    """Written on it"""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"cake.layers is {self.layers}; allowed: at least 1")
+        if " " in self.label:
+            raise ValueError(f"cake.label is {self.label!r}; allowed: no spaces")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One section, as the commands have."""
+
+    cake: Cake = field(default_factory=Cake)
+    urgent: bool = False
+    """Today"""
+
+
+def order(*args: str) -> Order:
+    return parse(Order, Order(), prog="python -m bakery", description="Bakes.", args=args)
+
+
+class Terminal(io.StringIO):
+    """A screen that understands colours, and some character set."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_flags_change_the_defaults():
+    assert order("--cake.layers", "5", "--urgent") == Order(Cake(5), urgent=True)
+
+
+LONG = "x" * 150
+MISTAKES = [
+    (["--cake.layers", "0"], "error: cake.layers is 0; allowed: at least 1"),
+    (["--cake.layers", LONG], f"int() with base 10: '{LONG}'"),
+    (["--cake.label", f"{LONG} {LONG}"], f"error: cake.label is '{LONG} {LONG}'; allowed: no"),
+    (
+        ["--cake.layer", "2"],
+        "Unrecognized options: --cake.layer, 2; perhaps you meant --cake.layer",
+    ),
+    (["--nothing-like-it"], "error: Unrecognized options: --nothing-like-it (python"),
+    (["--cake.layers"], "Missing value for argument '--cake.layers'"),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("columns", ["20", "200"])
+@pytest.mark.parametrize(("args", "said"), MISTAKES)
+def test_a_mistake_is_told_in_one_plain_line_whatever_the_terminal(
+    args: list[str],
+    said: str,
+    columns: str,
+    encoding: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", Terminal(encoding))
+    with pytest.raises(SystemExit) as stop:
+        order(*args)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(" (python -m bakery --help lists all options)")
+    assert said in line
+    assert not set("\x1b│╭─╰") & set(line)
+    assert sys.stdout.getvalue() == ""
+    assert os.environ["COLUMNS"] == columns
+
+
+def test_help_goes_to_stdout_once_in_the_terminals_own_style(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", Terminal("utf-8"))
+    with pytest.raises(SystemExit) as stop:
+        order("--help")
+    assert stop.value.code == 0
+    shown = sys.stdout.getvalue()
+    assert shown.count("Bakes.") == 1
+    assert "Layers" in shown
+    assert "\x1b[" in shown
+    assert capsys.readouterr().err == ""
+
+
+def test_fail_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        fail("two\nlines  and  \t gaps", hint="try again")
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: two lines and gaps (try again)\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("of ours"), OSError(2, "No such file", "a.txt")])
+def test_user_errors_end_with_their_line(error: Exception, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("error", [KeyError("ours"), BrokenPipeError(), KeyboardInterrupt()])
+def test_what_no_user_did_wrong_passes(error: BaseException):
+    with pytest.raises(type(error)), user_errors():
+        raise error
+
+
+def test_user_errors_can_be_narrowed():
+    with pytest.raises(ValueError, match="a fault of ours"), user_errors((OSError,)):
+        raise ValueError("a fault of ours")
+    with pytest.raises(SystemExit), user_errors((OSError,)):
+        raise OSError("disk full")
+
+
+def start(main: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    """A process that runs this main."""
+    code = f"from dsv3_jax.cli import run\ndef main(args):\n    {main}\nrun(main)"
+    command = [sys.executable, "-W", "error", "-c", code, "some", "args"]
+    return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("main", "code"),
+    [
+        ("return None", 0),
+        ("return 143", 143),
+        ("return len(args)", 2),
+        ("raise SystemExit(7)", 7),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_the_exit_code_is_what_main_returns_and_130_for_an_interrupt(main: str, code: int):
+    ended = start(main)
+    assert (ended.returncode, ended.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        "print('short')",  # meets the closed pipe only when the buffer is emptied
+        "print('long' * 100_000)",
+        "print('short'); raise SystemExit(0)",
+    ],
+)
+def test_a_reader_that_leaves_early_is_no_reason_for_a_word(main: str):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = start(main, stdout=writer)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_other_errors_keep_their_traceback():
+    ended = start("raise KeyError('a fault of ours')")
+    assert ended.returncode == 1
+    assert "KeyError: 'a fault of ours'" in ended.stderr

@@ -1,0 +1,85 @@
+"""A run's state through a checkpoint: every bit, and where the run stood."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.checkpoint import store
+from dsv3_jax.config import DataConfig, RunConfig
+from dsv3_jax.model.router import RouterBias
+from dsv3_jax.train.optimizer import AdamState, adamw
+from dsv3_jax.train.snapshot import Position, restore, save
+from dsv3_jax.train.step import TrainState
+from tests.runs import with_model
+from tests.shapes import TINY, random_model
+
+CFG = RunConfig(model=TINY, data=DataConfig(length=16))
+POSITION = Position(step=7, consumed_rows=21)
+DATA = {"content": "c0ffee", "tokenizer": "7ea"}
+
+
+def state_of(cfg: RunConfig, seed: int) -> TrainState:
+    """A state in which no two leaves are alike: bfloat16 moments of other random models."""
+    graph = nnx.split(random_model(cfg.model, seed=seed), nnx.Param, RouterBias)
+    dtype = jnp.dtype(cfg.optimizer.moment_dtype)
+    moments = [
+        nnx.split(random_model(cfg.model, dtype, seed=seed + i), nnx.Param, RouterBias)[1]
+        for i in (1, 2)
+    ]
+    adam = AdamState(jnp.int32(seed + 3), *moments)
+    optimizer = jax.tree.map(
+        lambda node: adam if isinstance(node, AdamState) else node,
+        adamw(cfg.optimizer).init(graph[1]),
+        is_leaf=lambda node: isinstance(node, AdamState),
+    )
+    return TrainState(graph[1], graph[2], optimizer)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "float32"])
+def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments: str):
+    cfg = replace(CFG, optimizer=replace(CFG.optimizer, moment_dtype=moments))
+    state = state_of(cfg, seed=40)
+    save(tmp_path, cfg, state, POSITION, DATA)
+    restored, position = restore(store.load(tmp_path), cfg, state_of(cfg, seed=0))
+    assert position == POSITION
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert new.dtype == old.dtype
+        assert np.array_equal(new, old)
+
+
+def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_path: Path):
+    save(tmp_path, CFG, state_of(CFG, seed=0), POSITION, DATA)
+    checkpoint = store.load(tmp_path)
+    assert checkpoint.step == 7
+    assert checkpoint.meta["step"] == 7
+    assert checkpoint.meta["consumed_rows"] == 21
+    assert checkpoint.meta["updates"] == 3
+    assert checkpoint.meta["data"] == DATA
+    assert checkpoint.meta["config"]["model"]["d_model"] == TINY.d_model
+    arrays = checkpoint.arrays
+    assert arrays["params"].keys() == arrays["mu"].keys() == arrays["nu"].keys()
+    assert {array.dtype for array in arrays["params"].values()} == {np.dtype(np.float32)}
+    assert {array.dtype for array in arrays["mu"].values()} == {np.dtype(jnp.bfloat16)}
+    assert arrays["router_bias"].keys() == {
+        "layers.1.moe.router.bias_E",
+        "layers.2.moe.router.bias_E",
+        "mtp.0.block.moe.router.bias_E",
+    }
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
+    save(tmp_path, CFG, state_of(CFG, seed=0), POSITION, DATA)
+    for changes, said in (
+        ({"num_layers": 4}, "lacks tensors of this model"),
+        ({"mtp_depth": 0}, "holds tensors that this model has not.*mtp.0"),
+        ({"vocab_size": 65}, r"embed_VD has shape \(64, 32\)"),
+    ):
+        other = with_model(CFG, **changes)
+        with pytest.raises(ValueError, match=said):
+            restore(store.load(tmp_path), other, state_of(other, seed=0))
