@@ -3,7 +3,8 @@
     python -m dsv3_jax.train --config configs/dsv3_671b.py --print-config
 
 Hardware: the report's job is 2048 H800 for 54 days; on one device it does not fit. The batch is
-the report's after its ramp, 15360 rows.
+the report's after its ramp, 15360 rows;
+the bias speed (0 for the last 500B tokens) and the MTP weight (0.1 after 10T) do not change yet.
 """
 
 from dsv3_jax.config import DataConfig, OutputConfig, Phase, RunConfig, ScheduleConfig, TrainConfig

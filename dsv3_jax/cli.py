@@ -1,6 +1,4 @@
-"""What all commands share: options from dataclasses, one line and exit code 2 for every mistake
-of the user's.
-"""
+"""Shared by all commands: options from dataclasses; one line and exit 2 for bad input."""
 
 import contextlib
 import io

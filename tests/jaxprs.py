@@ -1,4 +1,4 @@
-"""What a traced program computes, without running it: every intermediate array's shape and dtype."""
+"""What a traced program computes, without running it: each intermediate's shape and dtype."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 
 
 def equations(function: Callable, *args: Any) -> Iterator[Any]:
-    """Every equation of the traced function, those of inner programs (scan, jit, checkpoint) included."""
+    """Every equation of the traced function and of its inner programs (scan, jit, checkpoint)."""
     yield from _walk(jax.make_jaxpr(function)(*args).jaxpr)
 
 

@@ -1,7 +1,8 @@
-"""One tiny model for all tests: its sizes, random weights for it without a compilation, and a jit that compiles fast.
+"""One tiny model for all tests: its sizes, random weights without a compilation, and a quick jit.
 
-Every size is small, and sizes that could be mistaken for one another differ. `DeepSeekV3(cfg, rngs=...)` compiles some
-forty random draws, many seconds of work; here the structure comes from `jax.eval_shape` and the numbers from NumPy.
+Every size is small, and sizes that could be mistaken for one another differ. To build a model,
+`DeepSeekV3(cfg, rngs=...)` compiles some forty random draws, many seconds of work; here the
+structure comes from `jax.eval_shape` and the numbers from NumPy.
 """
 
 import zlib
@@ -65,16 +66,19 @@ def random_model(cfg: ModelConfig, dtype: Any = jnp.float32, seed: int = 0) -> D
 def random_part(
     build: Callable[..., Module], cfg: ModelConfig, dtype: Any = jnp.float32, **kwargs: Any
 ) -> Module:
-    """`build(cfg, init=..., **kwargs)` (MLA, MoE, Block, MTP) with random weights, gains and biases."""
-    make = lambda: build(cfg, init=Init(jax.random.key(0), cfg.init_std, dtype), **kwargs)
+    """`build(cfg, init=..., **kwargs)` (MLA, MoE, Block) with random weights, gains and biases."""
+
+    def make() -> Module:
+        return build(cfg, init=Init(jax.random.key(0), cfg.init_std, jnp.dtype(dtype)), **kwargs)
+
     return random_module(make, cfg.init_std)
 
 
 def random_module(build: Callable[[], Module], std: float = 0.2, seed: int = 0) -> Module:
-    """What `build` returns, with NumPy's numbers: weights N(0, std^2), gains about 1, router biases about 0.
+    """What `build` returns, with NumPy's numbers: weights N(0, std^2), gains near 1, biases near 0.
 
-    Gains that are not 1 and biases that are not 0 show whether they are used, and where. A tensor's numbers depend on
-    its path and the seed alone, so models of different dtypes and depths share them.
+    Gains that are not 1 and biases that are not 0 show whether they are used, and where. A
+    tensor's numbers depend on its path and the seed alone: models of different dtypes share them.
     """
 
     def variable(path: tuple, abstract: nnx.Variable) -> nnx.Variable:

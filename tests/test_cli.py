@@ -150,7 +150,10 @@ def start(main: str, **kwargs) -> subprocess.CompletedProcess[str]:
     """A process that runs this main."""
     code = f"from dsv3_jax.cli import run\ndef main(args):\n    {main}\nrun(main)"
     command = [sys.executable, "-W", "error", "-c", code, "some", "args"]
-    return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **kwargs)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        command, cwd=ROOT, env=buffered, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Model state <-> flat dict of arrays by layer name, so that any stacking or stage split restores
-any other.
+"""Model state <-> arrays by layer name, so that any stacking or stage split restores any other.
 
 `layers.5.mla.w_o_HU_D` is that tensor of layer 5, counted from the first layer of the model,
 whether it sits in a stack of dense or of MoE layers; `mtp.0.…` belongs to the first MTP module.

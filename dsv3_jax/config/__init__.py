@@ -1,6 +1,4 @@
-"""Configuration: frozen dataclasses, presets, Hugging Face `config.json`, and files that users
-write. Imports no JAX.
-"""
+"""Configuration: dataclasses, presets, Hugging Face `config.json`, users' files. No JAX."""
 
 from dsv3_jax.config.model import ModelConfig, ParamCount, YarnConfig
 from dsv3_jax.config.run import (

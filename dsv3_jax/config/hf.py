@@ -1,6 +1,4 @@
-"""Hugging Face `config.json` in and out: one table of names, and the values we insist on (report
-2; released configuration).
-"""
+"""Hugging Face `config.json` in and out: a table of names, and the values we insist on."""
 
 from typing import Any
 
@@ -46,6 +44,10 @@ REQUIRED_VALUES = {
     "rope_interleave": (True,),
     "pretraining_tp": (1,),
 }
+ROPE_FIELDS = frozenset(
+    "type rope_type rope_theta factor beta_fast beta_slow mscale mscale_all_dim "
+    "original_max_position_embeddings".split()
+)
 # No effect on the function computed, or redundant with a field above.
 INERT = frozenset(
     "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size "
@@ -57,9 +59,7 @@ INERT = frozenset(
 
 
 def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of a parsed `config.json`; ValueError for missing, unknown or unsupported
-    entries.
-    """
+    """ModelConfig of a parsed `config.json`; ValueError for what cannot be honoured."""
     missing = sorted(set(FIELDS) - set(hf))
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -85,9 +85,7 @@ def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """Reads `rope_scaling` beside `rope_theta`, and transformers 5's `rope_parameters`, which
-    holds both.
-    """
+    """From `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` for both."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -95,6 +93,11 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         return {"rope_theta": theta, "yarn": YarnConfig(factor=1.0)}
     if kind != "yarn":
         raise ValueError(f"config.json: rope scaling type is {kind!r}; supported: 'yarn' or none")
+    if "factor" not in rope:
+        raise ValueError("config.json: rope_scaling lacks factor")
+    unknown = sorted(set(rope) - ROPE_FIELDS)
+    if unknown:
+        raise ValueError(f"config.json: rope scaling has unsupported {', '.join(unknown)}")
     defaults = YarnConfig()
     yarn = YarnConfig(
         factor=rope["factor"],

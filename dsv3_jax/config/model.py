@@ -1,15 +1,17 @@
-"""The architecture as data: every size of a DeepSeek-V3 model with its letter (report section 2,
-Table of 4.2).
+"""The architecture as data: every size of a DeepSeek-V3 model with its letter (report 2, 4.2).
 
 The letters are the legend of all array names in the project. `B` rows, `T` query tokens, `S` key
-tokens, `X` token copies after dispatch and `M` micro-batches belong to a run; the others stand
-beside their field below. Flattened dimensions are parted by underscores, and letters joined
-inside one dimension add up: `w_uq_Q_HNR` is [Q, H * (N + R)].
+tokens, `J` copies of tokens (K of each), `X` slots of copies after dispatch and `M` parts of a
+batch belong to a run; the others stand beside their field below. A lower-case letter counts the
+same dimension in blocks. Where dimensions are fused, an underscore begins the next one:
+`w_uq_Q_HNR` is [Q, H (N + R)], H heads of N + R columns.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from dsv3_jax.config.fields import check_types
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class YarnConfig:
     beta_fast: float = 32.0
     """Dimensions that turn more often than this over the original length keep their frequency"""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this over the original length are slowed by the factor
-    """
+    """Dimensions that turn less often than this are slowed by the factor"""
     mscale: float = 1.0
     """Coefficient of 0.1 ln s in the numerator of the cos/sin multiplier"""
     mscale_all_dim: float = 1.0
@@ -34,6 +35,7 @@ class YarnConfig:
     """Length the model was pre-trained with, in tokens"""
 
     def __post_init__(self) -> None:
+        check_types("model.yarn", self)
         if not self.factor >= 1:
             raise ValueError(f"model.yarn.factor is {self.factor}; allowed: at least 1")
         if not 0 < self.beta_slow <= self.beta_fast:
@@ -105,13 +107,9 @@ class ModelConfig:
     gate_scale: float = 2.5
     """Factor on the normalised gates (routed_scaling_factor)"""
     masked_score: Literal["-inf", "0"] = "-inf"
-    """Score of experts in dropped groups; transformers uses 0, which differs only if a kept score
-    is negative
-    """
+    """Score of experts in dropped groups; transformers uses 0, for parity with it"""
     balance_indicator: Literal["scores", "routed"] = "scores"
-    """What f of the balance loss counts: the top K of the plain scores (Eq. 18), or the routing
-    itself
-    """
+    """What the balance loss counts: top K of the plain scores (Eq. 18), or the routing itself"""
     mtp_depth: int = 1
     """Multi-token prediction modules"""
     tied_head: bool = False
@@ -132,6 +130,7 @@ class ModelConfig:
     """Id of the end-of-sentence token"""
 
     def __post_init__(self) -> None:
+        check_types("model", self)
         for name in _AT_LEAST_ONE:
             _at_least(name, getattr(self, name), 1)
         for name in ("num_dense_layers", "num_shared_experts", "mtp_depth", "bos_id", "eos_id"):

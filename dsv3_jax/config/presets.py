@@ -21,9 +21,7 @@ NO_YARN = YarnConfig(factor=1.0)
 
 
 def dsv3_671b() -> ModelConfig:
-    """DeepSeek-V3 as pre-trained: 671.03B parameters, 36.63B active beside the embedding (report
-    4.2).
-    """
+    """DeepSeek-V3 as pre-trained (report 4.2): 671.03B parameters, 36.63B active."""
     return ModelConfig()
 
 
@@ -48,9 +46,7 @@ def moe_16b() -> ModelConfig:
 
 
 def moe_228b() -> ModelConfig:
-    """The report's large ablation model: 228.7B parameters, 20.9B active (report 4.5, Table 4;
-    shape inferred).
-    """
+    """The report's large ablation model (4.5, Table 4), shape inferred: 228.7B, 20.9B active."""
     return ModelConfig(
         d_model=5120,
         num_layers=60,
@@ -81,8 +77,9 @@ def moonlight_16b() -> ModelConfig:
 
 
 def kimi_k2() -> ModelConfig:
-    """Kimi-K2: 1.03T parameters. YaRN settings and eps differ between its releases: a folder's
-    own config wins.
+    """Kimi-K2: 1.03T parameters.
+
+    YaRN settings and eps differ between its releases: a folder's own config wins.
     """
     return ModelConfig(
         vocab_size=163840,
@@ -125,9 +122,7 @@ def bench_cpu() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """V3 in miniature for a laptop: every part of the architecture, sizes that split over 2, 4
-    and 8 devices.
-    """
+    """V3 in miniature for a laptop; its sizes split over 2, 4 and 8 devices."""
     return ModelConfig(
         vocab_size=2048,
         d_model=128,

@@ -4,12 +4,11 @@
 
 import dataclasses
 import json
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.model import ModelConfig
 
 
@@ -18,22 +17,19 @@ class DataConfig:
     """Text and how it becomes rows of tokens (report 4.1)."""
 
     source: str | tuple[str, ...] = "stdlib"
-    """'stdlib' (source code of Python's standard library, always there) or globs of UTF-8 text
-    files
-    """
+    """'stdlib' (Python's own standard library, always there) or globs of UTF-8 text files"""
     tokenizer: str = "train"
-    """'train' (byte-level BPE of model.vocab_size ids on the training split, cached) or the path
-    of a tokenizer.json
-    """
+    """'train' (byte-level BPE of model.vocab_size ids, cached) or the path of a tokenizer.json"""
     validation_fraction: float = 0.02
     """Share of documents, chosen by hash, that is never trained on"""
     length: int = 4096
     """T: tokens of a row"""
 
     def __post_init__(self) -> None:
-        _check("data.length", self.length, self.length >= 2, "at least 2")
+        check_types("data", self)
+        check("data.length", self.length, self.length >= 2, "at least 2")
         fraction = self.validation_fraction
-        _check("data.validation_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
+        check("data.validation_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
         if not self.source:
             raise ValueError("data.source is empty; allowed: 'stdlib' or globs of text files")
 
@@ -49,28 +45,25 @@ class TrainConfig:
     microbatches: int = 1
     """Parts a step's rows are computed in, one after the other"""
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Of activations and matrix products; masters, router, norms and softmax stay float32 or
-    wider
-    """
+    """Of activations and matrix products; masters, router and softmax stay float32 or wider"""
     remat: Literal["none", "report", "full"] = "none"
-    """What the backward pass recomputes: nothing, norms and MLA up-projections as in the report,
-    or whole layers
-    """
+    """Recomputed in backward: nothing, norms and MLA up-projections (3.2.3), or whole layers"""
     balance_weight: float = 1e-4
     """alpha of the sequence-wise balance loss"""
     seed: int = 0
     """Of initial weights, data order and samples"""
 
     def __post_init__(self) -> None:
+        check_types("train", self)
         for name in ("steps", "rows", "microbatches"):
-            _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
         if self.rows % self.microbatches:
             raise ValueError(
                 f"train.microbatches is {self.microbatches}, "
                 f"which does not divide train.rows = {self.rows}"
             )
-        _check("train.balance_weight", self.balance_weight, self.balance_weight >= 0, "0 or more")
-        _check("train.seed", self.seed, 0 <= self.seed < 2**32, "0 to 2^32 - 1")
+        check("train.balance_weight", self.balance_weight, self.balance_weight >= 0, "0 or more")
+        check("train.seed", self.seed, 0 <= self.seed < 2**32, "0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -91,14 +84,15 @@ class OptimizerConfig:
     """In which both moments are stored"""
 
     def __post_init__(self) -> None:
+        check_types("optimizer", self)
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _check(f"optimizer.{name}", value, 0 <= value < 1, "0 to below 1")
+            check(f"optimizer.{name}", value, 0 <= value < 1, "0 to below 1")
         for name in ("eps", "clip_norm"):
             value = getattr(self, name)
-            _check(f"optimizer.{name}", value, value > 0, "positive numbers")
+            check(f"optimizer.{name}", value, value > 0, "positive numbers")
         decay = self.weight_decay
-        _check("optimizer.weight_decay", decay, decay >= 0, "0 or more")
+        check("optimizer.weight_decay", decay, decay >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -112,13 +106,14 @@ class Phase:
     shape: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
-        _check("schedule: tokens of a phase", self.tokens, self.tokens >= 1, "at least 1")
-        _check("schedule: value of a phase", self.value, self.value >= 0, "0 or more")
+        check_types("schedule.phases", self)
+        check("schedule: tokens of a phase", self.tokens, self.tokens >= 1, "at least 1")
+        check("schedule: value of a phase", self.value, self.value >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Values over the run: warm-up counts steps, all else counts consumed tokens (report 4.2)."""
+    """Values over the run: warm-up counts steps, the learning rate then consumed tokens (4.2)."""
 
     learning_rate: float = 2.2e-4
     """After warm-up"""
@@ -134,10 +129,11 @@ class ScheduleConfig:
     """lambda of the MTP loss"""
 
     def __post_init__(self) -> None:
+        check_types("schedule", self)
         names = ("learning_rate", "warmup_steps", "final_learning_rate", "bias_speed", "mtp_weight")
         for name in names:
             value = getattr(self, name)
-            _check(f"schedule.{name}", value, 0 <= value < float("inf"), "0 or more")
+            check(f"schedule.{name}", value, 0 <= value < float("inf"), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -164,11 +160,12 @@ class OutputConfig:
     """0 takes the likeliest token each time"""
 
     def __post_init__(self) -> None:
+        check_types("output", self)
         for name in ("log_every", "eval_every", "eval_rows", "save_every"):
-            _check(f"output.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _check("output.sample_tokens", self.sample_tokens, self.sample_tokens >= 0, "0 or more")
-        heat = self.sample_temperature
-        _check("output.sample_temperature", heat, heat >= 0, "0 or more")
+            check(f"output.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("output.sample_tokens", self.sample_tokens, self.sample_tokens >= 0, "0 or more")
+        temperature = self.sample_temperature
+        check("output.sample_temperature", temperature, temperature >= 0, "0 or more")
         if not self.name or "/" in self.name:
             raise ValueError(f"output.name is {self.name!r}; allowed: a name without '/'")
 
@@ -185,7 +182,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        _check_types("", self, RunConfig)
+        check_types("", self)
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length is {self.data.length}; "
@@ -203,7 +200,9 @@ class RunConfig:
 
 
 def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
-    """A config dataclass from nested plain values. ValueError names unknown fields."""
+    """A config dataclass from nested plain values. ValueError names what cannot be used."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or kind.__name__} is {values!r}; allowed: a table of fields")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -213,47 +212,12 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
         )
     built = {}
     for name, value in values.items():
+        path = f"{where}.{name}".strip(".")
         if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value, f"{where}{name}")
-        elif name == "phases":
-            value = tuple(from_dict(Phase, phase, f"{where}.phases") for phase in value)
+            value = from_dict(hints[name], value, path)
+        elif name == "phases" and isinstance(value, list | tuple):
+            value = tuple(from_dict(Phase, phase, path) for phase in value)
         elif isinstance(value, list):
             value = tuple(value)
         built[name] = value
     return kind(**built)
-
-
-def _check_types(name: str, value: Any, hint: Any) -> None:
-    """ValueError for a value, however deep, that is not of its field's type, or a number that is
-    not finite.
-    """
-    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
-        for item in value:
-            _check_types(name, item, typing.get_args(hint)[0])
-    elif dataclasses.is_dataclass(hint) and isinstance(value, hint):
-        for field_name, inner in typing.get_type_hints(hint).items():
-            _check_types(f"{name}.{field_name}".strip("."), getattr(value, field_name), inner)
-    elif not _is_a(value, hint):
-        numbers = {int: "whole numbers", float: "finite numbers"}
-        allowed = numbers.get(hint, getattr(hint, "__name__", hint))
-        if typing.get_origin(hint) is Literal:
-            allowed = ", ".join(map(repr, typing.get_args(hint)))
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in choices
-    if origin is types.UnionType:
-        return any(_is_a(value, choice) for choice in choices)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, choices[0]) for item in value)
-    if isinstance(value, bool) or hint is not float:
-        return type(value) is hint
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _check(name: str, value: Any, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}; allowed: {allowed}")

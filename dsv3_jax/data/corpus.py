@@ -11,9 +11,7 @@ from dsv3_jax.data.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Rows to train on, rows held out in the order of their documents, and how they were
-    tokenised.
-    """
+    """Rows to train on, rows held out in the order of their documents, and their tokenizer."""
 
     tokenizer: Tokenizer
     train: Rows
@@ -22,10 +20,17 @@ class Corpus:
     """Of all documents, both splits"""
 
 
-def build_corpus(cfg: DataConfig, vocab_size: int, seed: int, say: Callable[[str], None]) -> Corpus:
+def build_corpus(
+    cfg: DataConfig,
+    vocab_size: int,
+    seed: int,
+    say: Callable[[str], None],
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
     """Reads, splits and tokenises; each stage tells `say` what it found.
 
-    ValueError for bad data or tokenizer.
+    A given `tokenizer` (a resumed run's own) stands in for the configured one. ValueError for bad
+    data or tokenizer.
     """
     documents = load_documents(cfg.source)
     train, validation = split_documents(documents, cfg.validation_fraction)
@@ -34,10 +39,10 @@ def build_corpus(cfg: DataConfig, vocab_size: int, seed: int, say: Callable[[str
         f"data       {_name(cfg.source)}: {len(train):,} documents to train on, "
         f"{len(validation):,} held out, {size / 1e6:.1f} MB"
     )
-    say("           tokenising; the first time takes some ten seconds, then it is cached")
-    if cfg.tokenizer == "train":
+    say("           tokenising (some ten seconds the first time, then from the cache)")
+    if tokenizer is None and cfg.tokenizer == "train":
         tokenizer = cached_tokenizer([document.text for document in train], vocab_size)
-    else:
+    elif tokenizer is None:
         tokenizer = load_tokenizer(cfg.tokenizer)
     tokenised = [cached_tokenize(part, tokenizer, vocab_size) for part in (train, validation)]
     count = len(tokenised[0].tokens)

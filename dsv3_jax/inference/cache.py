@@ -1,6 +1,4 @@
-"""The latent cache: per token and layer the normed latent and the rotated key, C + R values and
-nothing else (report 2.1.1).
-"""
+"""The latent cache: C + R values per token and layer, nothing else (report 2.1.1)."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,4 @@
-"""Text from a model, one token at a time over the latent cache with absorbed weights (report
-2.1.1).
-"""
+"""Sampling one token at a time over the latent cache, with absorbed weights (report 2.1.1)."""
 
 from functools import partial
 
@@ -18,9 +16,7 @@ from dsv3_jax.model.yarn import rope_table
 def decode(
     model: DeepSeekV3, token_B: jax.Array, position: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after one more token of every row, which stands at `position` (int32 scalar),
-    and the cache with it.
-    """
+    """Logits [B, V] after one more token of every row at `position`, and the extended cache."""
     x_BTD = model.embed(token_B[:, None])
     rope = rope_table(model.cfg, position[None], x_BTD.dtype)
     dense = model.cfg.num_dense_layers
@@ -36,9 +32,7 @@ def decode(
 
 
 def _decode_block(x_BTD, layer: tuple[Block, Cache], rope, position):
-    """One layer: extend its cache (c_kv [B, S, C], k_R [B, S, R]) by this token and attend over
-    it.
-    """
+    """One layer: extend its cache by this token and attend over it."""
     block, part = layer
     normed_BTD = rms_norm(x_BTD, block.attention_norm_D[...], block.eps)
     part = jax.tree.map(
@@ -67,8 +61,8 @@ def sample(
         token_B, cache = carry
         logits_BV, cache = decode(model, token_B, position, cache)
         greedy_B = logits_BV.argmax(-1)
-        heat = jnp.maximum(temperature, 1e-6).astype(logits_BV.dtype)
-        drawn_B = jax.random.categorical(jax.random.fold_in(key, position), logits_BV / heat)
+        divisor = jnp.maximum(temperature, 1e-6).astype(logits_BV.dtype)
+        drawn_B = jax.random.categorical(jax.random.fold_in(key, position), logits_BV / divisor)
         chosen_B = jnp.where(temperature > 0, drawn_B, greedy_B)
         given_B = prompt_BT[:, jnp.minimum(position + 1, prompt_length - 1)]
         token_B = jnp.where(position + 1 < prompt_length, given_B, chosen_B).astype(jnp.int32)

@@ -1,9 +1,8 @@
-"""Causal softmax attention in chunks of query rows, and the plain form it must equal (report Eq.
-10).
+"""Causal softmax attention in chunks of query rows, and its plain twin (report Eq. 10).
 
 A chunk sees only the keys up to its own last row, so half of the scores are never computed, and
-no [T, S] score tensor of the whole batch exists. The backward pass keeps the output and the log-
-sum-exp of each row and computes the scores once more.
+no [T, S] score tensor of the whole batch exists. The backward pass keeps the output and the
+log-sum-exp of each row and computes the scores once more.
 """
 
 from functools import partial

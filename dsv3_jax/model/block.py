@@ -1,6 +1,4 @@
-"""One layer: pre-norm attention and pre-norm feed-forward on a residual stream, and what its
-backward pass keeps (report 2, 3.2.3).
-"""
+"""One layer on the residual stream, and what its backward pass keeps (report 2, 3.2.3)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -18,7 +16,8 @@ from dsv3_jax.model.router import RouterStats
 Remat = Literal["none", "report", "full"]
 
 # The report recomputes RMSNorms and MLA up-projections; SwiGLU's output is recomputed as well
-# (3.3.3). All else that a GEMM made stays.
+# (3.3.3). The router's choice is kept: a near-tie decided otherwise the second time would pair the
+# backward pass's gates with other experts than the forward pass's.
 KEPT_BY_REPORT = (
     "residual",
     "mla_q_latent",
@@ -27,6 +26,8 @@ KEPT_BY_REPORT = (
     "attention_lse",
     "ffn_gate",
     "ffn_up",
+    "router_scores",
+    "router_experts",
     "moe_layout",
 )
 
@@ -47,9 +48,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, rope: jax.Array, valid_BT: jax.Array
     ) -> tuple[jax.Array, RouterStats | None]:
-        """The residual stream after this layer, and the router's statistics (None for a dense
-        layer).
-        """
+        """The stream after this layer, and its router's statistics (None for a dense layer)."""
         x_BTD += self.mla(rms_norm(x_BTD, self.attention_norm_D[...], self.eps), rope)
         return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT)
 
@@ -64,13 +63,16 @@ class Block(nnx.Module):
         return x_BTD + y_BTD, stats
 
 
-def rematerialised(layer: Callable, remat: Remat) -> Callable:
-    """`layer` with its backward pass's memory policy: keep all, recompute as the report does, or
-    keep only its input.
+def rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:
+    """`layer` with its backward pass's memory policy.
+
+    "none" keeps all, "report" recomputes as the report does, "full" keeps the input alone. Outside
+    of a scan of two layers or more, the compiler must be told not to merge the recomputation with
+    the forward pass.
     """
     if remat == "none":
         return layer
     policy = None
     if remat == "report":
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT_BY_REPORT)
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)

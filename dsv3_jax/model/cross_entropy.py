@@ -1,5 +1,4 @@
-"""Cross-entropy in chunks of tokens, so that float32 logits of the whole batch never exist, and
-its plain form.
+"""Cross-entropy in chunks of tokens: no float32 logits of the whole batch; and its plain twin.
 
 The gradient is taken in the forward pass, while a chunk's logits are there: nothing is computed
 twice, and what stays for the backward pass are the gradients themselves, to be scaled by the
@@ -61,9 +60,8 @@ def _forward(h_BTD, head_DV, labels_BT):
 
 def _backward(residuals, dtotal):
     # 1 / tokens rounded to bfloat16 would be off by up to 0.4%, for dh and not for the head.
-    scaled = lambda x: (x.astype(dtotal.dtype) * dtotal).astype(x.dtype)
-    dh_BTD, dhead_DV = residuals
-    return scaled(dh_BTD), scaled(dhead_DV), None
+    dh, dhead = ((g.astype(dtotal.dtype) * dtotal).astype(g.dtype) for g in residuals)
+    return dh, dhead, None
 
 
 cross_entropy.defvjp(_forward, _backward)

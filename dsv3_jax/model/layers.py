@@ -38,9 +38,7 @@ class Init:
 
 
 def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * gain over the last dimension, statistics at least float32, result in x's
-    dtype.
-    """
+    """x / rms(x) * gain over the last dimension; statistics at least float32."""
     x = x_BTD.astype(wide(x_BTD.dtype))
     scale = lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
     return (x * scale * gain_D.astype(x.dtype)[None, None]).astype(x_BTD.dtype)

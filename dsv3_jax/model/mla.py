@@ -37,9 +37,7 @@ class MLA(nnx.Module):
         self.w_o_HU_D = init.normal("w_o_HU_D", h * cfg.v_dim, d)
 
     def __call__(self, x_BTD: jax.Array, rope: jax.Array) -> jax.Array:
-        """Naive form over a whole row: x [B, T, D] -> [B, T, D]. `rope` is `rope_table` of the T
-        positions.
-        """
+        """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope` from `rope_table`."""
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
         c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope)
         kv = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
@@ -58,12 +56,17 @@ class MLA(nnx.Module):
         k_rope_BSR: jax.Array,
         seen_BTS: jax.Array,
     ) -> jax.Array:
-        """Attention of T queries over S cached latents, their own among them; bool seen [B, T, S]
-        masks. -> [B, T, D].
+        """T queries over S cached latents, their own among them: [B, T, D] -> [B, T, D].
+
+        `seen` is the mask, bool [B, T, S].
         """
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
-        w_ukv_CHX = self.w_ukv_C_HNU[...].astype(x_BTD.dtype).reshape(-1, *self._head_sizes())
-        w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CHX, [self.cfg.nope_dim], axis=-1)
+        w_ukv_CH_NU = (
+            self.w_ukv_C_HNU[...]
+            .astype(x_BTD.dtype)
+            .reshape(-1, self.cfg.num_heads, self.cfg.nope_dim + self.cfg.v_dim)
+        )
+        w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CH_NU, [self.cfg.nope_dim], axis=-1)
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, w_uk_CHN)
         high = wide(x_BTD.dtype)
         score_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, c_kv_BSC, preferred_element_type=high)
@@ -77,9 +80,7 @@ class MLA(nnx.Module):
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def latents(self, x_BTD: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the cache holds for x: c_kv [B, T, C] after its norm, k_R [B, T, R] after its
-        rotation.
-        """
+        """What the cache holds: c_kv [B, T, C] after its norm, k_R [B, T, R] after rotation."""
         kv = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
         c_kv_BTC, k_rope_BTR = jnp.split(kv, [self.cfg.kv_latent], axis=-1)
         c_kv_BTC = rms_norm(c_kv_BTC, self.kv_norm_C[...], self.cfg.rms_eps)
@@ -96,6 +97,3 @@ class MLA(nnx.Module):
         q = q.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
         return q_nope_BTHN, rotate(q_rope_BTHR, rope)
-
-    def _head_sizes(self) -> tuple[int, int]:
-        return self.cfg.num_heads, self.cfg.nope_dim + self.cfg.v_dim

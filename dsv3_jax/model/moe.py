@@ -27,8 +27,9 @@ BLOCK = 128
 
 
 class Layout(NamedTuple):
-    """Token copies in blocks: int32 slot of every copy; copy of every slot (T * K where empty);
-    expert of every block.
+    """Token copies in blocks.
+
+    int32: slot of every copy; copy of every slot (T * K where empty); expert of every block.
     """
 
     slot_TK: jax.Array
@@ -47,9 +48,7 @@ class MoE(nnx.Module):
         self.shared = FeedForward(d, hidden, init=init.at("shared")) if hidden else None
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """Shared plus gated routed experts of every token; statistics over the valid ones (bool
-        [B, T]).
-        """
+        """Shared plus gated routed experts; statistics over valid tokens (bool [B, T])."""
         routing, stats = self.router(x_BTD, valid_BT)
         y_BTD = self.routed(x_BTD, routing)
         return (y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)), stats
@@ -81,9 +80,7 @@ class MoE(nnx.Module):
 
 
 def block_rows(copies: int, num_experts: int) -> int:
-    """Rows of a block: an expert's average share as a power of two, 1 (decoding: a gather of
-    weights) to 128.
-    """
+    """Rows of a block: an expert's average share as a power of two, from 1 to 128."""
     return min(BLOCK, 1 << max(copies // num_experts, 1).bit_length() - 1)
 
 
@@ -95,29 +92,29 @@ def num_blocks(copies: int, num_experts: int, rows: int) -> int:
 def lay_out(experts_TK: jax.Array, num_experts: int, rows: int) -> Layout:
     """Copies in order of expert, then of token. experts int32 [T, K]."""
     copies = experts_TK.size
-    onehot_XE = experts_TK.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None]
-    rank_XE = _running_count(onehot_XE) - 1
-    blocks_E = -(-(rank_XE[-1] + 1) // rows)
+    onehot_JE = experts_TK.reshape(-1, 1) == jnp.arange(num_experts, dtype=jnp.int32)[None]
+    rank_JE = _running_count(onehot_JE) - 1
+    blocks_E = -(-(rank_JE[-1] + 1) // rows)
     end_E = jnp.cumsum(blocks_E)
-    slot_XE = rank_XE + (end_E - blocks_E)[None] * rows
-    slot_X = jnp.where(onehot_XE, slot_XE, 0).sum(-1, dtype=jnp.int32)
+    slot_JE = rank_JE + (end_E - blocks_E)[None] * rows
+    slot_J = jnp.where(onehot_JE, slot_JE, 0).sum(-1, dtype=jnp.int32)
     blocks = num_blocks(copies, num_experts, rows)
     copy_X = jnp.full(blocks * rows, copies, jnp.int32)
-    copy_X = copy_X.at[slot_X].set(jnp.arange(copies, dtype=jnp.int32), unique_indices=True)
+    copy_X = copy_X.at[slot_J].set(jnp.arange(copies, dtype=jnp.int32), unique_indices=True)
     # Blocks beyond the last one in use belong to the last expert; their rows are empty.
     block_x = jnp.arange(blocks, dtype=jnp.int32)
     expert_x = (block_x[:, None] >= end_E[None, :-1]).sum(-1, dtype=jnp.int32)
-    layout = Layout(slot_X.reshape(experts_TK.shape), copy_X, expert_x)
+    layout = Layout(slot_J.reshape(experts_TK.shape), copy_X, expert_x)
     return checkpoint_name(layout, "moe_layout")
 
 
-def _running_count(onehot_XE: jax.Array, chunk: int = 128) -> jax.Array:
+def _running_count(onehot_JE: jax.Array, chunk: int = 128) -> jax.Array:
     """Inclusive running sums of the columns, int32.
 
-    Two levels of triangular products: a cumsum over X is serial on XLA:CPU.
+    Two levels of triangular products: a cumsum over J is serial on XLA:CPU.
     """
-    size, num_experts = onehot_XE.shape
-    padded = jnp.pad(onehot_XE, ((0, -size % chunk), (0, 0))).reshape(-1, chunk, num_experts)
+    size, num_experts = onehot_JE.shape
+    padded = jnp.pad(onehot_JE, ((0, -size % chunk), (0, 0))).reshape(-1, chunk, num_experts)
     # Counts within a chunk are at most 128: exact in float32.
     ones = padded.astype(jnp.float32)
     within = jnp.einsum("ij,cje->cie", jnp.tri(chunk, dtype=jnp.float32), ones).astype(jnp.int32)

@@ -32,9 +32,7 @@ class MTP(nnx.Module):
     def __call__(
         self, h_BTD: jax.Array, embedded_BTD: jax.Array, rope: jax.Array, valid_BT: jax.Array
     ) -> tuple[jax.Array, RouterStats]:
-        """h of the depth before and embedding of token i + k at position i -> normed h of this
-        depth.
-        """
+        """Hidden states of the depth before and embedded tokens i + k -> normed hidden states."""
         embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)
         h_BTD = rms_norm(h_BTD, self.hidden_norm_D[...], self.eps)
         x_BTD = linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
@@ -29,8 +30,9 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What the trainer needs of a router: int32 load [E] over valid tokens; balance = mean over
-    rows of sum f P (Eq. 17 without alpha).
+    """What the trainer needs of a router.
+
+    int32 load [E] over valid tokens; balance = mean over rows of sum f P (Eq. 17 without alpha).
     """
 
     load_E: jax.Array
@@ -53,15 +55,15 @@ class Router(nnx.Module):
             self.w_DE[...].astype(high),
             precision=lax.Precision.HIGHEST,
         )
-        s_BTE = jax.nn.sigmoid(logits_BTE)
-        biased_BTE = lax.stop_gradient(s_BTE) + self.bias_E[...].astype(high)[None, None]
-        experts_BTK = choose_experts(biased_BTE, cfg)
+        s_BTE = checkpoint_name(jax.nn.sigmoid(logits_BTE), "router_scores")
+        biased_BTE = s_BTE + self.bias_E[...].astype(high)[None, None]
+        experts_BTK = checkpoint_name(choose_experts(biased_BTE, cfg), "router_experts")
         gates_BTK = jnp.take_along_axis(s_BTE, experts_BTK, axis=-1)
         gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdims=True) + 1e-20) * cfg.gate_scale
         chosen_BTE = _membership(experts_BTK, cfg.num_experts) & valid_BT[..., None]
         counted_BTE = chosen_BTE
         if cfg.balance_indicator == "scores":
-            top_BTK = lax.top_k(lax.stop_gradient(s_BTE), cfg.experts_per_token)[1]
+            top_BTK = lax.top_k(s_BTE, cfg.experts_per_token)[1]
             counted_BTE = _membership(top_BTK, cfg.num_experts) & valid_BT[..., None]
         balance = balance_loss(s_BTE, counted_BTE, valid_BT, cfg.experts_per_token)
         load_E = chosen_BTE.sum((0, 1), dtype=jnp.int32)
@@ -69,9 +71,7 @@ class Router(nnx.Module):
 
 
 def choose_experts(biased_BTE: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Ids [B, T, K] of the best K experts within the best groups; a group scores the sum of its
-    two best experts.
-    """
+    """Ids [B, T, K] of the best K experts in the best groups (score: sum of a group's best two)."""
     if cfg.num_groups > cfg.num_kept_groups:
         groups = biased_BTE.reshape(*biased_BTE.shape[:2], cfg.num_groups, -1)
         group_score_BTG = lax.top_k(groups, 2)[0].sum(-1)
@@ -90,15 +90,14 @@ def balance_loss(s_BTE, counted_BTE, valid_BT, experts_per_token: int) -> jax.Ar
     tokens_B = jnp.maximum(valid_BT.sum(-1), 1).astype(s_BTE.dtype)
     f_BE = counted_BTE.sum(1).astype(s_BTE.dtype)
     f_BE = f_BE * s_BTE.shape[-1] / (experts_per_token * tokens_B[:, None])
-    share_BTE = s_BTE / s_BTE.sum(-1, keepdims=True) * valid_BT[..., None].astype(s_BTE.dtype)
+    share_BTE = s_BTE / (s_BTE.sum(-1, keepdims=True) + 1e-20)
+    share_BTE *= valid_BT[..., None].astype(s_BTE.dtype)
     p_BE = share_BTE.sum(1) / tokens_B[:, None]
     return (f_BE * p_BE).sum(-1).mean()
 
 
 def updated_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Array:
-    """b + speed * sign(mean load - load): down where overloaded. bias, load [..., E]; load is the
-    step's global count.
-    """
+    """b + speed * sign(mean load - load), per layer; load [..., E] is the step's global count."""
     load = load.astype(bias.dtype)
     return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)
 

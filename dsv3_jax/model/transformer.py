@@ -36,9 +36,7 @@ class DeepSeekV3(nnx.Module):
         self.mtp = nnx.List([MTP(cfg, init=mtp.layer(k)) for k in range(cfg.mtp_depth)])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits of the next token: int32 [B, T] -> [B, T, V] in float32 (float64 for a float64
-        model).
-        """
+        """int32 [B, T] -> logits of the next token [B, T, V], at least float32."""
         return self.logits(self.hidden(tokens_BT)[0])
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
@@ -49,9 +47,7 @@ class DeepSeekV3(nnx.Module):
         return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """Embedding rows in `dtype`, the activations' dtype from here on (None: the weights'
-        own).
-        """
+        """Embedding rows in `dtype` (default: the weights'), the activations' from here on."""
         return self.embed_VD[...][tokens_BT].astype(dtype or self.embed_VD.dtype)
 
     def hidden(
@@ -75,14 +71,20 @@ class DeepSeekV3(nnx.Module):
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         x_BTD = self.embed(tokens_BT, dtype)
         rope = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
-        layer = rematerialised(lambda x, block: block(x, rope, valid_BT), remat)
+
+        def run(x_BTD, layers, count):
+            body = rematerialised(
+                lambda x, block: block(x, rope, valid_BT), remat, scanned=count > 1
+            )
+            return lax.scan(body, x_BTD, layers)
+
         if self.dense_layers is not None:
-            x_BTD, _ = lax.scan(layer, x_BTD, self.dense_layers)
+            x_BTD, _ = run(x_BTD, self.dense_layers, self.cfg.num_dense_layers)
         stats = RouterStats(
             jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope.dtype)
         )
         if self.moe_layers is not None:
-            x_BTD, stats = lax.scan(layer, x_BTD, self.moe_layers)
+            x_BTD, stats = run(x_BTD, self.moe_layers, self.cfg.num_moe_layers)
         return rms_norm(x_BTD, self.norm_D[...], self.cfg.rms_eps), stats
 
     def mtp_hidden(
@@ -102,7 +104,9 @@ class DeepSeekV3(nnx.Module):
         for k, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
             valid = valid_BT & shift_left(valid_BT, k, fill=False)
-            depth = rematerialised(lambda m, h, e, valid=valid: m(h, e, rope, valid), remat)
+            depth = rematerialised(
+                lambda m, h, e, valid=valid: m(h, e, rope, valid), remat, scanned=False
+            )
             h_BTD, stats = depth(module, h_BTD, embedded_BTD)
             outputs.append((h_BTD, stats))
         return outputs

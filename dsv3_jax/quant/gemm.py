@@ -72,8 +72,8 @@ def _grouped_bwd(residuals, dy_XF):
     w_xDF = w_EDF.astype(dy.dtype)[expert_x]
     dx_XD = dot(dy, w_xDF, (2, 2), batch=1).astype(x_XD.dtype).reshape(x_XD.shape)
     dw_xDF = dot(_blocks(x_XD, expert_x), dy, (1, 1), batch=1)
-    # The sum of each expert's blocks as a product with a one-hot matrix: XLA:CPU runs a scatter-
-    # add on one core.
+    # Each expert's blocks are summed by a product with a one-hot matrix. It costs E / rows of the
+    # products above (12 % at 16 experts), less than a scatter-add, which XLA:CPU runs on one core.
     onehot_xE = jax.nn.one_hot(expert_x, w_EDF.shape[0], dtype=dw_xDF.dtype)
     dw_EDF = jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF).astype(w_EDF.dtype)
     return dx_XD, dw_EDF, None

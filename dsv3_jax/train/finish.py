@@ -1,5 +1,7 @@
 """The end of a run: whole validation beside zlib, loss picture, a sample, the summary."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,14 +31,14 @@ def finish(trainer: Trainer, graphdef: nnx.GraphDef, trained: Trained, log: Metr
     loss_picture(entries, run.picture, zlib_bpb)
     text = continuation(graphdef, trained.state, cfg, corpus)
     run.sample.write_text(cfg.output.sample_prompt + text, encoding="utf-8")
-    steps = [entry for entry in entries if entry["kind"] == "train"]
+    last = next((entry for entry in reversed(entries) if entry["kind"] == "train"), {})
     result = Result(
         run_folder=run.path,
         steps=trained.position.step,
         tokens=trained.position.consumed_rows * cfg.data.length,
-        seconds=trained.seconds,
-        tokens_per_second=steps[-1]["tokens_per_second"],
-        matmul_share=steps[-1]["matmul_share"],
+        seconds=trained.position.seconds,
+        tokens_per_second=last.get("tokens_per_second", math.nan),
+        matmul_share=last.get("matmul_share", math.nan),
         validation_loss=validation.loss,
         bits_per_byte=validation.bits_per_byte,
         zlib_bits_per_byte=zlib_bpb,
@@ -59,6 +61,8 @@ def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corp
         return ""
     model = nnx.merge(graphdef, state.params, state.biases)
     key = jax.random.key(cfg.train.seed)
-    heat = jnp.float32(cfg.output.sample_temperature)
-    tokens_BT = sample(model, jnp.asarray([ids], jnp.int32), key, room, heat)
-    return tokenizer.decode(tokens_BT[0].tolist())
+    temperature = jnp.float32(cfg.output.sample_temperature)
+    sampled = sample(model, jnp.asarray([ids], jnp.int32), key, room, temperature)[0].tolist()
+    if tokenizer.eos_id in sampled:
+        sampled = sampled[: sampled.index(tokenizer.eos_id)]
+    return tokenizer.decode(sampled)

@@ -43,7 +43,7 @@ class RunFolder:
 
 
 def new_run(cfg: OutputConfig) -> RunFolder:
-    """A folder of its own for a new run: the lowest free number after its name. OSError if it
+    """A new run's folder, numbered one above the highest of its name. OSError if it
     cannot be written to.
     """
     parent = Path(cfg.folder)
@@ -59,6 +59,17 @@ def new_run(cfg: OutputConfig) -> RunFolder:
                 number += 1
     except OSError as error:
         raise OSError(f"output.folder {parent} cannot be written to: {error.strerror}") from error
+
+
+def check_writable(cfg: OutputConfig) -> None:
+    """OSError at once, not after the data were read, if a new run's folder cannot be made."""
+    existing = Path(cfg.folder)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OSError(f"output.folder {cfg.folder} cannot be written to: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"output.folder {cfg.folder} cannot be written to: Permission denied")
 
 
 def find_run(parent: Path, wanted: str) -> RunFolder:

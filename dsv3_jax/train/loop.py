@@ -1,5 +1,4 @@
-"""The training loop on one device: batches in, steps, records, validations, checkpoints, a clean
-stop.
+"""The training loop on one device: steps, records, validations, checkpoints, a clean stop.
 
 The loop keeps one step in flight: it hands the device the next step before it reads the results
 of the last, so the device never waits for the host.
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Batch, load
@@ -34,7 +34,6 @@ class Trained(NamedTuple):
 
     state: TrainState
     position: Position
-    seconds: float
     stopped_by: int | None
 
 
@@ -51,6 +50,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.run, self.corpus = cfg, run, corpus
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
+        self.warned = False
         self.step = make_step(graphdef, cfg)
         self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
         self.data = {
@@ -64,14 +64,13 @@ class Trainer:
         self.step = self.step.lower(state, (rows, rows), self.coefficients(Position())).compile()
 
     def coefficients(self, position: Position) -> Coefficients:
+        """What the schedules say of the next update."""
         cfg, schedule = self.cfg, self.cfg.schedule
+        # Rows of the whole run as it will have been, whatever the batch was before a resume.
+        rows = position.consumed_rows + (cfg.train.steps - position.step) * cfg.train.rows
         length = cfg.data.length
-        rate = learning_rate(
-            schedule,
-            position.step,
-            position.consumed_rows * length,
-            cfg.train.steps * cfg.train.rows * length,
-        )
+        consumed = position.consumed_rows * length
+        rate = learning_rate(schedule, position.step, consumed, rows * length)
         return Coefficients(
             *(jnp.float32(x) for x in (rate, schedule.bias_speed, schedule.mtp_weight))
         )
@@ -80,34 +79,40 @@ class Trainer:
         self, state: TrainState, position: Position, log: MetricsLog, progress: Progress
     ) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case."""
-        start, saved = time.perf_counter(), position.step or None  # step 0 may not be there yet
-        clock = _Clock(position.step)
+        saved = position.step or None  # step 0 may not be there yet
+        clock = _Clock(position)
         batches = load(self.corpus.train, position.consumed_rows, repeat(self.cfg.train.rows))
         flight = None
         with _stop_signals() as stop, contextlib.closing(batches):
             while position.step < self.cfg.train.steps and not stop:
                 coefficients = self.coefficients(position)
                 state, metrics = self.step(state, _on_device(next(batches)), coefficients)
-                position = Position(position.step + 1, position.consumed_rows + self.cfg.train.rows)
+                rows = position.consumed_rows + self.cfg.train.rows
+                position = Position(position.step + 1, rows)
                 if flight:
                     self._record(*flight, clock, log, progress)
                 flight = (position, coefficients, metrics)
-                if self._due(position, self.cfg.output.eval_every):
-                    self._record(*flight, clock, log, progress)
-                    flight = None
-                    with clock.paused():
+                validate = self._due(position, self.cfg.output.eval_every)
+                save = self._due(position, self.cfg.output.save_every)
+                if not (validate or save):
+                    continue
+                self._record(*flight, clock, log, progress)
+                flight = None
+                with clock.paused():
+                    if validate:
                         self._validate(state, position, log, progress)
-                if self._due(position, self.cfg.output.save_every):
-                    with clock.paused():
-                        self.save(state, position)
-                    saved = position.step
+                    if save:
+                        self.save(state, clock.stamped(position))
+                        saved = position.step
             if flight:
                 self._record(*flight, clock, log, progress)
+            position = clock.stamped(position)
             if saved != position.step:
                 self.save(state, position)
-        return Trained(state, position, time.perf_counter() - start, stop[0] if stop else None)
+        return Trained(state, position, stop[0] if stop else None)
 
     def save(self, state: TrainState, position: Position) -> None:
+        """One checkpoint of this run."""
         snapshot.save(self.run.checkpoints, self.cfg, state, position, self.data)
 
     def _due(self, position: Position, every: int) -> bool:
@@ -125,6 +130,10 @@ class Trainer:
     ) -> None:
         """Waits for a step's results and tells them."""
         metrics = jax.device_get(metrics)
+        if not self.warned:
+            self.warned = True
+            for line in warnings_of(self.cfg, metrics):
+                progress.message(f"warning: {line}")
         rate = clock.rate(position.step) * self.cfg.train.rows * self.cfg.data.length
         record = {
             "kind": "train",
@@ -141,7 +150,7 @@ class Trainer:
             "mtp_weight": float(coefficients.mtp_weight),
             "tokens_per_second": rate,
             "matmul_share": rate * self.flops_share,
-            "max_violation": float(metrics.max_violation),
+            "max_violation": float(metrics.max_violation) if metrics.parts.load_LE.size else None,
             "seconds": clock.seconds(),
         }
         logged = (
@@ -173,6 +182,23 @@ def validation_record(
     )
 
 
+def warnings_of(cfg: RunConfig, metrics: StepMetrics) -> list[str]:
+    """What is switched off or receives no gradient in a run's first step: rarely meant so."""
+    routed = cfg.model.num_moe_layers + cfg.model.mtp_depth
+    off = {
+        "schedule.mtp_weight": cfg.model.mtp_depth and not cfg.schedule.mtp_weight,
+        "schedule.bias_speed": routed and not cfg.schedule.bias_speed,
+        "train.balance_weight": routed and not cfg.train.balance_weight,
+    }
+    lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
+    silent = to_layers(metrics.silent, cfg.model.num_dense_layers)
+    names = sorted(name for name, zero in silent.items() if zero)
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(f"no gradient reaches {len(names)} of {len(silent)} parameters: {shown}")
+    return lines
+
+
 def _on_device(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(batch.tokens_BT), jnp.asarray(batch.labels_BT)
 
@@ -182,12 +208,16 @@ class _Clock:
 
     WINDOW = 20
 
-    def __init__(self, step: int) -> None:
-        self._idle, self._begin = 0.0, time.perf_counter()
-        self._marks = [(step, 0.0)]
+    def __init__(self, position: Position) -> None:
+        self._idle, self._begin = 0.0, time.perf_counter() - position.seconds
+        self._marks = [(position.step, position.seconds)]
 
     def seconds(self) -> float:
+        """Of training, those before a resume included."""
         return time.perf_counter() - self._begin - self._idle
+
+    def stamped(self, position: Position) -> Position:
+        return position._replace(seconds=self.seconds())
 
     def rate(self, step: int) -> float:
         self._marks = [*self._marks[-self.WINDOW :], (step, self.seconds())]

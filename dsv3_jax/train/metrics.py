@@ -2,8 +2,8 @@
 
 Both take the same records. `kind` is "train" (`step`, `tokens`, `main_loss`, `mtp_loss`,
 `grad_norm`, `learning_rate`, `tokens_per_second`, `matmul_share`, `max_violation`, …),
-"validation" (`step`, `loss` in nats per token, `bits_per_byte`, …) or "end". `matmul_share` is a
-fraction of the machine's matmul peak, `max_violation` the MaxVio of loss-free balancing.
+or "validation" (`step`, `loss` in nats per token, `bits_per_byte`, …). `matmul_share` is a fraction
+of the machine's matmul peak, `max_violation` the MaxVio of loss-free balancing.
 """
 
 import json
@@ -56,7 +56,7 @@ def replace_file(path: Path, data: bytes) -> None:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Entries of a `metrics.jsonl`, in order. A torn last line, left by a killed run, is no entry.
 
-    ValueError names any other line that is not a JSON object.
+    ValueError names any other line that is no entry.
     """
     lines = Path(path).read_bytes().split(b"\n")
     entries = []
@@ -65,10 +65,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # also what bytes that are not UTF-8 raise
             entry = None
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and {"kind", "step"} <= set(entry):
             entries.append(entry)
         elif number < len(lines):
-            raise ValueError(f"{path}, line {number}: found {line[:40]!r}; allowed: a JSON object")
+            found = f"{path}, line {number}: found {line[:40]!r}"
+            raise ValueError(f"{found}; allowed: a metrics entry")
     return entries
 
 
@@ -76,14 +77,14 @@ class MetricsLog:
     """Appends entries to a JSON-lines file; a kill after `append` has returned loses none.
 
     `resume_step` None starts a file that must not exist yet. With a step, entries after it are
-    dropped, and so is the mark of an earlier end: a resumed run then has one clean curve.
+    dropped: a resumed run then has one clean curve.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
         path = Path(path)
         if resume_step is not None:
             entries = read_metrics(path) if path.exists() else []
-            kept = [e for e in entries if e["kind"] != "end" and e["step"] <= resume_step]
+            kept = [entry for entry in entries if entry["step"] <= resume_step]
             replace_file(path, "".join(strict_json(e) + "\n" for e in kept).encode())
         self._file = path.open("x" if resume_step is None else "a", encoding="utf-8")
 

@@ -3,80 +3,87 @@
 import dataclasses
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
-from flax import nnx
 from rich.console import Console
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
+from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
-from dsv3_jax.train.folder import RunFolder, new_run
+from dsv3_jax.train.folder import RunFolder, check_writable, new_run
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe, matmul_peak
-from dsv3_jax.train.metrics import MetricsLog, Progress, replace_file
+from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics, replace_file
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.snapshot import Position
-from dsv3_jax.train.step import TrainState, init_state
+from dsv3_jax.train.step import init_state
 
 
 class Prepared(NamedTuple):
-    """All that can fail by the user's doing is behind us."""
+    """What `execute` needs: configuration, folder, data, and the checkpoint to go on from."""
 
     cfg: RunConfig
     run: RunFolder
     corpus: Corpus
-    graphdef: nnx.GraphDef
-    state: TrainState
-    position: Position
-    resumed: bool
+    checkpoint: store.Checkpoint | None
 
 
 def prepare(cfg: RunConfig, resume: RunFolder | None, say: Callable[[str], None]) -> Prepared:
-    """Data, weights and folder of a new or a resumed run.
+    """Reads all that a new or a resumed run reads, and makes its folder.
 
     ValueError or OSError, one line, for what cannot work.
     """
     if cfg.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("train.dtype is float64; JAX has it only with JAX_ENABLE_X64=1 set")
+    if resume is None:
+        check_writable(cfg.output)
     say(f"machine    {describe()}")
-    corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say)
+    kept = load_tokenizer(resume.tokenizer) if resume else None
+    corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
+    ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
+    cfg = replace(cfg, model=replace(cfg.model, **ids))
     checkpoint = None
-    if resume is not None:
-        checkpoint = store.load(resume.checkpoints, report=say)
+    if resume is None:
+        run = new_run(cfg.output)
+        corpus.tokenizer.save(run.tokenizer)
+    else:
+        run = resume
+        checkpoint = store.load(run.checkpoints, report=say)
         _check_same(cfg, corpus, checkpoint.meta)
+        if run.metrics.exists():
+            read_metrics(run.metrics)
+        store.clean(run.checkpoints)
+    replace_file(run.config, f"{cfg.to_json()}\n".encode())
+    return Prepared(cfg, run, corpus, checkpoint)
+
+
+def execute(prepared: Prepared, console: Console) -> int:
+    """Trains and finishes. Returns the exit code: 0, or 128 + the signal that stopped the run."""
+    cfg, run, corpus, checkpoint = prepared
+    say = partial(console.print, soft_wrap=True)
     count = cfg.model.param_count()
     say(
         f"model      {(count.main + count.mtp) / 1e6:,.1f} M parameters, "
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
-    graphdef, state = init_state(cfg)
-    if checkpoint is None:
-        run, position = new_run(cfg.output), Position()
-        corpus.tokenizer.save(run.tokenizer)
-    else:
-        run = resume
-        state, position = snapshot.restore(checkpoint, cfg, state)
-        say(f"resume     step {position.step:,} of {run.path}")
-    replace_file(run.config, f"{cfg.to_json()}\n".encode())
-    return Prepared(cfg, run, corpus, graphdef, state, position, resume is not None)
-
-
-def execute(prepared: Prepared, console: Console) -> int:
-    """Trains and finishes. Returns the exit code: 0, or 128 + the signal that stopped the run."""
-    cfg, run, corpus, graphdef, state, position, resumed = prepared
-    say = partial(console.print, soft_wrap=True)
     say(f"run        {run.path}")
+    graphdef, state = init_state(cfg)
+    position = Position()
+    if checkpoint is not None:
+        state, position = snapshot.restore(checkpoint, cfg, state)
+        say(f"           resumed after step {position.step:,}")
     trainer = Trainer(cfg, run, corpus, graphdef, matmul_peak(cfg.train.dtype))
     if position.step < cfg.train.steps:
         say("           compiling the training step takes some ten seconds")
         trainer.compile(state)
-    with MetricsLog(run.metrics, position.step if resumed else None) as log:
+    with MetricsLog(run.metrics, None if checkpoint is None else position.step) as log:
         progress = Progress(cfg.train.steps, position.step, title=run.path.name, console=console)
         with progress:
             trained = trainer.train(state, position, log, progress)

@@ -1,6 +1,4 @@
-"""Values over a run: the learning rate's warm-up counts steps, everything else consumed tokens
-(report 4.2).
-"""
+"""Values over a run: the learning rate counts steps in its warm-up, then consumed tokens (4.2)."""
 
 import math
 

@@ -1,5 +1,6 @@
-"""A run's state to and from a checkpoint: masters, moments and router biases by layer name, and
-where the run stood (design: checkpoints).
+"""A run's state to and from a checkpoint.
+
+Masters, moments and router biases go by layer name, beside them where the run stood.
 """
 
 import json
@@ -18,12 +19,14 @@ from dsv3_jax.train.step import TrainState
 
 
 class Position(NamedTuple):
-    """Where a run stands: updates done and rows consumed. Data order, schedules and RNG follow
-    from it and the seed.
+    """Where a run stands: updates done, rows consumed, seconds spent in training.
+
+    Data order, schedules and random numbers follow from it and the seed.
     """
 
     step: int = 0
     consumed_rows: int = 0
+    seconds: float = 0.0
 
 
 def save(
@@ -41,6 +44,7 @@ def save(
         "config": json.loads(cfg.to_json()),
         "step": position.step,
         "consumed_rows": position.consumed_rows,
+        "seconds": position.seconds,
         "updates": int(tree_get(state.optimizer, "count")),
         "data": data,
     }
@@ -65,7 +69,6 @@ def restore(
     restored = TrainState(
         part("params", state.params), part("router_bias", state.biases), optimizer
     )
-    position = Position(checkpoint.meta["step"], checkpoint.meta["consumed_rows"])
+    position = Position(*(checkpoint.meta[name] for name in Position._fields))
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     return restored, position
-

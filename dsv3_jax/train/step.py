@@ -48,6 +48,7 @@ class StepMetrics(NamedTuple):
     parts: LossParts
     grad_norm: jax.Array
     max_violation: jax.Array
+    silent: nnx.State
 
 
 def init_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
@@ -79,7 +80,11 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
         params = optax.apply_updates(state.params, updates)
         biases = move_biases(state.biases, parts.load_LE, coefficients.bias_speed)
         metrics = StepMetrics(
-            total, parts, optax.tree.norm(grads), max_violation(parts.load_LE).mean()
+            total,
+            parts,
+            optax.tree.norm(grads),
+            max_violation(parts.load_LE).mean(),
+            silent(grads),
         )
         return TrainState(params, biases, optimizer), metrics
 
@@ -115,6 +120,16 @@ def gradients(
     (total, parts), grads = jax.eval_shape(value_and_grad, state.params, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, grads, parts))
     return lax.scan(accumulate, zeros, parts_of)[0]
+
+
+def silent(grads: nnx.State) -> nnx.State:
+    """Whether no gradient reached a parameter: a bool for each, for each layer of a stack."""
+
+    def is_zero(path: tuple, grad: jax.Array) -> jax.Array:
+        stacked = path[0].key in ("dense_layers", "moe_layers")
+        return (grad == 0).all(tuple(range(stacked, grad.ndim)))
+
+    return jax.tree_util.tree_map_with_path(is_zero, grads)
 
 
 def move_biases(biases: nnx.State, load_LE: jax.Array, speed: jax.Array) -> nnx.State:

@@ -90,7 +90,7 @@ VARIANTS = {name: preset() for name, preset in PRESETS.items()} | {
 
 @pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def test_round_trip_keeps_the_function_computed(cfg: ModelConfig):
-    """What training alone uses is not in the file: initial deviation, balance indicator, mask value."""
+    """What training alone uses is not in the file: the initial deviation of the weights."""
     hf = json.loads(json.dumps(cfg.to_hf()))
     back = ModelConfig.from_hf(hf)
     assert replace(back, yarn=cfg.yarn, init_std=cfg.init_std) == cfg
@@ -159,12 +159,18 @@ def test_entries_that_files_may_leave_out_have_the_format_s_defaults():
         ),
         (
             RELEASED | {"max_position_embeddings": 4096},
-            "config.json: max_position_embeddings is 4096 with YaRN over 4096 original positions; "
-            "supported: more, or no rope scaling",
+            (
+                "config.json: max_position_embeddings is 4096 with YaRN over 4096 original "
+                "positions; supported: more, or no rope scaling"
+            ),
         ),
         (
             RELEASED | {"rope_scaling": {"type": "yarn", "beta_fast": 32}},
             "config.json: rope_scaling lacks factor",
+        ),
+        (
+            RELEASED | {"rope_scaling": RELEASED["rope_scaling"] | {"attention_factor": 0.5}},
+            "config.json: rope scaling has unsupported attention_factor",
         ),
         (RELEASED | {"hidden_size": "7168"}, "model.d_model is '7168'; allowed: whole numbers"),
         (

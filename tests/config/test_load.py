@@ -156,22 +156,16 @@ def changed(section: str, **changes: Any) -> RunConfig:
         ("train", {"seed": True}, "train.seed is True; allowed: whole numbers"),
         ("train", {"balance_weight": math.inf}, "train.balance_weight is inf; allowed: finite"),
         ("optimizer", {"eps": math.inf}, "optimizer.eps is inf; allowed: finite numbers"),
-        ("optimizer", {"b2": math.nan}, "optimizer.b2 is nan; allowed: 0 to below 1"),
+        ("optimizer", {"b2": math.nan}, "optimizer.b2 is nan; allowed: finite numbers"),
         ("optimizer", {"weight_decay": -0.1}, "optimizer.weight_decay is -0.1; allowed: 0 or more"),
         ("data", {"source": ["a"]}, r"data.source is \['a'\]; allowed: str | tuple"),
         ("data", {"source": ()}, "data.source is empty"),
         ("data", {"validation_fraction": 0.0}, "validation_fraction is 0.0; allowed: between 0"),
         ("schedule", {"phases": [Phase(1, 1.0)]}, "schedule.phases is "),
-        ("schedule", {"phases": (3,)}, "schedule.phases is 3; allowed: Phase"),
-        (
-            "schedule",
-            {"phases": (Phase(1, 1.0, "step"),)},
-            "phases.shape is 'step'; allowed: 'cons",
-        ),
+        ("schedule", {"phases": (3,)}, r"schedule.phases is \(3,\); allowed: tuple"),
         ("schedule", {"learning_rate": -1e-3}, "schedule.learning_rate is -0.001; allowed: 0 or"),
         ("model", {"tied_head": 1}, "model.tied_head is 1; allowed: bool"),
         ("model", {"yarn": None}, "model.yarn is None; allowed: YarnConfig"),
-        ("model", {"yarn": YarnConfig(mscale=math.nan)}, "model.yarn.mscale is nan; allowed: fin"),
         ("output", {"folder": Path("x")}, r"output.folder is .*Path\('x'\); allowed: str"),
         (
             "output",
@@ -185,6 +179,13 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused_by_name(
 ):
     with pytest.raises(ValueError, match=said):
         changed(section, **changes)
+
+
+def test_a_value_deep_in_a_section_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^model\.yarn\.mscale is nan; allowed: finite numbers$"):
+        YarnConfig(mscale=math.nan)
+    with pytest.raises(ValueError, match=r"phases\.shape is 'step'; allowed: 'constant', 'linear'"):
+        Phase(1, 1.0, "step")
 
 
 def test_a_missing_section_is_refused_by_name():
@@ -204,5 +205,5 @@ def test_every_preset_trains_at_its_own_length(name: str):
 
 @pytest.mark.parametrize(("tokens", "value"), [(0, 1.0), (-5, 1.0), (1, -1.0), (1, math.nan)])
 def test_a_phase_takes_tokens_and_ends_at_0_or_more(tokens: int, value: float):
-    with pytest.raises(ValueError, match="of a phase is"):
+    with pytest.raises(ValueError, match="phase"):
         Phase(tokens, value)

@@ -27,9 +27,9 @@ def test_parameter_counts_of_the_released_model():
 def test_parameter_counts_of_the_ablation_models_are_the_printed_ones():
     """15.7B / 2.4B, and 228.7B / 20.9B with digits cut off."""
     small, large = moe_16b().param_count(), moe_228b().param_count()
-    tenths = lambda count: count // 10**8
-    assert (tenths(small.main), tenths(small.activated_no_embedding)) == (157, 24)
-    assert (tenths(large.main), tenths(large.activated_no_embedding)) == (2287, 209)
+    tenths = 10**8
+    assert (small.main // tenths, small.activated_no_embedding // tenths) == (157, 24)
+    assert (large.main // tenths, large.activated_no_embedding // tenths) == (2287, 209)
 
 
 def test_the_small_ablation_model_is_v2_lite_and_router_biases():
@@ -61,18 +61,24 @@ def test_parameter_counts_of_relatives():
 def test_counts_equal_the_elements_of_the_model(changes: dict):
     cfg = tiny_model(**changes)
     model = jax.eval_shape(lambda: DeepSeekV3(cfg, rngs=nnx.Rngs(0)))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    count = cfg.param_count()
-    assert count.mtp == size(model.mtp)
-    assert count.main == size(model) - size(model.mtp)
-    layer = 3 * cfg.d_model * cfg.expert_hidden * (cfg.num_experts - cfg.experts_per_token)
-    assert count.activated == count.main - layer * cfg.num_moe_layers
+    count, mtp = cfg.param_count(), elements(model.mtp)
+    assert count.mtp == mtp
+    assert count.main == elements(model) - mtp
+    idle = 3 * cfg.d_model * cfg.expert_hidden * (cfg.num_experts - cfg.experts_per_token)
+    assert count.activated == count.main - idle * cfg.num_moe_layers
     table = 0 if cfg.tied_head else cfg.vocab_size * cfg.d_model
     assert count.activated_no_embedding == count.activated - table
 
 
+def elements(tree: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 REFUSED = [
     ({"num_heads": 0}, "model.num_heads is 0; allowed: at least 1"),
+    ({"num_heads": 2.0}, "model.num_heads is 2.0; allowed: whole numbers"),
+    ({"tied_head": 1}, "model.tied_head is 1; allowed: bool"),
+    ({"masked_score": "1"}, "model.masked_score is '1'; allowed: '-inf', '0'"),
     ({"d_model": -1}, "model.d_model is -1; allowed: at least 1"),
     ({"q_latent": 0}, "model.q_latent is 0; allowed: at least 1"),
     ({"mtp_depth": -1}, "model.mtp_depth is -1; allowed: at least 0"),
@@ -83,8 +89,8 @@ REFUSED = [
     ),
     ({"rope_dim": 3}, "model.rope_dim is 3; allowed: even sizes (rotation pairs)"),
     ({"rope_theta": 0.0}, "model.rope_theta is 0.0; allowed: positive numbers"),
-    ({"rms_eps": float("nan")}, "model.rms_eps is nan; allowed: positive numbers"),
-    ({"init_std": float("inf")}, "model.init_std is inf; allowed: positive numbers"),
+    ({"rms_eps": float("nan")}, "model.rms_eps is nan; allowed: finite numbers"),
+    ({"init_std": float("inf")}, "model.init_std is inf; allowed: finite numbers"),
     ({"eos_id": 64}, "model.eos_id is 64; allowed: less than vocab_size = 64"),
     ({"num_groups": 3}, "model.num_groups is 3, which does not divide num_experts = 8"),
     (
@@ -114,7 +120,7 @@ def test_impossible_sizes_are_refused_with_field_value_and_what_is_allowed(chang
     ("changes", "message"),
     [
         ({"factor": 0.5}, "model.yarn.factor is 0.5; allowed: at least 1"),
-        ({"factor": float("nan")}, "model.yarn.factor is nan; allowed: at least 1"),
+        ({"factor": float("nan")}, "model.yarn.factor is nan; allowed: finite numbers"),
         (
             {"beta_slow": 33.0},
             "model.yarn: beta_slow 33.0 and beta_fast 32.0; allowed: 0 < beta_slow <= beta_fast",

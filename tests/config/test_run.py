@@ -54,7 +54,7 @@ from tests.shapes import TINY_YARN, tiny_model
         (lambda: Phase(0, 1.0), "schedule: tokens of a phase is 0; allowed: at least 1"),
         (
             lambda: ScheduleConfig(learning_rate=float("nan")),
-            "schedule.learning_rate is nan; allowed: 0 or more",
+            "schedule.learning_rate is nan; allowed: finite numbers",
         ),
         (lambda: OutputConfig(save_every=0), "output.save_every is 0; allowed: at least 1"),
         (lambda: OutputConfig(name="a/b"), "output.name is 'a/b'; allowed: a name without '/'"),

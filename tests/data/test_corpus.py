@@ -81,6 +81,12 @@ def test_a_given_tokenizer_is_used_as_it_is(cfg: DataConfig, tokenizer: Tokenize
         build(given, vocab_size=tokenizer.vocab_size - 1)
 
 
+def test_a_kept_tokenizer_stands_in_for_the_configured_one(cfg: DataConfig, tokenizer: Tokenizer):
+    for configured in (cfg, replace(cfg, tokenizer="gone.json")):
+        corpus = build_corpus(configured, VOCAB + 20, SEED, lambda line: None, tokenizer)
+        assert corpus.tokenizer is tokenizer
+
+
 def test_what_was_found_is_said_with_its_sizes(cfg: DataConfig):
     corpus, said = build(replace(cfg, source=(cfg.source, cfg.source)))
     size = sum(len(document.text) for document in load_documents(cfg.source))

@@ -131,6 +131,8 @@ def test_a_key_and_a_temperature_decide_the_text(text):
     assert not np.array_equal(warm, text(prompt_BT, 0))
     twice = text(jnp.broadcast_to(prompt_BT[:1], prompt_BT.shape), 1.0)
     assert not np.array_equal(twice[0], twice[1])  # each row has its own luck
+    hot = text(prompt_BT, 1e6)  # all tokens alike: what differs along a row is luck alone
+    assert len(np.unique(hot)) > NEW
 
 
 def test_samples_follow_the_softmax_of_the_logits_over_the_temperature(model, text):

@@ -31,7 +31,7 @@ def value_and_gradients(function, *args) -> tuple:
 
 
 def value_and_square(function):
-    """Output and, through its own rule, the gradient of its square: forward and backward in one trace."""
+    """Sum of squares of the output and its gradient: forward and backward in one trace."""
     return jax.value_and_grad(lambda q, k, v: jnp.sum(function(q, k, v, SCALE) ** 2), (0, 1, 2))
 
 
@@ -91,5 +91,5 @@ def test_no_score_tensor_of_all_rows_exists(length: int):
 
 def test_long_rows_are_cut_into_at_most_sixteen_chunks():
     q, k, v = (jax.ShapeDtypeStruct((1, 4100, 1, 2), jnp.float32) for _ in "qkv")
-    forward = lambda *x: attention(*x, SCALE)
-    assert sum("dot" in e.primitive.name for e in equations(forward, q, k, v)) == 2 * 16
+    traced = equations(lambda q, k, v: attention(q, k, v, SCALE), q, k, v)
+    assert sum("dot" in e.primitive.name for e in traced) == 2 * 16

@@ -79,7 +79,7 @@ def test_bfloat16_hidden_states_leave_loss_and_head_gradient_in_float32(strict_d
 
 
 def test_the_cotangent_is_not_rounded_to_the_activations_dtype():
-    """1 / 3 is off by 0.2% in bfloat16, and so would every gradient of the body be against the head's."""
+    """In bfloat16 1 / 3 is off by 0.2%, and so would be the body's gradient against the head's."""
     h, head, labels = inputs(3, 5, jnp.float32)
     h = h.astype(jnp.bfloat16)
     _, (dh, _) = value_and_gradients(cross_entropy, h, head, labels)

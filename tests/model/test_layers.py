@@ -26,7 +26,8 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 def test_weights_have_the_asked_deviation_and_no_bias():
     weights = np.asarray(draw("w"), np.float64)
-    # 2000 draws: the mean is off by std / sqrt(2000), the deviation by std / sqrt(4000); four of each.
+    # 2000 draws: the mean is off by std / sqrt(2000), the deviation by std / sqrt(4000); four
+    # of each.
     assert abs(weights.mean()) < 4 * STD / np.sqrt(2000)
     assert abs(weights.std() - STD) < 4 * STD / np.sqrt(4000)
     assert 3 * STD < np.abs(weights).max() < 6 * STD  # normal, not uniform, and no outliers

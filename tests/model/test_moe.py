@@ -1,5 +1,6 @@
 """MoE by blocks against the dense twin; every property of the layout that the blocks rely on."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,8 +20,9 @@ D, F = 8, 6
 
 
 def make(num_experts: int, dtype=jnp.float64, **changes) -> MoE:
-    sizes = dict(d_model=D, expert_hidden=F, num_experts=num_experts, experts_per_token=1)
-    return random_part(MoE, tiny_model(num_groups=1, num_kept_groups=1, **sizes | changes), dtype)
+    cfg = tiny_model(num_groups=1, num_kept_groups=1, experts_per_token=1)
+    sizes = {"d_model": D, "expert_hidden": F, "num_experts": num_experts}
+    return random_part(MoE, replace(cfg, **sizes, **changes), dtype)
 
 
 def route(tokens: int, k: int, experts: list[int], dtype=None) -> Routing:
@@ -32,26 +34,26 @@ def route(tokens: int, k: int, experts: list[int], dtype=None) -> Routing:
 
 
 def value_and_gradients(method: str, moe: MoE, x, routing: Routing, dy) -> tuple:
-    """y and the gradients of x, of the gates, and of the module; its shared and router parts get zeros."""
+    """y, and gradients of the module (zeros for its shared and router parts), of x and gates."""
     return _value_and_gradients(method, moe, x, routing.gates_BTK, routing.experts_BTK, dy)
 
 
 @partial(compiled, static_argnums=0)
 def _value_and_gradients(method, moe, x, gates, experts, dy):
-    call = lambda moe, x, gates: getattr(moe, method)(x, Routing(experts, gates))
+    def call(moe, x, gates):
+        return getattr(moe, method)(x, Routing(experts, gates))
+
     y, pull = jax.vjp(call, moe, x, gates)
     return y, pull(dy)
 
 
 CASES = {  # experts of the layer, tokens, experts they go to, experts of each token
     "one token": (4, 1, [1, 2], 2),
-    "blocks of 1": (4, 7, [0, 1, 2, 3], 1),
-    "all to one expert": (4, 7, [2], 1),
     "blocks of 4": (4, 9, [0, 1, 2, 3], 2),
     "all to the same two": (4, 9, [1, 3], 2),
     "some experts idle": (4, 9, [0, 2, 3], 2),
     "blocks of 128": (2, 300, [0, 1], 1),
-    "blocks of 128, one expert": (2, 300, [1], 1),
+    "all to one expert": (2, 300, [1], 1),
 }
 
 
@@ -71,8 +73,7 @@ def test_blocks_equal_the_dense_twin(x64, strict_dtypes, case: tuple):
 
 def test_block_sizes_are_the_average_share_between_1_and_128():
     rows = {name: block_rows(tokens * k, e) for name, (e, tokens, _, k) in CASES.items()}
-    assert (rows["one token"], rows["blocks of 1"], rows["blocks of 4"]) == (1, 1, 4)
-    assert rows["blocks of 128"] == 128
+    assert (rows["one token"], rows["blocks of 4"], rows["blocks of 128"]) == (1, 4, 128)
     assert [block_rows(copies, 8) for copies in (1, 15, 16, 255, 1023, 10**6)] == [
         1,
         1,
@@ -175,7 +176,7 @@ _laid_out = compiled(lay_out, static_argnums=(1, 2))
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.permutations(range(6)), min_size=200, max_size=200), st.integers(1, 6))
 def test_any_routing_is_laid_out(orders: list, favoured: int):
-    """400 copies, more than one chunk of the running count, to two of `favoured` or more experts."""
+    """400 copies, more than one chunk of the running count, to the first `favoured` experts."""
     experts_TK = np.array([[e % max(favoured, 2) for e in order[:2]] for order in orders])
     used = check_layout(laid_out(experts_TK, 6, 64), experts_TK, 6, 64)
     assert used <= num_blocks(400, 6, 64)

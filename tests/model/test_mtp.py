@@ -1,4 +1,4 @@
-"""MTP modules: the released order of their two inputs, the chain of depths, which tokens they may see (report 2.2)."""
+"""MTP modules: order of their inputs, chain of depths, tokens they see (report 2.2)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ def test_shift_left_moves_rows_and_fills_their_end(places: int):
 
 
 def test_a_module_projects_embedding_then_hidden_state(x64, strict_dtypes):
-    """The order of the released weights, reversed against Eq. 21; then one MoE layer and its own norm."""
+    """The order of the released weights, not Eq. 21's; then one MoE layer and its own norm."""
     module = random_model(CFG, jnp.float64).mtp[0]
     h, embedded = normal(0, B, T, CFG.d_model), normal(1, B, T, CFG.d_model)
     rope, valid = rope_table(CFG, jnp.arange(T), h.dtype), jnp.ones((B, T), bool)
@@ -65,7 +65,10 @@ def test_depth_k_sees_k_tokens_ahead_and_no_more(x64, strict_dtypes):
     """
     model, tokens = random_model(CFG, jnp.float64), np.asarray(random_tokens(CFG, B, T))
     h, valid = normal(0, B, T, CFG.d_model), jnp.ones((B, T), bool)
-    states = lambda tokens: [np.asarray(h_k) for h_k, _ in run_depths(model, h, tokens, valid)]
+
+    def states(tokens: np.ndarray) -> list[np.ndarray]:
+        return [np.asarray(h_k) for h_k, _ in run_depths(model, h, tokens, valid)]
+
     before = states(tokens)
     for s in range(T):
         other = tokens.copy()

@@ -68,7 +68,7 @@ def routed_by_loop(router: Router, x: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def balance_by_loop(s, counted, valid, k: int) -> float:
-    """Eq. 17-20 without alpha over each row's valid tokens; `counted[b][t]` lists the experts that f counts."""
+    """Eq. 17-20 without alpha over valid tokens; `counted[b][t]` lists the experts f counts."""
     total, num_experts = 0.0, s.shape[-1]
     for b in range(len(s)):
         tokens = [t for t in range(s.shape[1]) if valid[b, t]]
@@ -118,7 +118,7 @@ def test_choices_among_equals_follow_the_lower_index():
 
 
 def test_gates_sum_to_the_scale_and_come_from_unbiased_scores(x64):
-    """A bias changes some choices and never the gates of a choice; one common to all changes nothing."""
+    """A bias changes choices and never the gates of a choice; one common to all does nothing."""
     x = normal(0, B, T, CFG.d_model)
     route = compiled(lambda bias: make(bias=bias)(x, ALL)[0])
     unbiased, biased, common = (
@@ -177,7 +177,7 @@ def test_tokens_that_do_not_count_leave_no_trace_in_the_statistics():
 
 
 def test_balance_loss_is_one_under_uniform_load(x64):
-    """Whatever the scores. Token t scores experts t and t + 1 highest, so every expert is chosen equally often."""
+    """Token t scores experts t and t + 1 highest, so every expert is chosen equally often."""
     cfg = replace(CFG, num_groups=1, num_kept_groups=1, d_model=E)
     router = make(cfg, bias=jnp.zeros(E), w=4 * jnp.eye(E))
     turns = np.array([np.roll([1.0, 0.8] + [-1.0] * (E - 2), t) for t in range(2 * E)])
@@ -215,10 +215,10 @@ def test_balance_loss_of_uniform_scores_is_one_under_any_load():
 
 
 def test_logits_are_computed_in_full_precision_on_every_device():
-    """By default a TPU's product of float32 arrays is one of bfloat16 arrays, and a GPU's of TF32."""
-    router = random_part(Router, CFG)
-    run = lambda x: router(x, ALL)[0]
-    dots = [e for e in equations(run, normal(0, B, T, CFG.d_model)) if "dot" in e.primitive.name]
+    """By default a TPU rounds the operands of a float32 product to bfloat16, a GPU to TF32."""
+    router, x = random_part(Router, CFG), normal(0, B, T, CFG.d_model)
+    traced = equations(lambda x: router(x, ALL)[0], x)
+    dots = [e for e in traced if "dot" in e.primitive.name]
     assert [dot.params["precision"] for dot in dots] == [(jax.lax.Precision.HIGHEST,) * 2]
 
 
@@ -240,7 +240,7 @@ def test_the_bias_moves_against_the_load(x64):
 
 
 def test_the_bias_evens_out_a_skewed_load():
-    """From a router that prefers two experts to one whose busiest expert has less than 1.3 times the mean load."""
+    """From two favourites to a busiest expert with less than 1.3 times the mean load."""
     cfg = replace(CFG, num_groups=1, num_kept_groups=1, d_model=E)
     popular = jnp.array([1.0, 1.0] + [0.0] * (E - 2))
     x = 0.5 * normal(0, 8, 64, E) + popular[None, None]

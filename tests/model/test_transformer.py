@@ -67,7 +67,7 @@ def test_the_model_is_embedding_layers_in_order_norm_and_head(x64, strict_dtypes
 
 
 def test_no_logit_depends_on_a_later_token_and_every_one_on_all_before(x64):
-    """By gradient through dense and MoE layers: each position has a token, hence an embedding row, of its own."""
+    """By gradient through dense and MoE layers; each position has an embedding row of its own."""
     cfg = tiny_model(num_layers=2, mtp_depth=0)
     model, tokens = random_model(cfg, jnp.float64), jnp.arange(T)[None]
     weight = normal(3, cfg.vocab_size)
@@ -106,7 +106,7 @@ def test_every_variant_runs_in_float64_without_implicit_casts(x64, strict_dtypes
 
 @pytest.mark.parametrize(
     ("weights", "activations"),
-    [("float32", None), ("float32", "bfloat16"), ("bfloat16", None)],
+    [("float32", "bfloat16"), ("bfloat16", None)],
 )
 def test_logits_and_statistics_are_float32_in_lower_precisions(
     strict_dtypes, weights: str, activations: str | None
@@ -141,7 +141,7 @@ def test_rows_longer_than_the_model_are_refused():
         model.hidden(jnp.zeros((1, 65), jnp.int32))
 
 
-@pytest.mark.parametrize("remat", ["none", "report", "full"])
+@pytest.mark.parametrize("remat", ["report", "full"])
 def test_layers_and_mtp_modules_are_rematerialised_as_asked(remat: str):
     """One checkpoint in the body of each of the two scans, one around each MTP module."""
     model, tokens = random_model(CFG), random_tokens(CFG, B, T)
@@ -153,13 +153,14 @@ def test_layers_and_mtp_modules_are_rematerialised_as_asked(remat: str):
     checkpoints = [
         e for e in equations(run, tokens) if e.primitive.name in ("checkpoint", "remat2", "remat")
     ]
-    assert len(checkpoints) == (0 if remat == "none" else 3)
     assert all((e.params["policy"] is None) == (remat == "full") for e in checkpoints)
+    # The compiler may not merge forward pass and recomputation; it cannot across two scans.
+    assert [e.params["prevent_cse"] for e in checkpoints] == [False, False, True]
 
 
 @pytest.fixture
 def keys_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each weight is the random key it would be drawn with: what is equal here is equal when drawn."""
+    """Each weight is the key it would be drawn with: what is equal here is equal when drawn."""
 
     def normal(self: Init, name: str, *shape: int) -> nnx.Param:
         return nnx.Param(jax.random.key_data(self.at(name).key))

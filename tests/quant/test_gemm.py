@@ -1,4 +1,4 @@
-"""The linear and the grouped linear against einsum and its derivative; dtypes of results and gradients."""
+"""Linear and grouped linear against einsum and its derivative; dtypes of all they return."""
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,12 @@ def _linear_case():
 
 def _grouped_case():
     expert_x = jnp.asarray([1, 0, 1], jnp.int32)
-    call = lambda x, w: grouped_linear(x, w, expert_x)
-    return call, normal(0, 300, D), normal(1, 2, D, F), normal(2, 300, F)
+    return (
+        lambda x, w: grouped_linear(x, w, expert_x),
+        normal(0, 300, D),
+        normal(1, 2, D, F),
+        normal(2, 300, F),
+    )
 
 
 @pytest.mark.parametrize("case", [_linear_case, _grouped_case])

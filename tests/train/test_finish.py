@@ -39,6 +39,17 @@ def test_the_result_is_the_whole_validation_beside_zlib_on_the_same_bytes(
     assert (result["steps"], result["tokens"]) == (6, 6 * 2 * 16)
 
 
+def test_a_sample_ends_where_the_model_ends_the_text(
+    small: SmallRun, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+):
+    ids = corpus.tokenizer.encode("spam").tolist()
+    drawn = jnp.asarray([[*ids, corpus.tokenizer.eos_id, *ids]])
+    monkeypatch.setattr(finish_module, "sample", lambda *args: drawn)
+    monkeypatch.setattr(finish_module.nnx, "merge", lambda *parts: None)
+    state = TrainState(None, None, None)
+    assert continuation(None, state, small.cfg, corpus) == "spam"
+
+
 def test_a_finished_run_has_all_its_files_and_no_others(finished: Path):
     names = "checkpoints config.json curves.png metrics.jsonl result.json sample.txt tokenizer.json"
     assert sorted(path.name for path in finished.iterdir()) == names.split()

@@ -1,14 +1,21 @@
 """What a run records and when, and how it hears that it shall stop."""
 
+import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.train import loop
 from dsv3_jax.train.metrics import read_metrics
+from dsv3_jax.train.snapshot import Position
 from tests.runs import TIMES, SmallRun, timeless
 
 
@@ -53,7 +60,7 @@ def test_a_validation_on_the_way_takes_some_rows_and_the_last_one_all(finished: 
 def test_speed_counts_the_last_steps_without_pauses(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = loop._Clock(step=5)
+    clock = loop._Clock(Position(step=5, seconds=30.0))
     for step in range(6, 10):  # 2 s a step
         now += 2
         assert clock.rate(step) == pytest.approx(0.5)
@@ -61,11 +68,59 @@ def test_speed_counts_the_last_steps_without_pauses(monkeypatch: pytest.MonkeyPa
         now += 1000
     now += 2
     assert clock.rate(10) == pytest.approx(0.5)
-    assert clock.seconds() == pytest.approx(10)
+    assert clock.stamped(Position(10, 20)) == Position(10, 20, pytest.approx(40.0))
     for step in range(11, 40):  # faster now, and the slow steps are forgotten
         now += 1
         rate = clock.rate(step)
     assert rate == pytest.approx(1)
+
+
+def test_time_and_tokens_go_on_counting_after_a_resume(finished: Path):
+    before, after = (store.load(finished / "checkpoints", step).meta for step in (4, 6))
+    assert 0 < before["seconds"] < after["seconds"]
+    last = entries(finished, "train")[-1]
+    assert after["seconds"] == pytest.approx(last["seconds"], rel=0.1)
+
+
+def test_without_phases_the_cosine_ends_with_the_last_step_whatever_the_batch_was(small: SmallRun):
+    """A run of 6 steps that was resumed after 2 steps of 5 rows, and goes on with 2 rows."""
+    schedule = replace(
+        small.cfg.schedule, phases=(), warmup_steps=0, learning_rate=1.0, final_learning_rate=0.0
+    )
+    trainer = object.__new__(loop.Trainer)
+    trainer.cfg = replace(small.cfg, schedule=schedule)
+    rates = [
+        float(trainer.coefficients(Position(step, rows)).learning_rate)
+        for step, rows in ((0, 0), (2, 10), (5, 16), (6, 18))
+    ]
+    shares = 0, 10 / 18, 16 / 18, 1
+    expected = [(1 + math.cos(math.pi * share)) / 2 for share in shares]
+    assert rates[1:] == pytest.approx(expected[1:], abs=1e-6)
+    assert rates[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"schedule": {"mtp_weight": 0.0}}, ["schedule.mtp_weight is 0"]),
+        ({"schedule": {"bias_speed": 0.0}}, ["schedule.bias_speed is 0"]),
+        ({"train": {"balance_weight": 0.0}}, ["train.balance_weight is 0"]),
+        ({"schedule": {"mtp_weight": 0.0}, "model": {"mtp_depth": 0}}, []),
+    ],
+)
+def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):
+    sections = {name: replace(getattr(small.cfg, name), **c) for name, c in changes.items()}
+    metrics = SimpleNamespace(silent=nnx.State({}))
+    assert loop.warnings_of(replace(small.cfg, **sections), metrics) == told
+
+
+def test_parameters_without_a_gradient_are_named(small: SmallRun):
+    flags = {"a": True, "b": False, "moe_layers": {"w": True}}
+    silent = nnx.State(jax.tree.map(lambda x: nnx.Param(np.array(x)), flags))
+    silent["moe_layers"]["w"] = nnx.Param(np.array([True, False]))
+    told = loop.warnings_of(small.cfg, SimpleNamespace(silent=silent))
+    assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]
 
 
 def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():

@@ -65,8 +65,12 @@ def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
     model = random_model(replace(CFG, mtp_depth=depth), jnp.float64)
     sequence = np.asarray(random_tokens(CFG, B, T + 1))
     batch = batch_of(jnp.asarray(sequence))
-    run = lambda m: (*loss(m, batch, B * T, 0.3, TRAIN), m.hidden(batch[0])[0])
-    total, parts, hidden = compiled(run)(model)
+
+    @compiled
+    def run(model):
+        return *loss(model, batch, B * T, 0.3, TRAIN), model.hidden(batch[0])[0]
+
+    total, parts, hidden = run(model)
     hidden = np.asarray(hidden)
     head = np.asarray(model.head_DV[...])
     main = [nll(hidden[b, t] @ head, sequence[b, t + 1]) for b, t in np.ndindex(B, T)]

@@ -329,28 +329,33 @@ def test_unreadable_data_is_refused(
 
 
 def test_an_output_folder_below_a_file_is_refused(
-    small: SmallRun, bad: Path, finished: Path, capsys: pytest.CaptureFixture
+    small: SmallRun, bad: Path, capsys: pytest.CaptureFixture
 ):
     folder = bad / "text.txt" / "runs"
     args = ["--config", str(small.config), "--output.folder", str(folder)]
-    assert f"output.folder {folder} cannot be written to: Not a" in refusal(small, args, capsys)
+    line = refusal(small, args, capsys)
+    assert f"output.folder {folder} cannot be written to: {bad / 'text.txt'} is a file" in line
 
 
+@pytest.mark.parametrize("what", ["access", "mkdir"])  # root may do all; some mounts lie
 def test_a_read_only_output_folder_is_refused(
     small: SmallRun,
-    finished: Path,
+    what: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
     make = Path.mkdir
 
-    def forbidden(path: Path, *args, **kwargs) -> None:  # root may write to every folder
+    def forbidden(path: Path, *args, **kwargs) -> None:
         if path.parent == tmp_path:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         make(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "mkdir", forbidden)
+    if what == "access":
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    else:
+        monkeypatch.setattr(Path, "mkdir", forbidden)
     args = ["--config", str(small.config), "--output.folder", str(tmp_path)]
     line = refusal(small, args, capsys)
     assert f"output.folder {tmp_path} cannot be written to: Permission denied" in line

@@ -54,7 +54,7 @@ def test_strict_readers_accept_every_value():
 
 
 def test_entries_are_read_back_exactly(tmp_path):
-    entries = [train(1, main_loss=0.1 + 0.2), validation(1), {"kind": "end", "why": "é\n\u2028"}]
+    entries = [train(1, main_loss=0.1 + 0.2), validation(1), train(2, why="é\n\u2028")]
     path = written(tmp_path / "metrics.jsonl", entries)
     assert read_metrics(path) == entries
     assert len(path.read_bytes().splitlines()) == len(entries)
@@ -74,7 +74,7 @@ def test_a_new_run_never_overwrites_the_curve_of_another(tmp_path):
 
 
 def test_wherever_a_kill_tears_the_file_the_whole_lines_before_it_count(tmp_path):
-    entries = [train(1), {"kind": "end", "text": "é"}]
+    entries = [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "text": "é"}]
     path = tmp_path / "metrics.jsonl"
     whole = written(path, entries).read_bytes()
     for size in range(len(whole)):
@@ -90,13 +90,15 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: found b'not json'") as error:
         read_metrics(path)
     assert "\n" not in str(error.value)
+    path.write_text(f"{json.dumps(train(1))}\n{{}}\n{json.dumps(train(2))}\n")
+    with pytest.raises(ValueError, match=r"line 2: found b'{}'; allowed: a metrics entry"):
+        read_metrics(path)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "tr', b'{"kind": "\xc3', b"\0\0\0"])
 def test_a_resumed_run_has_one_clean_curve(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
-    end = {"kind": "end", "step": 2}
-    written(path, [train(1), train(2), validation(2), end, train(3), validation(3)])
+    written(path, [train(1), train(2), validation(2), train(3), validation(3)])
     path.write_bytes(path.read_bytes() + torn)
     written(path, [train(3), train(4)], resume_step=2)
     assert read_metrics(path) == [train(1), train(2), validation(2), train(3), train(4)]
@@ -178,10 +180,6 @@ def test_a_header_is_always_on_the_screen():
     lines = plain_lines([train(i) for i in range(1, 51)])
     headers = [number for number, line in enumerate(lines) if "main loss" in line]
     assert headers == [1, 22, 43]
-
-
-def test_records_for_the_file_only_are_not_shown():
-    assert plain_lines([{"kind": "end", "step": 9}]) == ["tiny: 1000 steps"]
 
 
 def test_a_message_is_shown_as_it_is():

@@ -1,4 +1,4 @@
-"""AdamW: optax's numbers with float32 moments, one rounding with bfloat16 ones, who decays, clipping."""
+"""AdamW: optax's numbers, one rounding of bfloat16 moments, who decays, clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,8 @@ def test_everything_decays_but_the_gains_of_norms():
         if variable.ndim - stacked == 1:
             gains.add(path)
     assert {path for path, decay in decaying.items() if not decay.get_value()} == gains
-    # Two of MLA and two of the block in each of 4 stacks, one at the model's end, three more per module.
+    # Two of MLA and two of the block in 2 stacks and 2 MTP modules, three more per module, and
+    # one at the model's end.
     assert len(gains) == 4 * 4 + 1 + 2 * 3
 
 

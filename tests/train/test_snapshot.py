@@ -19,7 +19,7 @@ from tests.runs import with_model
 from tests.shapes import TINY, random_model
 
 CFG = RunConfig(model=TINY, data=DataConfig(length=16))
-POSITION = Position(step=7, consumed_rows=21)
+POSITION = Position(step=7, consumed_rows=21, seconds=1.5)
 DATA = {"content": "c0ffee", "tokenizer": "7ea"}
 
 

@@ -1,0 +1,42 @@
+"""Checks that all configuration dataclasses share: types of fields, allowed ranges."""
+
+import math
+import types
+import typing
+from typing import Any, Literal
+
+
+def check_types(where: str, section: Any) -> None:
+    """ValueError for a field that is not of its type, or a number that is not finite."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if not _is_a(value, hint):
+            shown = f"{where}.{name}".strip(".")
+            raise ValueError(f"{shown} is {value!r}; allowed: {_described(hint)}")
+
+
+def check(name: str, value: Any, holds: bool, allowed: str) -> None:
+    """ValueError in the one form of all messages: what it is, what is allowed."""
+    if not holds:
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in choices
+    if origin is types.UnionType:
+        return any(_is_a(value, choice) for choice in choices)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, choices[0]) for item in value)
+    if hint is float and not isinstance(value, bool):
+        return isinstance(value, int | float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
+    numbers = {int: "whole numbers", float: "finite numbers"}
+    is_class = isinstance(hint, type) and not typing.get_origin(hint)
+    return numbers.get(hint, hint.__name__ if is_class else str(hint))
