@@ -16,7 +16,7 @@ FLOAT64 = 1e-11
 # only while both programs choose the same experts: assert routing margins above 1e-4.
 FLOAT32 = 2e-5
 
-# Unit roundoff 2⁻⁹ = 0.002. Eight roundings in a row (inputs, weights and results of two GEMMs).
+# Unit roundoff 2⁻⁸ = 0.004. Four roundings in a row (inputs and results of two GEMMs).
 BFLOAT16 = 2**-6
 
 

@@ -1,6 +1,7 @@
 """A run's state through a checkpoint: every bit, and where the run stood."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from optax.tree_utils import tree_set
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import DataConfig, RunConfig
 from dsv3_jax.model.router import RouterBias
-from dsv3_jax.train.optimizer import AdamState, adamw
+from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.snapshot import Position, restore, save
 from dsv3_jax.train.step import TrainState
-from tests.runs import with_model
+from tests.runs import random_state, with_model
 from tests.shapes import TINY, random_model
 
 CFG = RunConfig(model=TINY, data=DataConfig(length=16))
@@ -23,29 +25,27 @@ POSITION = Position(step=7, consumed_rows=21, seconds=1.5)
 DATA = {"content": "c0ffee", "tokenizer": "7ea"}
 
 
-def state_of(cfg: RunConfig, seed: int) -> TrainState:
-    """A state in which no two leaves are alike: bfloat16 moments of other random models."""
-    graph = nnx.split(random_model(cfg.model, seed=seed), nnx.Param, RouterBias)
-    dtype = jnp.dtype(cfg.optimizer.moment_dtype)
-    moments = [
-        nnx.split(random_model(cfg.model, dtype, seed=seed + i), nnx.Param, RouterBias)[1]
-        for i in (1, 2)
-    ]
-    adam = AdamState(jnp.int32(seed + 3), *moments)
-    optimizer = jax.tree.map(
-        lambda node: adam if isinstance(node, AdamState) else node,
-        adamw(cfg.optimizer).init(graph[1]),
-        is_leaf=lambda node: isinstance(node, AdamState),
-    )
-    return TrainState(graph[1], graph[2], optimizer)
+@cache
+def weights(dtype: str, seed: int) -> tuple[nnx.State, nnx.State]:
+    """Parameters and router biases of a random model."""
+    return nnx.split(random_model(TINY, jnp.dtype(dtype), seed), nnx.Param, RouterBias)[1:]
+
+
+def distinct_state(cfg: RunConfig) -> TrainState:
+    """A state in which no two leaves are alike."""
+    params, biases = weights("float32", 0)
+    (mu, _), (nu, _) = (weights(cfg.optimizer.moment_dtype, seed) for seed in (1, 2))
+    optimizer = tree_set(adamw(cfg.optimizer).init(params), count=jnp.int32(3), mu=mu, nu=nu)
+    return TrainState(params, biases, optimizer)
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "float32"])
 def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments: str):
     cfg = replace(CFG, optimizer=replace(CFG.optimizer, moment_dtype=moments))
-    state = state_of(cfg, seed=40)
+    state = distinct_state(cfg)
     save(tmp_path, cfg, state, POSITION, DATA)
-    restored, position = restore(store.load(tmp_path), cfg, state_of(cfg, seed=0))
+    fresh = jax.tree.map(jnp.zeros_like, state)
+    restored, position = restore(store.load(tmp_path), cfg, fresh)
     assert position == POSITION
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
@@ -54,7 +54,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments:
 
 
 def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_path: Path):
-    save(tmp_path, CFG, state_of(CFG, seed=0), POSITION, DATA)
+    save(tmp_path, CFG, distinct_state(CFG), POSITION, DATA)
     checkpoint = store.load(tmp_path)
     assert checkpoint.step == 7
     assert checkpoint.meta["step"] == 7
@@ -74,7 +74,8 @@ def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_p
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
-    save(tmp_path, CFG, state_of(CFG, seed=0), POSITION, DATA)
+    save(tmp_path, CFG, distinct_state(CFG), POSITION, DATA)
+    checkpoint = store.load(tmp_path)
     for changes, said in (
         ({"num_layers": 4}, "lacks tensors of this model"),
         ({"mtp_depth": 0}, "holds tensors that this model has not.*mtp.0"),
@@ -82,4 +83,4 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
     ):
         other = with_model(CFG, **changes)
         with pytest.raises(ValueError, match=said):
-            restore(store.load(tmp_path), other, state_of(other, seed=0))
+            restore(checkpoint, other, random_state(other)[1])
