@@ -178,3 +178,9 @@ def assert_same_checkpoint(run: Path, other: Path, step: int) -> None:
             twin = two.arrays[group][name]
             assert array.dtype == twin.dtype
             assert np.array_equal(array.view(np.uint8), twin.view(np.uint8)), f"{group}/{name}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

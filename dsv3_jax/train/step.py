@@ -63,7 +63,9 @@ def init_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
         lambda key: DeepSeekV3(cfg.model, rngs=nnx.Rngs(key)), jax.random.key(0)
     )
     graphdef = nnx.split(shape_only, nnx.Param, RouterBias)[0]
-    return graphdef, jax.jit(build)(jax.random.key(cfg.train.seed))
+    # Runs once, so it is compiled without optimisation: 5 s of CPU time instead of 18 for `tiny`.
+    build = jax.jit(build, compiler_options={"xla_backend_optimization_level": 0})
+    return graphdef, build(jax.random.key(cfg.train.seed))
 
 
 def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:

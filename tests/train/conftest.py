@@ -1,6 +1,4 @@
-"""The small run, made once."""
-
-from pathlib import Path
+"""The small run's text and configuration, made once."""
 
 import pytest
 
@@ -13,10 +11,3 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     small = SmallRun(tmp_path_factory.mktemp("small"))
     small.make()
     return small
-
-
-@pytest.fixture(scope="session")
-def finished(small: SmallRun) -> Path:
-    """Its folder after 6 steps in one go. To be looked at and copied, not to be changed."""
-    assert small.train("--config", small.config) == 0
-    return small.home / "runs" / "small-001"

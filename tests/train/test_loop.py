@@ -1,8 +1,12 @@
-"""What a run records and when, and how it hears that it shall stop."""
+"""Training itself: what a run records and leaves behind, exact resume, clean stops."""
 
+import json
 import math
+import os
+import shutil
 import signal
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +17,35 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint.arrays import CheckpointError
+from dsv3_jax.config.run import RunConfig, from_dict
+from dsv3_jax.data import corpus
 from dsv3_jax.train import loop
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.snapshot import Position
-from tests.runs import TIMES, SmallRun, timeless
+from dsv3_jax.train.validation import text_of
+from tests.runs import (
+    TIMES,
+    SmallRun,
+    assert_same_checkpoint,
+    contents,
+    send_at_step,
+    timeless,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(small: SmallRun) -> Path:
+    """The folder of the small run after 6 steps in one go. Not to be changed."""
+    assert small.train("--config", small.config) == 0
+    return small.home / "runs" / "small-001"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run once more, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copies" / "small-001"))
 
 
 def entries(run: Path, kind: str) -> list[dict]:
@@ -57,6 +86,195 @@ def test_a_validation_on_the_way_takes_some_rows_and_the_last_one_all(finished: 
     assert last["bits_per_byte"] < first["bits_per_byte"]
 
 
+def test_time_and_tokens_go_on_counting_after_a_resume(finished: Path):
+    before, after = (store.load(finished / "checkpoints", step).meta for step in (4, 6))
+    assert 0 < before["seconds"] < after["seconds"]
+    last = entries(finished, "train")[-1]
+    assert after["seconds"] == pytest.approx(last["seconds"], rel=0.1)
+
+
+def test_the_resolved_configuration_lies_beside_the_run_and_in_every_checkpoint(
+    small: SmallRun, finished: Path
+):
+    written = json.loads((finished / "config.json").read_text())
+    assert from_dict(RunConfig, written) == small.cfg
+    for step in store.steps(finished / "checkpoints"):
+        assert store.load(finished / "checkpoints", step).meta["config"] == written
+
+
+def test_the_result_is_the_whole_validation_beside_zlib_on_the_same_bytes(
+    small: SmallRun, finished: Path
+):
+    with small.quick():
+        built = corpus.build_corpus(small.cfg.data, 300, 0, lambda line: None)
+    result = json.loads((finished / "result.json").read_text())
+    last = read_metrics(finished / "metrics.jsonl")[-1]
+    assert (last["kind"], last["rows"]) == ("validation", len(built.validation))
+    held_out = text_of(built.validation, built.tokenizer.token_bytes)
+    assert result["validation_bytes"] == last["bytes"] == len(held_out)
+    assert result["bits_per_byte"] == last["bits_per_byte"]
+    assert result["validation_loss"] == last["loss"]
+    assert result["zlib_bits_per_byte"] == 8 * len(zlib.compress(held_out, 9)) / len(held_out)
+    assert (result["steps"], result["tokens"]) == (6, 6 * 2 * 16)
+
+
+def test_a_finished_run_has_all_its_files_and_no_others(finished: Path):
+    names = "checkpoints config.json curves.png metrics.jsonl result.json sample.txt tokenizer.json"
+    assert sorted(path.name for path in finished.iterdir()) == names.split()
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((finished / "result.json").read_text())
+    sample = (finished / "sample.txt").read_bytes().decode()
+    assert sample == result["sample_prompt"] + result["sample_text"]
+    assert sample.startswith("def ")
+    assert len(sample) > len("def ")
+
+
+# --- resume and stops ---
+
+
+def result_of(run: Path) -> dict:
+    """What `result.json` says that no clock measured and no folder is named in."""
+    result = json.loads((run / "result.json").read_text())
+    measured = {"seconds", "tokens_per_second", "matmul_share"}
+    return {k: v for k, v in result.items() if k not in measured and str(run) not in str(v)}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same curve, the same final state, the same result and sample."""
+    assert timeless(run) == timeless(other)
+    assert_same_checkpoint(run, other, 6)
+    assert result_of(run) == result_of(other)
+    for name in ("sample.txt", "tokenizer.json"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_stopped_by_signals_and_damaged_ends_as_the_uninterrupted_one_bit_for_bit(
+    small: SmallRun,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "small-001"
+    start = ("--config", small.config, "--output.folder", runs)
+    resume = ("--output.folder", runs, "--resume")
+
+    with monkeypatch.context() as patch:
+        send_before_the_first_step(patch)
+        assert small.train(*start) == 143
+    assert f"SIGTERM: saved step 0; go on with --resume {run}" in capsys.readouterr().out
+    assert store.steps(run / "checkpoints") == [0]
+
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, signal.SIGTERM)
+        assert small.train(*resume) == 143
+    shown = capsys.readouterr().out
+    assert f"SIGTERM: saved step 3; go on with --resume {run}\n" in shown
+    assert "warning" not in shown
+    assert store.steps(run / "checkpoints") == [0, 3]
+
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 5, signal.SIGINT)
+        assert small.train(*resume) == 130
+    assert f"SIGINT: saved step 5; go on with --resume {run}" in capsys.readouterr().out
+
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"kind": "train", "step": 6, "lo')  # torn, as by a kill
+    (run / "checkpoints" / "step_00000005" / "manifest.json").write_text("{}")
+    assert small.train(*resume) == 0
+    shown = capsys.readouterr().out
+    assert "checkpoint skipped" in shown
+    assert f"run        {run}\n           resumed after step 4\n" in shown
+    assert store.steps(run / "checkpoints") == [0, 3, 4, 5, 6]
+    moved = replace(small.cfg, output=replace(small.cfg.output, folder=str(runs)))
+    assert store.load(run / "checkpoints").meta["config"] == json.loads(moved.to_json())
+    rewrite_folder(run, finished)
+    assert_same_run(run, finished)
+
+
+def send_before_the_first_step(patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes as soon as both signals are heard."""
+    install, sent = signal.signal, []
+
+    def installed(number, handler):
+        previous = install(number, handler)
+        if number == signal.SIGINT and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return previous
+
+    patch.setattr(signal, "signal", installed)
+
+
+def rewrite_folder(run: Path, other: Path) -> None:
+    """Saves the last checkpoint of `run` again as one of a run in `other`'s folder."""
+    checkpoint = store.load(run / "checkpoints")
+    checkpoint.meta["config"]["output"]["folder"] = str(other.parent)
+    store.save(run / "checkpoints", checkpoint.step, checkpoint.arrays, checkpoint.meta)
+
+
+def test_a_second_run_leaves_the_first_alone_and_three_steps_and_three_more_are_six_bit_for_bit(
+    small: SmallRun, finished: Path, tmp_path: Path
+):
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "small-002"
+    shutil.copytree(finished, runs / "small-001")
+    write_config(tmp_path / "half.py", replace(small.cfg, train=replace(small.cfg.train, steps=3)))
+    folder = ("--output.folder", runs)
+    assert small.train("--config", tmp_path / "half.py", *folder) == 0
+    assert small.train("--resume", *folder, "--train.steps", 6) == 0
+    assert sorted(path.name for path in runs.iterdir()) == ["small-001", "small-002"]
+    assert contents(runs / "small-001") == contents(finished)
+
+    rewrite_folder(run, finished)
+    assert_same_checkpoint(run, finished, 6)
+    entries = timeless(run)  # after its step 3 this one validated on all rows, not on 4
+    assert [e["step"] for e in timeless(finished) if e not in entries] == [3]
+    assert [e["step"] for e in entries if e not in timeless(finished)] == [3, 3]
+
+
+def test_a_resumed_run_keeps_its_own_tokenizer_and_sweeps_up_after_a_kill(
+    small: SmallRun, copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another version of the library might train another one from the same text."""
+    monkeypatch.setattr(corpus, "cached_tokenizer", None)
+    (copy / "checkpoints" / "step_00000005.tmp-0123abcd").mkdir()
+    assert small.train("--resume", copy) == 0
+    assert [path.name[-1] for path in sorted((copy / "checkpoints").iterdir())] == ["4", "6"]
+
+
+def test_a_finished_run_resumed_again_trains_and_changes_nothing(
+    small: SmallRun, finished: Path, copy: Path, capsys: pytest.CaptureFixture
+):
+    assert small.train("--resume", copy) == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte of validation text" in shown
+    assert "compiling" not in shown
+    assert_same_run(copy, finished)
+    assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
+    small: SmallRun,
+    copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    def full(*args: object) -> None:
+        raise CheckpointError("cannot write checkpoint of step 6: No space left on device")
+
+    store.delete(copy / "checkpoints", 6)
+    monkeypatch.setattr(store, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        small.train("--resume", copy)
+    assert stop.value.code == 2
+    message = "error: cannot write checkpoint of step 6: No space left on device\n"
+    assert capsys.readouterr().err == message
+    assert store.steps(copy / "checkpoints") == [4]
+
+
+# --- parts ---
+
+
 def test_speed_counts_the_last_steps_without_pauses(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
@@ -73,13 +291,6 @@ def test_speed_counts_the_last_steps_without_pauses(monkeypatch: pytest.MonkeyPa
         now += 1
         rate = clock.rate(step)
     assert rate == pytest.approx(1)
-
-
-def test_time_and_tokens_go_on_counting_after_a_resume(finished: Path):
-    before, after = (store.load(finished / "checkpoints", step).meta for step in (4, 6))
-    assert 0 < before["seconds"] < after["seconds"]
-    last = entries(finished, "train")[-1]
-    assert after["seconds"] == pytest.approx(last["seconds"], rel=0.1)
 
 
 def test_without_phases_the_cosine_ends_with_the_last_step_whatever_the_batch_was(small: SmallRun):

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -368,17 +367,3 @@ def test_a_run_that_may_not_be_written_to_is_not_resumed(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     line = refusal(small, ["--resume", str(runs / "a-002")], capsys)
     assert "a-002: the folder cannot be written to" in line
-
-
-def test_a_run_without_a_usable_checkpoint_is_not_resumed(
-    small: SmallRun, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    run = tmp_path / "small-001"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
-    assert "no checkpoint in" in refusal(small, ["--resume", str(run)], capsys)
-    shutil.copytree(finished / "checkpoints", run / "checkpoints")
-    for meta in run.glob("checkpoints/*/meta.json"):
-        meta.write_text("{}")
-    line = refusal(small, ["--resume", str(run)], capsys)
-    assert "no usable checkpoint" in line
-    assert "all 2 fail" in line
