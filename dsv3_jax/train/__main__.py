@@ -52,12 +52,11 @@ def main(args: Sequence[str]) -> int | None:
 
 
 def _train(cfg: RunConfig, resume: RunFolder | None) -> int:
-    from rich.console import Console
-
     from dsv3_jax.checkpoint.arrays import CheckpointError
+    from dsv3_jax.train.metrics import RunConsole
     from dsv3_jax.train.run import execute, prepare  # JAX comes in here, not before --help
 
-    console = Console(highlight=False, markup=False, emoji=False)  # names of files may hold [ or :
+    console = RunConsole()
     with user_errors():
         prepared = prepare(cfg, resume, partial(console.print, soft_wrap=True))
     with user_errors((CheckpointError, OSError)):  # a full disk; other errors are faults of ours

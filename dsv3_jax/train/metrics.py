@@ -9,6 +9,7 @@ of the machine's matmul peak, `max_violation` the MaxVio of loss-free balancing.
 import json
 import math
 import os
+import signal
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -106,6 +107,23 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class RunConsole(Console):
+    """Plain text, since names of files may hold [ or :, and a clean end once nobody reads it.
+
+    ^C on `train | tee log` ends tee first: the run must save all the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Falls silent and stops a training loop, which listens for SIGTERM, or else raises."""
+        self.quiet = True
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            raise BrokenPipeError
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Progress:

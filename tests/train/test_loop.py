@@ -1,10 +1,12 @@
 """Training itself: what a run records and leaves behind, exact resume, clean stops."""
 
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 import zlib
 from dataclasses import replace
@@ -251,6 +253,38 @@ def test_a_finished_run_resumed_again_trains_and_changes_nothing(
     assert "compiling" not in shown
     assert_same_run(copy, finished)
     assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+class Pipe(io.StringIO):
+    """Output whose reader leaves once it has read some words."""
+
+    def __init__(self, last: str) -> None:
+        super().__init__()
+        self.last = last
+
+    def write(self, text: str) -> int:
+        if self.last in self.getvalue():
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_run_that_nobody_reads_any_more_stops_with_a_checkpoint(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `train | tee log` at ^C, which ends tee first."""
+    monkeypatch.setattr(sys, "stdout", Pipe(last="1/6 "))
+    assert small.train("--config", small.config, "--output.folder", tmp_path) == 143
+    (step,) = store.steps(tmp_path / "small-001" / "checkpoints")
+    assert 1 < step < 6
+
+
+def test_a_command_that_nobody_reads_from_the_start_trains_nothing(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", Pipe(last="data "))
+    with pytest.raises(BrokenPipeError):
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
