@@ -1,8 +1,9 @@
-"""Half an hour on two cores: a V3 in miniature that compresses Python source better than zlib does.
+"""A V3 in miniature that compresses Python source a third better than zlib does.
 
     python -m dsv3_jax.train --config configs/stdlib_30min.py
 
-Hardware: two CPU cores, 2 GB.
+Hardware: two CPU cores, 3 GB, 33 minutes at 2,900 tokens/s. Outcome: 1.43 bits per byte of held-out
+text where zlib -9 needs 2.11 (docs/verification.md).
 """
 
 from dataclasses import replace
