@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.train --config configs/stdlib_30min.py
 
-Hardware: two CPU cores, 3 GB, 33 minutes at 2,900 tokens/s. Outcome: 1.43 bits per byte of held-out
+Hardware: two CPU cores, 3 GB, 36 minutes at 2,700 tokens/s. Outcome: 1.43 bits per byte of held-out
 text where zlib -9 needs 2.11 (docs/verification.md).
 """
 

@@ -99,4 +99,6 @@ def _one_line(boxed: str) -> str:
     text = re.sub(r"^Error parsing (?!-)[\w.]*: ", "", " ".join(rows[:rule]))
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"
+    elif text.startswith("Unrecognized") and text.endswith(".py"):
+        text += f"; perhaps you meant --config {text.split()[-1]}"
     return text or "the command line could not be read"

@@ -21,6 +21,7 @@ TEXT_SUFFIXES = {"", ".cfg", ".ipynb", ".json", ".md", ".py", ".sh", ".toml", ".
 FLOORS = {
     "cli": 0,  # what the commands share; knows no other module
     "config": 0,
+    "files": 0,
     "data": 1,
     "quant": 1,
     "parallel": 2,  # stage and expert functions come in as arguments

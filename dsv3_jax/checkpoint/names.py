@@ -16,12 +16,11 @@ def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
     named = {}
     for path, variable in nnx.to_flat_state(state):
         array = np.asarray(jax.device_get(variable[...]))
-        first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
-        if first is None:
+        names = _layer_names(path, array.shape, num_dense_layers)
+        if names:
+            named |= zip(names, array, strict=True)
+        else:
             named[".".join(map(str, path))] = array
-            continue
-        rest = ".".join(map(str, path[1:]))
-        named |= {f"layers.{first + i}.{rest}": layer for i, layer in enumerate(array)}
     return named
 
 
@@ -38,14 +37,21 @@ def from_layers(
     _check_names(wanted, named)
     restored = {}
     for path, variable in nnx.to_flat_state(like):
-        first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
-        if first is None:
-            value = named[".".join(map(str, path))]
+        names = _layer_names(path, variable.shape, num_dense_layers)
+        if names:
+            value = np.stack([named[name] for name in names])
         else:
-            rest, count = ".".join(map(str, path[1:])), variable.shape[0]
-            value = np.stack([named[f"layers.{first + i}.{rest}"] for i in range(count)])
+            value = named[".".join(map(str, path))]
         restored[path] = variable.replace(jax.numpy.asarray(value, variable.dtype))
     return nnx.from_flat_state(restored)
+
+
+def _layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
+    """A name for each layer of a stack; none where `path` is no stack's."""
+    first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
+    if first is None:
+        return []
+    return [".".join((f"layers.{first + i}", *map(str, path[1:]))) for i in range(shape[0])]
 
 
 def _check_names(wanted: Mapping[str, np.ndarray], named: Mapping[str, np.ndarray]) -> None:

@@ -6,9 +6,10 @@ A cache that cannot be read or written costs time and nothing else.
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
+
+from dsv3_jax.files import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -31,20 +32,10 @@ def hash_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is never seen half-written. OSError where the folder cannot be written."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def store(path: Path, data: bytes) -> None:
     """Keep `data` in the cache if the cache can be written; log one line if not."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
+        replace_file(path, data)
     except OSError as error:
         _log.warning("not cached, the work is done again next time: %s", error)

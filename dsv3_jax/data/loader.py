@@ -7,7 +7,7 @@ processes: a row is a few slices of an array in memory, cheaper than sending it 
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,11 @@ _AHEAD_ROWS = 256
 _AHEAD_TOKENS = 2**22
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """`labels_BT[b, t]` is the token after `tokens_BT[b, t]`; -1 is not counted in any loss."""
+class Batch(NamedTuple):
+    """`labels_BT[b, t]` is the token after `tokens_BT[b, t]`; -1 is not counted in any loss.
+
+    NumPy arrays on their way from the loader, JAX arrays in the training step.
+    """
 
     tokens_BT: np.ndarray
     """int32 [B, T]"""

@@ -18,7 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsv3_jax.data.cache import cache_folder, hash_texts, store, write_atomic
+from dsv3_jax.data.cache import cache_folder, hash_texts, store
+from dsv3_jax.files import replace_file
 
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>",
@@ -105,7 +106,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, as transformers reads it. OSError if that is not possible."""
-        write_atomic(Path(path), self._backend.to_str(pretty=True).encode())
+        replace_file(path, self._backend.to_str(pretty=True).encode())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

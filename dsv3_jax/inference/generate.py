@@ -18,31 +18,31 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after one more token of every row at `position`, and the extended cache."""
     x_BTD = model.embed(token_B[:, None])
-    rope = rope_table(model.cfg, position[None], x_BTD.dtype)
+    rope_BTR = rope_table(model.cfg, position[None, None], x_BTD.dtype)
     dense = model.cfg.num_dense_layers
     parts = []
     for layers, start, stop in ((model.dense_layers, 0, dense), (model.moe_layers, dense, None)):
         if layers is not None:
             part = jax.tree.map(lambda c, start=start, stop=stop: c[start:stop], cache)
-            step = partial(_decode_block, rope=rope, position=position)
+            step = partial(_decode_block, rope_BTR=rope_BTR, position=position)
             x_BTD, part = lax.scan(step, x_BTD, (layers, part))
             parts.append(part)
     h_BTD = rms_norm(x_BTD, model.norm_D[...], model.cfg.rms_eps)
     return model.logits(h_BTD)[:, 0], jax.tree.map(lambda *c: jnp.concatenate(c), *parts)
 
 
-def _decode_block(x_BTD, layer: tuple[Block, Cache], rope, position):
+def _decode_block(x_BTD, layer: tuple[Block, Cache], rope_BTR, position):
     """One layer: extend its cache by this token and attend over it."""
     block, part = layer
     normed_BTD = rms_norm(x_BTD, block.attention_norm_D[...], block.eps)
     part = jax.tree.map(
         lambda old, new: lax.dynamic_update_slice_in_dim(old, new, position, axis=1),
         part,
-        Cache(*block.mla.latents(normed_BTD, rope)),
+        Cache(*block.mla.latents(normed_BTD, rope_BTR)),
     )
     rows, length = part.c_kv_LBSC.shape[:2]
     seen_BTS = jnp.broadcast_to(jnp.arange(length) <= position, (rows, 1, length))
-    x_BTD += block.mla.absorbed(normed_BTD, rope, *part, seen_BTS)
+    x_BTD += block.mla.absorbed(normed_BTD, rope_BTR, *part, seen_BTS)
     return block.feed_forward(x_BTD, jnp.ones((rows, 1), bool))[0], part
 
 

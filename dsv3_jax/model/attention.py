@@ -11,22 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.gemm import wide_einsum
 
 # Rows of a chunk: at least 128 (a GEMM's worth), and at most 16 chunks, since they are unrolled
 # in the program.
 MIN_CHUNK, MAX_CHUNKS = 128, 16
 
 
-def plain_attention(q_BTHN, k_BSHN, v_BSHU, scale: float) -> jax.Array:
+def plain_attention(
+    q_BTHN: jax.Array, k_BSHN: jax.Array, v_BSHU: jax.Array, scale: float
+) -> jax.Array:
     """softmax(q k^T scale) v with the last query on the last key. -> [B, T, H, U] in q's dtype."""
     scores_BHTS = _scores(q_BTHN, k_BSHN, scale)
     p_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHU.dtype)
-    return _wide_einsum("bhts,bshu->bthu", p_BHTS, v_BSHU).astype(q_BTHN.dtype)
+    return wide_einsum("bhts,bshu->bthu", p_BHTS, v_BSHU).astype(q_BTHN.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention(q_BTHN, k_BTHN, v_BTHU, scale: float) -> jax.Array:
+def attention(q_BTHN: jax.Array, k_BTHN: jax.Array, v_BTHU: jax.Array, scale: float) -> jax.Array:
     """`plain_attention` over as many keys as queries, in chunks. -> [B, T, H, U] in q's dtype."""
     return _attention_fwd(q_BTHN, k_BTHN, v_BTHU, scale)[0]
 
@@ -37,7 +39,7 @@ def _attention_fwd(q_BTHN, k_BTHN, v_BTHU, scale):
         scores_BHTS = _scores(q_BTHN[:, start:stop], k_BTHN[:, :stop], scale)
         lse_BHT = jax.nn.logsumexp(scores_BHTS, axis=-1)
         p_BHTS = jnp.exp(scores_BHTS - lse_BHT[..., None]).astype(v_BTHU.dtype)
-        outputs.append(_wide_einsum("bhts,bshu->bthu", p_BHTS, v_BTHU[:, :stop]))
+        outputs.append(wide_einsum("bhts,bshu->bthu", p_BHTS, v_BTHU[:, :stop]))
         lses.append(lse_BHT)
     o_BTHU = checkpoint_name(jnp.concatenate(outputs, 1).astype(q_BTHN.dtype), "attention_out")
     lse_BHT = checkpoint_name(jnp.concatenate(lses, -1), "attention_lse")
@@ -48,24 +50,20 @@ def _attention_bwd(scale, residuals, do_BTHU):
     q_BTHN, k_BTHN, v_BTHU, o_BTHU, lse_BHT = residuals
     dtype, acc = q_BTHN.dtype, lse_BHT.dtype
     delta_BHT = jnp.einsum("bthu,bthu->bht", do_BTHU.astype(acc), o_BTHU.astype(acc))
-    dq, dk_BTHN, dv_BTHU = [], jnp.zeros(k_BTHN.shape, acc), jnp.zeros(v_BTHU.shape, acc)
+    chunks, dk_BSHN, dv_BSHU = [], jnp.zeros(k_BTHN.shape, acc), jnp.zeros(v_BTHU.shape, acc)
     for start, stop in _chunks(q_BTHN.shape[1]):
-        q, do, k, v = (
-            q_BTHN[:, start:stop],
-            do_BTHU[:, start:stop],
-            k_BTHN[:, :stop],
-            v_BTHU[:, :stop],
-        )
-        p_BHTS = jnp.exp(_scores(q, k, scale) - lse_BHT[..., start:stop, None])
-        dp_BHTS = _wide_einsum("bthu,bshu->bhts", do, v)
-        ds_BHTS = (p_BHTS * (dp_BHTS - delta_BHT[..., start:stop, None]) * scale).astype(dtype)
-        dq.append(_wide_einsum("bhts,bshn->bthn", ds_BHTS, k))
-        dk_BTHN = dk_BTHN.at[:, :stop].add(_wide_einsum("bhts,bthn->bshn", ds_BHTS, q))
-        dv_BTHU = dv_BTHU.at[:, :stop].add(
-            _wide_einsum("bhts,bthu->bshu", p_BHTS.astype(dtype), do)
-        )
-    dq_BTHN = jnp.concatenate(dq, 1)
-    return dq_BTHN.astype(dtype), dk_BTHN.astype(dtype), dv_BTHU.astype(dtype)
+        rows, seen = slice(start, stop), slice(stop)
+        scores_BHTS = _scores(q_BTHN[:, rows], k_BTHN[:, seen], scale)
+        p_BHTS = jnp.exp(scores_BHTS - lse_BHT[..., rows, None])
+        dp_BHTS = wide_einsum("bthu,bshu->bhts", do_BTHU[:, rows], v_BTHU[:, seen])
+        ds_BHTS = (p_BHTS * (dp_BHTS - delta_BHT[..., rows, None]) * scale).astype(dtype)
+        chunks.append(wide_einsum("bhts,bshn->bthn", ds_BHTS, k_BTHN[:, seen]))
+        dk_chunk_BSHN = wide_einsum("bhts,bthn->bshn", ds_BHTS, q_BTHN[:, rows])
+        dv_chunk_BSHU = wide_einsum("bhts,bthu->bshu", p_BHTS.astype(dtype), do_BTHU[:, rows])
+        dk_BSHN = dk_BSHN.at[:, seen].add(dk_chunk_BSHN)
+        dv_BSHU = dv_BSHU.at[:, seen].add(dv_chunk_BSHU)
+    dq_BTHN = jnp.concatenate(chunks, 1)
+    return dq_BTHN.astype(dtype), dk_BSHN.astype(dtype), dv_BSHU.astype(dtype)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
@@ -81,11 +79,7 @@ def _scores(q_BTHN, k_BSHN, scale: float) -> jax.Array:
 
     The last query stands on the last key.
     """
-    scores_BHTS = _wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
+    scores_BHTS = wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
     t, s = scores_BHTS.shape[-2:]
     seen_TS = jnp.arange(s)[None, :] <= jnp.arange(s - t, s)[:, None]
     return jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf)
-
-
-def _wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=wide(a.dtype))

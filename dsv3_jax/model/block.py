@@ -46,10 +46,10 @@ class Block(nnx.Module):
             self.dense = FeedForward(cfg.d_model, cfg.dense_hidden, init=init.at("dense"))
 
     def __call__(
-        self, x_BTD: jax.Array, rope: jax.Array, valid_BT: jax.Array
+        self, x_BTD: jax.Array, rope_BTR: jax.Array, valid_BT: jax.Array
     ) -> tuple[jax.Array, RouterStats | None]:
         """The stream after this layer, and its router's statistics (None for a dense layer)."""
-        x_BTD += self.mla(rms_norm(x_BTD, self.attention_norm_D[...], self.eps), rope)
+        x_BTD += self.mla(rms_norm(x_BTD, self.attention_norm_D[...], self.eps), rope_BTR)
         return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT)
 
     def feed_forward(

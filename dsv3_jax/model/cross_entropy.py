@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.quant.gemm import dot, wide
+from dsv3_jax.quant.gemm import wide, wide_einsum
 
 NUM_CHUNKS = 8
 
 
-def plain_cross_entropy(h_BTD, head_DV, labels_BT) -> jax.Array:
+def plain_cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Sum of -log p(label) over labels >= 0, in nats; logits of the whole batch at once."""
-    logits_BTV = dot(h_BTD, head_DV.astype(h_BTD.dtype), (2, 0))
+    logits_BTV = wide_einsum("btd,dv->btv", h_BTD, head_DV.astype(h_BTD.dtype))
     log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     nll_BT = -jnp.take_along_axis(log_p_BTV, jnp.maximum(labels_BT, 0)[..., None], -1)[..., 0]
     return jnp.where(labels_BT >= 0, nll_BT, 0).sum()
@@ -48,8 +48,9 @@ def _forward(h_BTD, head_DV, labels_BT):
         nll_X, p_XV = _nll(h_XD, head, labels_X)
         onehot_XV = jax.nn.one_hot(labels_X, head.shape[1], dtype=p_XV.dtype)
         dlogits_XV = jnp.where(labels_X[:, None] >= 0, p_XV - onehot_XV, 0).astype(h_XD.dtype)
-        dh_XD = dot(dlogits_XV, head, (1, 1)).astype(h_XD.dtype)
-        return (total + nll_X.sum(), dhead_DV + dot(h_XD, dlogits_XV, (0, 0))), dh_XD
+        dh_XD = wide_einsum("xv,dv->xd", dlogits_XV, head).astype(h_XD.dtype)
+        dhead_DV += wide_einsum("xd,xv->dv", h_XD, dlogits_XV)
+        return (total + nll_X.sum(), dhead_DV), dh_XD
 
     high = wide(h_BTD.dtype)
     start = (jnp.zeros((), high), jnp.zeros(head_DV.shape, high))
@@ -69,7 +70,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _nll(h_XD, head_DV, labels_X) -> tuple[jax.Array, jax.Array]:
     """-log p of each label (0 where it is -1), and p [X, V]."""
-    logits_XV = dot(h_XD, head_DV, (1, 0))
+    logits_XV = wide_einsum("xd,dv->xv", h_XD, head_DV)
     shifted_XV = logits_XV - logits_XV.max(-1, keepdims=True)
     exp_XV = jnp.exp(shifted_XV)
     sum_X1 = exp_XV.sum(-1, keepdims=True)

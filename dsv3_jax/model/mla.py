@@ -16,7 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
-from dsv3_jax.quant.gemm import linear, wide
+from dsv3_jax.quant.gemm import linear, wide_einsum
 
 
 class MLA(nnx.Module):
@@ -36,22 +36,22 @@ class MLA(nnx.Module):
         self.w_ukv_C_HNU = init.normal("w_ukv_C_HNU", c, h * (cfg.nope_dim + cfg.v_dim))
         self.w_o_HU_D = init.normal("w_o_HU_D", h * cfg.v_dim, d)
 
-    def __call__(self, x_BTD: jax.Array, rope: jax.Array) -> jax.Array:
-        """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope` from `rope_table`."""
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
-        c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope)
-        kv = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
-        k_nope_BSHN, v_BSHU = jnp.split(kv, [self.cfg.nope_dim], axis=-1)
+    def __call__(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> jax.Array:
+        """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope_BTR` from `rope_table`."""
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
+        c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope_BTR)
+        kv_BSH_NU = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
+        k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [self.cfg.nope_dim], axis=-1)
         k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], q_rope_BTHR.shape)
-        q = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], -1)
-        k = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1)
-        o_BTHU = attention(q, k, v_BSHU, softmax_scale(self.cfg))
+        q_BTH_NR = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], -1)
+        k_BSH_NR = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1)
+        o_BTHU = attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg))
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def absorbed(
         self,
         x_BTD: jax.Array,
-        rope: jax.Array,
+        rope_BTR: jax.Array,
         c_kv_BSC: jax.Array,
         k_rope_BSR: jax.Array,
         seen_BTS: jax.Array,
@@ -60,7 +60,7 @@ class MLA(nnx.Module):
 
         `seen` is the mask, bool [B, T, S].
         """
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope)
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
         w_ukv_CH_NU = (
             self.w_ukv_C_HNU[...]
             .astype(x_BTD.dtype)
@@ -68,32 +68,29 @@ class MLA(nnx.Module):
         )
         w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CH_NU, [self.cfg.nope_dim], axis=-1)
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, w_uk_CHN)
-        high = wide(x_BTD.dtype)
-        score_BHTS = jnp.einsum("bthc,bsc->bhts", q_BTHC, c_kv_BSC, preferred_element_type=high)
-        score_BHTS += jnp.einsum(
-            "bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR, preferred_element_type=high
-        )
+        score_BHTS = wide_einsum("bthc,bsc->bhts", q_BTHC, c_kv_BSC)
+        score_BHTS += wide_einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR)
         score_BHTS = jnp.where(seen_BTS[:, None], score_BHTS * softmax_scale(self.cfg), -jnp.inf)
         p_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(x_BTD.dtype)
         z_BTHC = jnp.einsum("bhts,bsc->bthc", p_BHTS, c_kv_BSC)
         o_BTHU = jnp.einsum("bthc,chu->bthu", z_BTHC, w_uv_CHU)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
-    def latents(self, x_BTD: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def latents(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the cache holds: c_kv [B, T, C] after its norm, k_R [B, T, R] after rotation."""
-        kv = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
-        c_kv_BTC, k_rope_BTR = jnp.split(kv, [self.cfg.kv_latent], axis=-1)
+        kv_BT_CR = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
+        c_kv_BTC, k_rope_BTR = jnp.split(kv_BT_CR, [self.cfg.kv_latent], axis=-1)
         c_kv_BTC = rms_norm(c_kv_BTC, self.kv_norm_C[...], self.cfg.rms_eps)
-        return c_kv_BTC, rotate(k_rope_BTR[:, :, None], rope)[:, :, 0]
+        return c_kv_BTC, rotate(k_rope_BTR[:, :, None], rope_BTR)[:, :, 0]
 
-    def _queries(self, x_BTD: jax.Array, rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q_C [B, T, H, N] and rotated q_R [B, T, H, R]."""
         if self.cfg.q_latent is None:
-            q = linear(x_BTD, self.w_q_D_HNR[...])
+            q_BT_HNR = linear(x_BTD, self.w_q_D_HNR[...])
         else:
             c_q_BTQ = checkpoint_name(linear(x_BTD, self.w_dq_DQ[...]), "mla_q_latent")
             c_q_BTQ = rms_norm(c_q_BTQ, self.q_norm_Q[...], self.cfg.rms_eps)
-            q = linear(c_q_BTQ, self.w_uq_Q_HNR[...])
-        q = q.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
-        q_nope_BTHN, q_rope_BTHR = jnp.split(q, [self.cfg.nope_dim], axis=-1)
-        return q_nope_BTHN, rotate(q_rope_BTHR, rope)
+            q_BT_HNR = linear(c_q_BTQ, self.w_uq_Q_HNR[...])
+        q_BTH_NR = q_BT_HNR.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
+        q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTH_NR, [self.cfg.nope_dim], axis=-1)
+        return q_nope_BTHN, rotate(q_rope_BTHR, rope_BTR)

@@ -73,19 +73,22 @@ class Router(nnx.Module):
 def choose_experts(biased_BTE: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Ids [B, T, K] of the best K experts in the best groups (score: sum of a group's best two)."""
     if cfg.num_groups > cfg.num_kept_groups:
-        groups = biased_BTE.reshape(*biased_BTE.shape[:2], cfg.num_groups, -1)
-        group_score_BTG = lax.top_k(groups, 2)[0].sum(-1)
-        kept = lax.top_k(group_score_BTG, cfg.num_kept_groups)[1]
-        kept_BTG = _membership(kept, cfg.num_groups)
-        masked = jnp.where(kept_BTG[..., None], groups, float(cfg.masked_score))
-        biased_BTE = masked.reshape(biased_BTE.shape)
+        # [B, T, G, E / G]
+        grouped_BTGE = biased_BTE.reshape(*biased_BTE.shape[:2], cfg.num_groups, -1)
+        group_score_BTG = lax.top_k(grouped_BTGE, 2)[0].sum(-1)
+        best_BTK = lax.top_k(group_score_BTG, cfg.num_kept_groups)[1]
+        kept_BTG = _membership(best_BTK, cfg.num_groups)
+        masked_BTGE = jnp.where(kept_BTG[..., None], grouped_BTGE, float(cfg.masked_score))
+        biased_BTE = masked_BTGE.reshape(biased_BTE.shape)
     return lax.top_k(biased_BTE, cfg.experts_per_token)[1]
 
 
-def balance_loss(s_BTE, counted_BTE, valid_BT, experts_per_token: int) -> jax.Array:
-    """Mean over rows of sum_i f_i P_i (Eq.
+def balance_loss(
+    s_BTE: jax.Array, counted_BTE: jax.Array, valid_BT: jax.Array, experts_per_token: int
+) -> jax.Array:
+    """Mean over rows of sum_i f_i P_i, Eq. 17-20 without alpha: 1 under uniform load.
 
-    17-20 without alpha): 1 under uniform load. Rows without a valid token count 0.
+    Rows without a valid token count 0.
     """
     tokens_B = jnp.maximum(valid_BT.sum(-1), 1).astype(s_BTE.dtype)
     f_BE = counted_BTE.sum(1).astype(s_BTE.dtype)
@@ -96,17 +99,17 @@ def balance_loss(s_BTE, counted_BTE, valid_BT, experts_per_token: int) -> jax.Ar
     return (f_BE * p_BE).sum(-1).mean()
 
 
-def updated_bias(bias: jax.Array, load: jax.Array, speed: jax.Array) -> jax.Array:
-    """b + speed * sign(mean load - load), per layer; load [..., E] is the step's global count."""
-    load = load.astype(bias.dtype)
-    return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)
+def updated_bias(bias_E: jax.Array, load_E: jax.Array, speed: jax.Array) -> jax.Array:
+    """b + speed * sign(mean load - load), with the step's global load; layers may lead both."""
+    load_E = load_E.astype(bias_E.dtype)
+    return bias_E + speed * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
 
 
-def max_violation(load: jax.Array) -> jax.Array:
-    """MaxVio of each layer: max load / mean load - 1. load [..., E] -> [...]."""
-    load = load.astype(jnp.float32)
+def max_violation(load_LE: jax.Array) -> jax.Array:
+    """MaxVio of each layer: max load / mean load - 1. -> float32 [L]."""
+    load_LE = load_LE.astype(jnp.float32)
     # A mean is 0 or at least 1 / E; without a token the result is -1.
-    return load.max(-1) / jnp.maximum(load.mean(-1), 1 / load.shape[-1]) - 1
+    return load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1 / load_LE.shape[-1]) - 1
 
 
 def _membership(ids_BTK: jax.Array, size: int) -> jax.Array:

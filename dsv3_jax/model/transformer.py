@@ -15,7 +15,7 @@ from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.mtp import MTP, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
-from dsv3_jax.quant.gemm import dot
+from dsv3_jax.quant.gemm import wide_einsum
 
 
 class DeepSeekV3(nnx.Module):
@@ -41,7 +41,7 @@ class DeepSeekV3(nnx.Module):
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Output head on normed hidden states, at least float32."""
-        return dot(h_BTD, self.head().astype(h_BTD.dtype), (2, 0))
+        return wide_einsum("btd,dv->btv", h_BTD, self.head().astype(h_BTD.dtype))
 
     def head(self) -> jax.Array:
         return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]
@@ -70,18 +70,18 @@ class DeepSeekV3(nnx.Module):
             )
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         x_BTD = self.embed(tokens_BT, dtype)
-        rope = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        rope_BTR = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1])[None], x_BTD.dtype)
 
         def run(x_BTD, layers, count):
             body = rematerialised(
-                lambda x, block: block(x, rope, valid_BT), remat, scanned=count > 1
+                lambda x, block: block(x, rope_BTR, valid_BT), remat, scanned=count > 1
             )
             return lax.scan(body, x_BTD, layers)
 
         if self.dense_layers is not None:
             x_BTD, _ = run(x_BTD, self.dense_layers, self.cfg.num_dense_layers)
         stats = RouterStats(
-            jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope.dtype)
+            jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope_BTR.dtype)
         )
         if self.moe_layers is not None:
             x_BTD, stats = run(x_BTD, self.moe_layers, self.cfg.num_moe_layers)
@@ -99,13 +99,13 @@ class DeepSeekV3(nnx.Module):
         Depth k is valid on the first T - k.
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
-        rope = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1]), h_BTD.dtype)
+        rope_BTR = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1])[None], h_BTD.dtype)
         outputs = []
         for k, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
             valid = valid_BT & shift_left(valid_BT, k, fill=False)
             depth = rematerialised(
-                lambda m, h, e, valid=valid: m(h, e, rope, valid), remat, scanned=False
+                lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid), remat, scanned=False
             )
             h_BTD, stats = depth(module, h_BTD, embedded_BTD)
             outputs.append((h_BTD, stats))

@@ -43,20 +43,22 @@ def _mscale(factor: float, coefficient: float) -> float:
     return 0.1 * coefficient * math.log(factor) + 1
 
 
-def rope_table(cfg: ModelConfig, positions_T: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """cos and sin of every position and pair, [2, T, R / 2], at least float32."""
-    angle = positions_T.astype(wide(dtype))[:, None] * frequencies(cfg).astype(wide(dtype))[None]
-    table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+def rope_table(cfg: ModelConfig, positions_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Cosines of every position's R / 2 pairs, then their sines, at least float32."""
+    frequency = frequencies(cfg).astype(wide(dtype))[None, None]
+    angle = positions_BT.astype(wide(dtype))[..., None] * frequency
+    rope_BTR = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
     if not cfg.yarn_active:
-        return table
-    yarn = cfg.yarn
-    return table * (_mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim))
+        return rope_BTR
+    coefficients = cfg.yarn.mscale, cfg.yarn.mscale_all_dim
+    mscale, all_dim = (_mscale(cfg.yarn.factor, c) for c in coefficients)
+    return rope_BTR * (mscale / all_dim)
 
 
-def rotate(x_BTHR: jax.Array, table: jax.Array) -> jax.Array:
+def rotate(x_BTHR: jax.Array, rope_BTR: jax.Array) -> jax.Array:
     """Turns each pair of the last dimension by its position's angle; result in x's dtype."""
-    cos, sin = table[:, None, :, None]
-    pairs = x_BTHR.astype(table.dtype).reshape(*x_BTHR.shape[:-1], -1, 2)
+    cos, sin = jnp.split(rope_BTR[:, :, None], 2, axis=-1)
+    pairs = x_BTHR.astype(rope_BTR.dtype).reshape(*x_BTHR.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)

@@ -61,7 +61,9 @@ class Trainer:
     def compile(self, state: TrainState) -> None:
         """Compiles the step ahead of the first batch, so that no step's time includes it."""
         rows = jax.ShapeDtypeStruct((self.cfg.train.rows, self.cfg.data.length), jnp.int32)
-        self.step = self.step.lower(state, (rows, rows), self.coefficients(Position())).compile()
+        self.step = self.step.lower(
+            state, Batch(rows, rows), self.coefficients(Position())
+        ).compile()
 
     def coefficients(self, position: Position) -> Coefficients:
         """What the schedules say of the next update."""
@@ -86,7 +88,7 @@ class Trainer:
         with _stop_signals() as stop, contextlib.closing(batches):
             while position.step < self.cfg.train.steps and not stop:
                 coefficients = self.coefficients(position)
-                state, metrics = self.step(state, _on_device(next(batches)), coefficients)
+                state, metrics = self.step(state, jax.device_put(next(batches)), coefficients)
                 rows = position.consumed_rows + self.cfg.train.rows
                 position = Position(position.step + 1, rows)
                 if flight:
@@ -197,10 +199,6 @@ def warnings_of(cfg: RunConfig, metrics: StepMetrics) -> list[str]:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         lines.append(f"no gradient reaches {len(names)} of {len(silent)} parameters: {shown}")
     return lines
-
-
-def _on_device(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(batch.tokens_BT), jnp.asarray(batch.labels_BT)
 
 
 class _Clock:

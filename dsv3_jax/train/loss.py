@@ -1,11 +1,12 @@
 """The training loss: main + MTP + balance (report Eq. 17, 24, 25)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import TrainConfig
+from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.model.mtp import shift_left
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -24,13 +25,13 @@ class LossParts(NamedTuple):
 
 def loss(
     model: DeepSeekV3,
-    batch: Any,
+    batch: Batch,
     valid_tokens: jax.Array,
     mtp_weight: jax.Array,
     cfg: TrainConfig,
     row_share: float = 1.0,
 ) -> tuple[jax.Array, LossParts]:
-    """Loss of one micro-batch of `tokens_BT` and `labels_BT` (-1 = not counted).
+    """Loss of one micro-batch.
 
     `valid_tokens` is the count of labels in the whole step, so that micro-batches and devices add
     up to the step's mean; MTP divides by it too, as Eq. 24 divides by T. Balance is the mean over

@@ -6,12 +6,13 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.quant.gemm import dot
+from dsv3_jax.quant.gemm import wide_einsum
 
 # On two busy cores 512 catches undisturbed moments (1.4 ms each); many cores need the larger one.
 CPU_SIDES = (512, 2048)
@@ -42,7 +43,7 @@ def _fastest(dtype: str, side: int) -> float:
         wave = jnp.sin(jnp.arange(side * side, dtype=jnp.float32))
         return wave.reshape(side, side).astype(dtype)
 
-    product = jax.jit(lambda a, b: dot(a, b, (1, 0)))
+    product = jax.jit(partial(wide_einsum, "ij,jk->ik"))
     matrix = operand()
     product(matrix, matrix).block_until_ready()
     best, end = float("inf"), time.perf_counter() + SECONDS_PER_SIDE

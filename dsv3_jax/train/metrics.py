@@ -8,7 +8,6 @@ of the machine's matmul peak, `max_violation` the MaxVio of loss-free balancing.
 
 import json
 import math
-import os
 import signal
 from collections import deque
 from pathlib import Path
@@ -20,6 +19,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from dsv3_jax.files import replace_file
 
 HEADER_EVERY = 20  # plain lines between two headers: one is always on a screen of 24
 PACE_WINDOW = 100  # updates over which the remaining time is estimated
@@ -42,16 +43,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that any crash leaves either the old content or the new one, whole."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

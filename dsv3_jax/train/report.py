@@ -19,7 +19,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dsv3_jax.train.metrics import clock, replace_file, strict_json
+from dsv3_jax.files import replace_file
+from dsv3_jax.train.metrics import clock, strict_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def zlib_bits_per_byte(data: bytes) -> float:
 
 def write_summary(result: Result, path: str | Path) -> None:
     """The result as JSON; values that are not finite become null."""
-    replace_file(Path(path), (strict_json(asdict(result), indent=2) + "\n").encode())
+    replace_file(path, (strict_json(asdict(result), indent=2) + "\n").encode())
 
 
 def summary(result: Result, console: Console | None = None) -> None:

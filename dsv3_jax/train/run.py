@@ -15,12 +15,13 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
 from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.files import replace_file
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable, new_run
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe, matmul_peak
-from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics, replace_file
+from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import init_state

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.train.loss import LossParts, loss
@@ -69,13 +70,13 @@ def init_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
 
 
 def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
-    """Compiled `step(state, (tokens_BT, labels_BT), coefficients) -> (state, StepMetrics)`.
+    """Compiled `step(state, batch, coefficients) -> (state, StepMetrics)`.
 
     The state is donated.
     """
     transform = adamw(cfg.optimizer)
 
-    def step(state: TrainState, batch, coefficients: Coefficients):
+    def step(state: TrainState, batch: Batch, coefficients: Coefficients):
         total, grads, parts = gradients(graphdef, state, batch, coefficients.mtp_weight, cfg)
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
         updates = jax.tree.map(lambda u: -coefficients.learning_rate * u, updates)
@@ -94,13 +95,13 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
 
 
 def gradients(
-    graphdef: nnx.GraphDef, state: TrainState, batch, mtp_weight: jax.Array, cfg: RunConfig
+    graphdef: nnx.GraphDef, state: TrainState, batch: Batch, mtp_weight: jax.Array, cfg: RunConfig
 ) -> tuple[jax.Array, nnx.State, LossParts]:
     """Loss, float32 gradients and loss parts of a whole step's rows, in `train.microbatches`
     sequential parts.
     """
     count = cfg.train.microbatches
-    valid_tokens = jnp.maximum((batch[1] >= 0).sum(), 1)
+    valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
 
     def one(params, micro):

@@ -1,4 +1,4 @@
-"""The cache folder is where XDG says, keys tell texts apart, files appear whole or not at all."""
+"""The cache folder is where XDG says, keys tell texts apart."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.data.cache import cache_folder, hash_texts, store, write_atomic
+from dsv3_jax.data.cache import cache_folder, hash_texts, store
 
 
 def test_folder_follows_xdg_then_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,22 +27,6 @@ def test_there_is_no_folder_without_a_home(monkeypatch: pytest.MonkeyPatch) -> N
 def test_hash_tells_sequences_of_texts_apart() -> None:
     sequences = [(), ("",), ("abc",), ("ab", "c"), ("a", "bc"), ("c", "ab"), ("ab", "c", "")]
     assert len({hash_texts(texts) for texts in sequences}) == len(sequences)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def fail(source: Path, target: Path) -> None:
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_unwritable_cache_is_one_line_in_the_log(

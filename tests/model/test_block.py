@@ -35,7 +35,7 @@ CFG = tiny_model(
 
 def layer_of(cfg: ModelConfig, dtype, remat: Remat = "none"):
     """`layer(x, block) -> (x, stats)`, as the model scans it."""
-    rope = rope_table(cfg, jnp.arange(T), dtype)
+    rope = rope_table(cfg, jnp.arange(T)[None], dtype)
     return rematerialised(lambda x, block: block(x, rope, jnp.asarray(VALID)), remat, scanned=True)
 
 
@@ -46,7 +46,7 @@ def test_a_layer_adds_attention_and_feed_forward_of_the_normed_stream(
     block, x = random_part(Block, CFG, jnp.float64, moe=moe), normal(0, B, T, CFG.d_model)
 
     def expected(x):
-        rope = rope_table(CFG, jnp.arange(T), x.dtype)
+        rope = rope_table(CFG, jnp.arange(T)[None], x.dtype)
         x = x + block.mla(rms_norm(x, block.attention_norm_D[...], CFG.rms_eps), rope)
         normed = rms_norm(x, block.ffn_norm_D[...], CFG.rms_eps)
         if not moe:
@@ -114,7 +114,7 @@ ATTENTION_KEEPS = Counter(
         ((B, T, 17), "bfloat16"): 1,  # key-value latent and rotary key, before norm and rotation
         ((B, T, 3, 7), "bfloat16"): 1,  # attention's output
         ((B, 3, T), "float32"): 1,  # its log-sum-exp
-        ((B, T, 2), "float32"): 1,  # cos and sin of the positions, not per layer
+        ((1, T, 4), "float32"): 1,  # cos and sin of the positions, not per layer
     }
 )
 # Missing: what the norms return (31, 20, 13), and the up-projections (3 x 14, 3 x 17, 3 x 7).
@@ -146,7 +146,7 @@ def test_the_report_policy_keeps_no_norm_and_no_up_projection_of_an_expert_layer
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
 def test_full_keeps_the_input_alone_and_each_policy_less_than_the_one_before(moe: bool):
-    full = Counter({((B, T, 31), "bfloat16"): 1, ((B, T, 2), "float32"): 1})
+    full = Counter({((B, T, 31), "bfloat16"): 1, ((1, T, 4), "float32"): 1})
     assert kept(moe, "full") == full
     none, report = bytes_of(kept(moe, "none")), bytes_of(kept(moe, "report"))
     assert bytes_of(full) * 5 < report < none / 4

@@ -26,7 +26,11 @@ variants = pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def make(cfg: ModelConfig, dtype=jnp.float64) -> tuple[MLA, jax.Array, jax.Array]:
     """Random weights, inputs [B, T, D], and the table of positions 0..T-1."""
     mla = random_part(MLA, cfg, dtype)
-    return mla, normal(7, B, T, cfg.d_model, dtype=dtype), rope_table(cfg, jnp.arange(T), dtype)
+    return (
+        mla,
+        normal(7, B, T, cfg.d_model, dtype=dtype),
+        rope_table(cfg, jnp.arange(T)[None], dtype),
+    )
 
 
 def absorbed(mla: MLA, x: jax.Array, rope: jax.Array) -> jax.Array:
@@ -136,7 +140,7 @@ def test_decoding_step_by_step_equals_the_whole_row(x64, strict_dtypes):
             jnp.where(seen_S[None, :, None], a, b) for a, b in zip(latents, garbage, strict=True)
         ]
         x_B1D = jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
-        rope_1 = rope_table(cfg, t[None], x.dtype)
+        rope_1 = rope_table(cfg, t[None, None], x.dtype)
         return mla.absorbed(x_B1D, rope_1, *cache, jnp.broadcast_to(seen_S[None, None], (B, 1, T)))
 
     decoded = jnp.concatenate([step(jnp.asarray(t)) for t in range(T)], 1)

@@ -28,7 +28,7 @@ def test_a_module_projects_embedding_then_hidden_state(x64, strict_dtypes):
     """The order of the released weights, not Eq. 21's; then one MoE layer and its own norm."""
     module = random_model(CFG, jnp.float64).mtp[0]
     h, embedded = normal(0, B, T, CFG.d_model), normal(1, B, T, CFG.d_model)
-    rope, valid = rope_table(CFG, jnp.arange(T), h.dtype), jnp.ones((B, T), bool)
+    rope, valid = rope_table(CFG, jnp.arange(T)[None], h.dtype), jnp.ones((B, T), bool)
 
     def expected(h, embedded):
         w_embed, w_hidden = jnp.split(module.w_proj_DD_D[...], 2)
@@ -46,7 +46,7 @@ def test_depth_k_continues_depth_k_minus_1_with_token_i_plus_k(x64, strict_dtype
     model, tokens = random_model(CFG, jnp.float64), random_tokens(CFG, B, T)
     h, valid = normal(0, B, T, CFG.d_model), np.ones((B, T), bool)
     valid[1, 4] = False
-    rope, table = rope_table(CFG, jnp.arange(T), h.dtype), np.asarray(model.embed_VD[...])
+    rope, table = rope_table(CFG, jnp.arange(T)[None], h.dtype), np.asarray(model.embed_VD[...])
     outputs = run_depths(model, h, tokens, jnp.asarray(valid))
     for k, (module, (actual, stats)) in enumerate(zip(model.mtp, outputs, strict=True), start=1):
         ahead = np.pad(np.asarray(tokens)[:, k:], ((0, 0), (0, k)))

@@ -44,7 +44,9 @@ def test_the_model_is_embedding_layers_in_order_norm_and_head(x64, strict_dtypes
     model, tokens = random_model(CFG, jnp.float64), random_tokens(CFG, B, T)
     valid = np.ones((B, T), bool)
     valid[0, 4:] = False
-    layer = compiled(lambda block, x: block(x, rope_table(CFG, jnp.arange(T), x.dtype), valid))
+    layer = compiled(
+        lambda block, x: block(x, rope_table(CFG, jnp.arange(T)[None], x.dtype), valid)
+    )
     x, collected = np.asarray(model.embed_VD[...])[tokens], []
     for block in layers_of(model.dense_layers) + layers_of(model.moe_layers):
         x, stats = layer(block, x)

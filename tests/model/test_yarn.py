@@ -51,9 +51,10 @@ def test_softmax_scales_of_the_released_model():
 
 
 def test_cos_and_sin_carry_the_ratio_of_the_mscales(x64):
-    positions = jnp.arange(3)
+    positions = jnp.arange(3)[None]
     equal = rope_table(EXTENDED, positions, jnp.float64)
-    np.testing.assert_allclose(equal[0] ** 2 + equal[1] ** 2, np.ones((3, 32)), rtol=1e-14)
+    cos, sin = jnp.split(equal, 2, -1)
+    np.testing.assert_allclose(cos**2 + sin**2, np.ones((1, 3, 32)), rtol=1e-14)
     uneven = replace(EXTENDED, yarn=YarnConfig(mscale=2.0, mscale_all_dim=0.5))
     ratio = (0.2 * np.log(40) + 1) / (0.05 * np.log(40) + 1)
     np.testing.assert_allclose(
@@ -63,18 +64,18 @@ def test_cos_and_sin_carry_the_ratio_of_the_mscales(x64):
 
 @pytest.mark.parametrize("cfg", [PLAIN, EXTENDED], ids=["plain", "yarn"])
 def test_rotation_multiplies_adjacent_elements_as_complex_numbers(x64, strict_dtypes, cfg):
-    positions, x = np.array([0, 1, 7, 4000]), np.asarray(normal(0, 2, 4, 3, 64))
+    positions, x = np.array([[0, 1, 7, 4000], [3, 0, 0, 9]]), np.asarray(normal(0, 2, 4, 3, 64))
     actual = rotate(jnp.asarray(x), rope_table(cfg, jnp.asarray(positions), jnp.float64))
     numbers = x[..., 0::2] + 1j * x[..., 1::2]
-    turn = np.exp(1j * positions[:, None] * frequencies(cfg))
-    turned = numbers * turn[None, :, None]
+    turn = np.exp(1j * positions[..., None] * frequencies(cfg))
+    turned = numbers * turn[:, :, None]
     expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
     assert_close(actual, expected, FLOAT64)
 
 
 def test_rotation_keeps_the_norm_of_every_pair(x64):
     x = normal(0, 1, 9, 2, 4)
-    turned = rotate(x, rope_table(tiny_model(), jnp.arange(9), jnp.float64))
+    turned = rotate(x, rope_table(tiny_model(), jnp.arange(9)[None], jnp.float64))
     before, after = (np.asarray(x).reshape(1, 9, 2, 2, 2) for x in (x, turned))
     assert_close(np.linalg.norm(after, axis=-1), np.linalg.norm(before, axis=-1), FLOAT64)
     assert np.abs(after - before)[:, 1:].min() > 0
@@ -84,7 +85,7 @@ def test_scores_depend_on_relative_position_only(x64):
     """One query and one key at positions 905 and 900, 5 and 0, 906 and 900."""
     q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, 64), (1, 3, 1, 64)) for seed in (0, 1))
     tables = (
-        rope_table(EXTENDED, jnp.asarray(at), q.dtype) for at in ([905, 5, 906], [900, 0, 900])
+        rope_table(EXTENDED, jnp.asarray([at]), q.dtype) for at in ([905, 5, 906], [900, 0, 900])
     )
     turned = [rotate(x, table) for x, table in zip((q, k), tables, strict=True)]
     far, near, other = np.asarray(turned[0] * turned[1]).sum((0, 2, 3))
@@ -96,6 +97,6 @@ def test_scores_depend_on_relative_position_only(x64):
 def test_angles_are_at_least_float32_and_results_keep_their_dtype(
     x64, strict_dtypes, dtype: str, table: str
 ):
-    made = rope_table(tiny_model(), jnp.arange(3), jnp.dtype(dtype))
+    made = rope_table(tiny_model(), jnp.arange(3)[None], jnp.dtype(dtype))
     assert made.dtype == table
     assert rotate(jnp.ones((1, 3, 1, 4), dtype), made).dtype == dtype

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.quant.gemm import dot, grouped_linear, linear, wide
+from dsv3_jax.quant.gemm import grouped_linear, linear, wide, wide_einsum
 from tests.shapes import compiled, normal
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -83,11 +83,6 @@ def test_products_are_rounded_once_at_the_end(strict_dtypes, case):
     np.testing.assert_allclose(actual, exact, rtol=2.0**-8 * 1.01, atol=1e-6)
 
 
-def test_dot_contracts_and_batches_as_einsum(x64):
-    a, b = normal(0, 3, 4, 5), normal(1, 3, 6, 4)
-    assert_close(dot(a, b, (1, 2), batch=1), jnp.einsum("bij,bki->bjk", a, b), FLOAT64)
-
-
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
@@ -99,4 +94,4 @@ def test_dot_contracts_and_batches_as_einsum(x64):
 )
 def test_accumulation_is_at_least_float32(x64, dtype: str, expected: str):
     a = jnp.ones((2, 2), dtype)
-    assert wide(a.dtype) == dot(a, a, (1, 0)).dtype == jnp.dtype(expected)
+    assert wide(a.dtype) == wide_einsum("ij,jk->ik", a, a).dtype == jnp.dtype(expected)

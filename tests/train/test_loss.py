@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import TrainConfig
+from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.train.loss import loss
@@ -21,9 +22,9 @@ CFG = tiny_model(num_layers=1, num_dense_layers=1, mtp_depth=2)
 run_block = compiled(lambda block, *args: block(*args)[0])
 
 
-def batch_of(sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
+def batch_of(sequence: jax.Array) -> Batch:
     """Tokens and labels of rows t_1 .. t_{T+1}."""
-    return sequence[:, :-1], sequence[:, 1:]
+    return Batch(sequence[:, :-1], sequence[:, 1:])
 
 
 def nll(logits_V: np.ndarray, label: int) -> float:
@@ -52,7 +53,7 @@ def mtp_loss_by_equations(model: DeepSeekV3, t: np.ndarray, h: np.ndarray) -> fl
             for i in range(count)
         ]
         x = np.array(joined) @ np.asarray(module.w_proj_DD_D[...])
-        rope = rope_table(CFG, jnp.arange(count), x.dtype)
+        rope = rope_table(CFG, jnp.arange(count)[None], x.dtype)
         y = np.asarray(run_block(module.block, x[None], rope, np.ones((1, count), bool))[0])
         h = np.stack([norm(y[i], module.norm_D) for i in range(count)])
         total += sum(nll(h[i] @ head, t[i + k + 1]) for i in range(count)) / (len(t) - 1)

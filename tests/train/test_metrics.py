@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_a_kill_during_the_clean_up_loses_nothing(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsLog(path, resume_step=1)
     assert read_metrics(path) == [train(1), train(2)]

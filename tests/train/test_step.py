@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.layers import Init
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -42,11 +43,11 @@ def state_of(cfg: RunConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, TrainStat
     return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
 
 
-def batch_of(cfg: RunConfig) -> tuple[jax.Array, jax.Array]:
+def batch_of(cfg: RunConfig) -> Batch:
     """Tokens and labels; rows have 6, 1, 4 and 0 labels that count."""
     sequence = random_tokens(cfg.model, B, T + 1)
     counted = jnp.arange(T)[None] < jnp.array([[6], [1], [4], [0]])
-    return sequence[:, :-1], jnp.where(counted, sequence[:, 1:], -1)
+    return Batch(sequence[:, :-1], jnp.where(counted, sequence[:, 1:], -1))
 
 
 def coefficients(learning_rate: float, bias_speed: float, mtp_weight: float = 0.3) -> Coefficients:
@@ -113,7 +114,7 @@ def test_a_step_without_speed_moves_the_parameters_alone():
 def test_decay_leaves_norm_gains_and_biases_alone():
     """No label counts and no balance loss: gradients are zero, and what moves moves by decay."""
     tokens, labels = batch_of(RUN)
-    batch = tokens, jnp.full_like(labels, -1)
+    batch = Batch(tokens, jnp.full_like(labels, -1))
     before, after, metrics = take_step(learning_rate=0.5, bias_speed=0.25, batch=batch)
     assert metrics.grad_norm == metrics.loss == 0
     jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)

@@ -1,0 +1,22 @@
+"""Files that are never seen half-written."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Writes a file so that any crash, of the machine too, leaves the old content or the new one.
+
+    OSError where that is not possible; the old content then stays.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
