@@ -371,6 +371,8 @@ def test_parameters_without_a_gradient_are_named(small: SmallRun):
 def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    # A process in the background of a script is born with ^C ignored.
+    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with loop._stop_signals() as came:
             signal.raise_signal(signal.SIGTERM)
@@ -387,3 +389,4 @@ def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_int)
