@@ -63,5 +63,5 @@ $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -m venv $(VENV)
 	@line=$$($(PY) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")'); \
 	$(PY) -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints/$$line.txt --editable '.[dev]'
+	  --config-settings editable_mode=compat --constraint constraints/$$line.txt --editable '.[dev]'
 	@touch $@

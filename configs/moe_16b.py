@@ -1,8 +1,8 @@
 """The report's small ablation model (15.7B parameters, 2.4B active; 4.5, Table 4) on 1.33T
 tokens, with one MTP module.
 
-    python -m dsv3_jax.train --config configs/moe_16b.py --data.source '/path/to/text/**/*.txt'
-    --data.tokenizer tokenizer.json
+    python -m dsv3_jax.train --config configs/moe_16b.py --data.source '/path/to/text/**/*.txt' \\
+        --data.tokenizer tokenizer.json
 
 Hardware: an accelerator mesh; on one device it does not fit. Shape, batch and learning rate of this
 ablation are unpublished: the shape is DeepSeek-V2-Lite's; the batch of 4608 rows, the peak rate of

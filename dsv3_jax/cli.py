@@ -97,6 +97,13 @@ def _one_line(boxed: str) -> str:
     rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     suggested = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
     text = re.sub(r"^Error parsing (?!-)[\w.]*: ", "", " ".join(rows[:rule]))
+    for said, allowed in (
+        (r"invalid literal for int\(\) with base 10", "whole numbers"),
+        (r"could not convert string to float", "numbers"),
+    ):
+        text = re.sub(
+            rf"^Error parsing (\S+): {said}: (.*)$", rf"\1 is \2; allowed: {allowed}", text
+        )
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"
     elif text.startswith("Unrecognized") and text.endswith(".py"):

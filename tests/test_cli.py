@@ -65,7 +65,7 @@ def test_flags_change_the_defaults():
 LONG = "x" * 150
 MISTAKES = [
     (["--cake.layers", "0"], "error: cake.layers is 0; allowed: at least 1"),
-    (["--cake.layers", LONG], f"int() with base 10: '{LONG}'"),
+    (["--cake.layers", LONG], f"--cake.layers is '{LONG}'; allowed: whole numbers"),
     (["--cake.label", f"{LONG} {LONG}"], f"error: cake.label is '{LONG} {LONG}'; allowed: no"),
     (
         ["--cake.layer", "2"],

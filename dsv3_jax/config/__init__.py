@@ -1,15 +1,15 @@
 """Configuration: dataclasses, presets, Hugging Face `config.json`, users' files. No JAX."""
 
+from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig, ParamCount, YarnConfig
 from dsv3_jax.config.run import (
-    DataConfig,
     OptimizerConfig,
     OutputConfig,
-    Phase,
+    ParamGroup,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
 )
+from dsv3_jax.config.schedule import Phase, ScheduleConfig
 
 __all__ = [
     "DataConfig",
@@ -17,6 +17,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "ParamCount",
+    "ParamGroup",
     "Phase",
     "RunConfig",
     "ScheduleConfig",

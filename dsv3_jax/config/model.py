@@ -67,7 +67,7 @@ class ParamCount:
 class ModelConfig:
     """Sizes of a model.
 
-    The defaults are DeepSeek-V3 as pre-trained: 671B parameters, 4096 tokens.
+    `ModelConfig()` is DeepSeek-V3 as pre-trained: 671B parameters, 4096 tokens.
     """
 
     vocab_size: int = 129280

@@ -8,30 +8,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.model import ModelConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Text and how it becomes rows of tokens (report 4.1)."""
-
-    source: str | tuple[str, ...] = "stdlib"
-    """'stdlib' (Python's own standard library, always there) or globs of UTF-8 text files"""
-    tokenizer: str = "train"
-    """'train' (byte-level BPE of model.vocab_size ids, cached) or the path of a tokenizer.json"""
-    validation_fraction: float = 0.02
-    """Share of documents, chosen by hash, that is never trained on"""
-    length: int = 4096
-    """T: tokens of a row"""
-
-    def __post_init__(self) -> None:
-        check_types("data", self)
-        check("data.length", self.length, self.length >= 2, "at least 2")
-        fraction = self.validation_fraction
-        check("data.validation_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
-        if not self.source:
-            raise ValueError("data.source is empty; allowed: 'stdlib' or globs of text files")
+from dsv3_jax.config.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -50,12 +30,18 @@ class TrainConfig:
     """Recomputed in backward: nothing, norms and MLA up-projections (3.2.3), or whole layers"""
     balance_weight: float = 1e-4
     """alpha of the sequence-wise balance loss"""
+    max_bad_steps: int = 3
+    """Updates in a row that were not finite and so were skipped, which end the run (exit code 3)"""
+    spike: Literal["off", "skip", "rewind"] = "off"
+    """At a loss far above the recent ones: skip the update; or also go back to a checkpoint"""
+    spike_deviations: float = 6.0
+    """How far is far, in standard deviations of the recent losses"""
     seed: int = 0
     """Of initial weights, data order and samples"""
 
     def __post_init__(self) -> None:
         check_types("train", self)
-        for name in ("steps", "rows", "microbatches"):
+        for name in ("steps", "rows", "microbatches", "max_bad_steps"):
             check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
         if self.rows % self.microbatches:
             raise ValueError(
@@ -63,7 +49,25 @@ class TrainConfig:
                 f"which does not divide train.rows = {self.rows}"
             )
         check("train.balance_weight", self.balance_weight, self.balance_weight >= 0, "0 or more")
+        deviations = self.spike_deviations
+        check("train.spike_deviations", deviations, deviations > 0, "positive numbers")
         check("train.seed", self.seed, 0 <= self.seed < 2**32, "0 to 2^32 - 1")
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters whose name holds `match`, and what is special about them."""
+
+    match: str
+    learning_rate: float = 1.0
+    """Factor on the run's"""
+    decay: bool | None = None
+    """Whether weight decay acts on them; None: on all but the gains of norms"""
+
+    def __post_init__(self) -> None:
+        check_types("optimizer: a group", self)
+        rate = self.learning_rate
+        check("optimizer: learning_rate of a group", rate, rate >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,18 @@ class OptimizerConfig:
     """Added to the root of the second moment (unpublished)"""
     weight_decay: float = 0.1
     """Decoupled; not on norms and router biases"""
+    groups: tuple[ParamGroup, ...] = ()
+    """The first group that matches a parameter's name decides; from files only"""
     clip_norm: float = 1.0
     """Largest global gradient norm"""
     moment_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """In which both moments are stored"""
+    ema_decay: float = 0.0
+    """Of an average of the weights in host memory (3.2.3; decay unpublished); 0 for none"""
 
     def __post_init__(self) -> None:
         check_types("optimizer", self)
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema_decay"):
             value = getattr(self, name)
             check(f"optimizer.{name}", value, 0 <= value < 1, "0 to below 1")
         for name in ("eps", "clip_norm"):
@@ -93,47 +101,6 @@ class OptimizerConfig:
             check(f"optimizer.{name}", value, value > 0, "positive numbers")
         decay = self.weight_decay
         check("optimizer.weight_decay", decay, decay >= 0, "0 or more")
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of a schedule: `tokens` tokens that end at `value`, reached at once (constant),
-    linearly or by a cosine.
-    """
-
-    tokens: int
-    value: float
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-
-    def __post_init__(self) -> None:
-        check_types("schedule.phases", self)
-        check("schedule: tokens of a phase", self.tokens, self.tokens >= 1, "at least 1")
-        check("schedule: value of a phase", self.value, self.value >= 0, "0 or more")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Values over the run: warm-up counts steps, the learning rate then consumed tokens (4.2)."""
-
-    learning_rate: float = 2.2e-4
-    """After warm-up"""
-    warmup_steps: int = 2000
-    """Linear from 0"""
-    final_learning_rate: float = 2.2e-5
-    """Where the cosine over the whole run ends, if there are no phases"""
-    phases: tuple[Phase, ...] = ()
-    """Of the learning rate in place of that cosine; in files only"""
-    bias_speed: float = 1e-3
-    """gamma of loss-free balancing"""
-    mtp_weight: float = 0.3
-    """lambda of the MTP loss"""
-
-    def __post_init__(self) -> None:
-        check_types("schedule", self)
-        names = ("learning_rate", "warmup_steps", "final_learning_rate", "bias_speed", "mtp_weight")
-        for name in names:
-            value = getattr(self, name)
-            check(f"schedule.{name}", value, 0 <= value < float("inf"), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -158,6 +125,10 @@ class OutputConfig:
     """What the sample continues"""
     sample_temperature: float = 0.5
     """0 takes the likeliest token each time"""
+    tensorboard: bool = False
+    """Also write event files for TensorBoard (needs the extra `logging`)"""
+    wandb: str = ""
+    """Also log to this project of Weights & Biases (needs the extra `logging`)"""
 
     def __post_init__(self) -> None:
         check_types("output", self)
@@ -193,6 +164,13 @@ class RunConfig:
                 f"data.length is {self.data.length}; "
                 f"allowed: more than model.mtp_depth = {self.model.mtp_depth}"
             )
+        part = self.train.rows // self.train.microbatches
+        for phase in self.schedule.rows_phases:
+            if phase.value % part:
+                raise ValueError(
+                    f"schedule.rows_phases: {phase.value:g} rows; allowed: multiples of a "
+                    f"micro-batch, {part} rows"
+                )
 
     def to_json(self) -> str:
         """The whole configuration, readable by `from_dict(json.loads(...))`."""
@@ -215,9 +193,9 @@ def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
         path = f"{where}.{name}".strip(".")
         if dataclasses.is_dataclass(hints[name]):
             value = from_dict(hints[name], value, path)
-        elif name == "phases" and isinstance(value, list | tuple):
-            value = tuple(from_dict(Phase, phase, path) for phase in value)
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif isinstance(value, list | tuple):
+            inner = next(iter(typing.get_args(hints[name])), None)  # X of tuple[X, ...]
+            is_table = dataclasses.is_dataclass(inner)
+            value = tuple(from_dict(inner, item, path) if is_table else item for item in value)
         built[name] = value
     return kind(**built)

@@ -22,13 +22,27 @@ def cache_folder(override: str | Path | None = None) -> Path | None:
     return Path(base) / "dsv3_jax" if os.path.isabs(base) else None
 
 
+class TextsHash:
+    """SHA-256 of a sequence of texts, taken one by one; ("ab", "c") and ("a", "bc") differ."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """One more text, in UTF-8."""
+        self._digest.update(len(data).to_bytes(8, "little"))
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """Of all texts so far."""
+        return self._digest.hexdigest()
+
+
 def hash_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of a sequence of texts, in hexadecimal; ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.sha256()
+    """`TextsHash` of some texts, in hexadecimal."""
+    digest = TextsHash()
     for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+        digest.add(text.encode())
     return digest.hexdigest()
 
 

@@ -1,11 +1,28 @@
-"""From a `DataConfig` to rows: documents, split, tokenizer, tokens (report 4.1)."""
+"""From a `DataConfig` to rows: documents, split, tokenizer, tokens, mixture (report 4.1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.packing import Rows, cached_tokenize
-from dsv3_jax.data.sources import content_hash, load_documents, split_documents
+from dsv3_jax.data.cache import hash_texts
+from dsv3_jax.data.documents import Document
+from dsv3_jax.data.fim import fim_of
+from dsv3_jax.data.hashing import key64
+from dsv3_jax.data.held_out import Survey, survey
+from dsv3_jax.data.mixture import Mixture
+from dsv3_jax.data.packing import Rows
+from dsv3_jax.data.shards import TokenFolder, is_token_folder
+from dsv3_jax.data.sources import entries_of, load_documents
+from dsv3_jax.data.tokenised import (
+    Selected,
+    TokenDocuments,
+    cached_tokenize,
+    check_fits,
+    joined,
+)
 from dsv3_jax.data.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 
 
@@ -14,10 +31,10 @@ class Corpus:
     """Rows to train on, rows held out in the order of their documents, and their tokenizer."""
 
     tokenizer: Tokenizer
-    train: Rows
+    train: Rows | Mixture
     validation: Rows
     content_hash: str
-    """Of all documents, both splits"""
+    """Of all documents, both splits; weights do not count"""
 
 
 def build_corpus(
@@ -30,33 +47,121 @@ def build_corpus(
     """Reads, splits and tokenises; each stage tells `say` what it found.
 
     A given `tokenizer` (a resumed run's own) stands in for the configured one. ValueError for bad
-    data or tokenizer.
+    data or tokenizer, or pre-tokenised folders that fit neither each other nor the configuration.
     """
-    documents = load_documents(cfg.source)
-    train, validation = split_documents(documents, cfg.validation_fraction)
-    size = sum(len(document.text.encode()) for document in documents)
+    entries = entries_of(cfg.source)
+    # With weights each entry is a source of its own, else all together are one.
+    sources = [_Source(cfg, (e,)) for e in entries] if cfg.weights else [_Source(cfg, entries)]
+    for source in sources:
+        say(source.found())
+    folders = [folder for source in sources for folder in source.folders]
+    if any(source.train for source in sources):
+        say("           tokenising (some ten seconds the first time, then from the cache)")
+    if tokenizer is None:
+        tokenizer = _tokenizer(cfg, vocab_size, sources, folders)
+    check_fits(tokenizer, vocab_size)
+    for folder in folders:
+        _check_folder(cfg, folder, tokenizer)
+    train = [source.tokens(tokenizer, vocab_size, held_out=False) for source in sources]
+    held_out = [source.tokens(tokenizer, vocab_size, held_out=True) for source in sources]
+    validation = Rows(joined(held_out), cfg.length, isolate=cfg.isolate)
     say(
-        f"data       {_name(cfg.source)}: {len(train):,} documents to train on, "
-        f"{len(validation):,} held out, {size / 1e6:.1f} MB"
+        f"tokens     {sum(int(part.lengths.sum()) for part in train) / 1e6:.2f} M to train on, "
+        f"{validation.corpus.lengths.sum() / 1e3:.0f} k held out, "
+        f"vocabulary {tokenizer.vocab_size:,}"
     )
-    say("           tokenising (some ten seconds the first time, then from the cache)")
-    if tokenizer is None and cfg.tokenizer == "train":
-        tokenizer = cached_tokenizer([document.text for document in train], vocab_size)
-    elif tokenizer is None:
-        tokenizer = load_tokenizer(cfg.tokenizer)
-    tokenised = [cached_tokenize(part, tokenizer, vocab_size) for part in (train, validation)]
-    count = len(tokenised[0].tokens)
-    say(
-        f"tokens     {count / 1e6:.2f} M to train on, {len(tokenised[1].tokens) / 1e3:.0f} k held "
-        f"out, vocabulary {tokenizer.vocab_size:,}"
-    )
-    return Corpus(
-        tokenizer,
-        Rows(tokenised[0], cfg.length, seed),
-        Rows(tokenised[1], cfg.length),
-        content_hash(documents),
-    )
+    identity = [source.content_hash for source in sources]
+    return Corpus(tokenizer, _train_rows(cfg, train, tokenizer, seed), validation, _one(identity))
 
 
-def _name(source: str | tuple[str, ...]) -> str:
-    return source if isinstance(source, str) else " ".join(source)
+def _train_rows(
+    cfg: DataConfig, train: list[TokenDocuments], tokenizer: Tokenizer, seed: int
+) -> Rows | Mixture:
+    fim = fim_of(tokenizer, cfg.fim_rate)
+    if len(train) == 1:
+        return Rows(train[0], cfg.length, seed, fim, cfg.isolate)
+    seeds = [key64("source", seed, place) for place in range(len(train))]
+    pairs = zip(train, seeds, strict=True)
+    return Mixture([Rows(t, cfg.length, s, fim, cfg.isolate) for t, s in pairs], cfg.weights)
+
+
+class _Source:
+    """Entries that are one collection of documents: texts, then pre-tokenised folders."""
+
+    def __init__(self, cfg: DataConfig, entries: tuple[str, ...]) -> None:
+        self._cfg, self._name = cfg, " ".join(entries)
+        paths = {entry: Path(entry).expanduser() for entry in entries if entry != "stdlib"}
+        paths = {entry: path for entry, path in paths.items() if is_token_folder(path)}
+        self.folders = [TokenFolder(path) for path in dict.fromkeys(paths.values())]
+        self._survey: Survey | None = None
+        self.train: list[Document] = []
+        self._held_out: list[Document] = []
+        texts = tuple(entry for entry in entries if entry not in paths)
+        if texts:
+            documents = load_documents(texts, cfg.text_field, cfg.bad_utf8)
+            self._survey = survey(documents, cfg.validation_fraction)
+            for document, held_out in self._survey.divide(documents):
+                (self._held_out if held_out else self.train).append(document)
+
+    @property
+    def content_hash(self) -> str:
+        """Of the texts, wherever they lie."""
+        texts = [self._survey.content_hash] if self._survey else []
+        return _one([*texts, *(folder.manifest.content_hash for folder in self.folders)])
+
+    def found(self) -> str:
+        """How much there is, in a line."""
+        in_folders = sum(int(folder.held_out.sum()) for folder in self.folders)
+        held_out = len(self._held_out) + in_folders
+        total = len(self.train) + held_out - in_folders
+        total += sum(folder.manifest.documents for folder in self.folders)
+        size = sum(folder.manifest.bytes for folder in self.folders)
+        size += self._survey.bytes if self._survey else 0
+        return (
+            f"data       {self._name}: {total - held_out:,} documents to train on, "
+            f"{held_out:,} held out, {size / 1e6:.1f} MB"
+        )
+
+    def tokens(self, tokenizer: Tokenizer, vocab_size: int, held_out: bool) -> TokenDocuments:
+        """One side of the split."""
+        parts: list[TokenDocuments] = []
+        documents = self._held_out if held_out else self.train
+        split_rate = 0.0 if held_out else self._cfg.split_rate
+        if documents:
+            tokens = cached_tokenize(documents, tokenizer, vocab_size, split_rate=split_rate)
+            parts.append(tokens)
+        for folder in self.folders:
+            parts.append(Selected(folder, np.flatnonzero(folder.held_out == held_out)))
+        return joined(parts)
+
+
+def _tokenizer(
+    cfg: DataConfig, vocab_size: int, sources: list[_Source], folders: list[TokenFolder]
+) -> Tokenizer:
+    """The configured tokenizer, where folders do not bring their own."""
+    if cfg.tokenizer != "train":
+        return load_tokenizer(cfg.tokenizer)
+    if folders:
+        return folders[0].tokenizer
+    texts = [document.text for source in sources for document in source.train]
+    return cached_tokenizer(texts, vocab_size)
+
+
+def _check_folder(cfg: DataConfig, folder: TokenFolder, tokenizer: Tokenizer) -> None:
+    """ValueError if a folder was not written as the configuration reads."""
+    if folder.tokenizer.content_hash != tokenizer.content_hash:
+        raise ValueError(
+            f"data.source: {folder.path} was written with another tokenizer than "
+            f"{tokenizer.name}; allowed: folders and data.tokenizer of one tokenizer"
+        )
+    for name in ("validation_fraction", "split_rate"):
+        wanted, found = getattr(cfg, name), getattr(folder.manifest, name)
+        if wanted != found:
+            raise ValueError(
+                f"data.{name} is {wanted}; data.source {folder.path} was written with {found}; "
+                f"allowed: {found}, or another folder"
+            )
+
+
+def _one(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hash_texts(hashes)

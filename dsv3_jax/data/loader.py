@@ -2,7 +2,8 @@
 
 A batch is a function of (rows, consumed rows, its size) alone. `batch_at` is the definition; `load`
 gives the same batches in order, prepared by reader threads while the device computes. Threads, not
-processes: a row is a few slices of an array in memory, cheaper than sending it to another process.
+processes: a row is a few slices of an array or a few records of a file, cheaper than sending it to
+another process.
 """
 
 import sys
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv3_jax.data.mixture import Mixture
 from dsv3_jax.data.packing import Row, Rows
 
 # Read ahead at most this many rows, and this many tokens (32 MiB of tokens and labels).
@@ -28,15 +30,19 @@ class Batch(NamedTuple):
     """int32 [B, T]"""
     labels_BT: np.ndarray
     """int32 [B, T]"""
+    segments_BT: np.ndarray | None = None
+    """Of isolated rows: number of each token's document within its row, from 0, where attention
+    sees equal numbers only; int32 [B, T]
+    """
 
 
-def batch_at(rows: Rows, consumed_rows: int, num_rows: int) -> Batch:
+def batch_at(rows: Rows | Mixture, consumed_rows: int, num_rows: int) -> Batch:
     """The batch of `num_rows` rows that follows the first `consumed_rows`."""
-    return _stack([rows[consumed_rows + i] for i in range(num_rows)])
+    return stack([rows[consumed_rows + i] for i in range(num_rows)])
 
 
 def load(
-    rows: Rows, consumed_rows: int, batch_sizes: Iterable[int], readers: int = 1
+    rows: Rows | Mixture, consumed_rows: int, batch_sizes: Iterable[int], readers: int = 1
 ) -> Iterator[Batch]:
     """One batch for each of `batch_sizes`, from `consumed_rows` on.
 
@@ -52,7 +58,7 @@ def load(
     iterator = iter(dataset)
     try:
         for num_rows in batch_sizes:
-            yield _stack([next(iterator) for _ in range(num_rows)])
+            yield stack([next(iterator) for _ in range(num_rows)])
     finally:
         iterator.close()
 
@@ -60,7 +66,7 @@ def load(
 class _RowsFrom:
     """The rows from `start` on, as grain's random-access source; practically endless."""
 
-    def __init__(self, rows: Rows, start: int) -> None:
+    def __init__(self, rows: Rows | Mixture, start: int) -> None:
         self._rows = rows
         self._start = start
 
@@ -71,7 +77,9 @@ class _RowsFrom:
         return self._rows[self._start + index]
 
 
-def _stack(batch: Sequence[Row]) -> Batch:
+def stack(batch: Sequence[Row]) -> Batch:
+    """Rows as a batch."""
     assert batch, "a batch of 0 rows"
-    tokens_BT, labels_BT = (np.stack(arrays) for arrays in zip(*batch, strict=True))
-    return Batch(tokens_BT, labels_BT)
+    tokens, labels, segments = zip(*batch, strict=True)
+    isolated = segments[0] is not None
+    return Batch(np.stack(tokens), np.stack(labels), np.stack(segments) if isolated else None)

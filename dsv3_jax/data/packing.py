@@ -1,54 +1,24 @@
-"""Whole documents end to end, cut into rows of one length, no mask in between (report 4.1).
+"""Whole documents end to end, cut into rows of one length (report 4.1).
 
-A document is `bos text eos`: the report ends documents with eos, and the published tokenizer puts
-bos before every text at inference, so bos is trained in the place where it will stand. An epoch is
-the stream `eos, document, document, …` in a shuffled order; the leading eos lets the first token be
-predicted as well, so each token of the corpus is a label exactly once an epoch. Rows are random
-access: row i is a function of (corpus, length, seed, i), whatever was read before.
+An epoch is the stream `eos, document, document, …` in a shuffled order; the leading eos lets the
+first token be predicted as well, so each token of the corpus is a label exactly once an epoch. Rows
+are random access: row i is a function of (corpus, length, seed, i), whatever was read before.
+Documents of one row see each other, as in the report's pre-training; isolated rows (report 5.1)
+number them, so that attention can keep them apart, and never predict one from another.
 """
 
+import bisect
 import functools
-import hashlib
-import io
-import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from dsv3_jax.data.cache import cache_folder, hash_texts, store
-from dsv3_jax.data.sources import Document, content_hash
-from dsv3_jax.data.tokenizer import Tokenizer
-
-# Part of the cache key: raise it when the same documents and tokenizer give other tokens.
-_FORMAT_VERSION = 1
-# Documents encoded at a time: keeps all threads busy and bounds the memory of their encodings.
-_CHUNK = 256
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedCorpus:
-    """Document d is `tokens[offsets[d]:offsets[d + 1]]`, its bos and eos included."""
-
-    tokens: np.ndarray
-    """int32 [N]"""
-    offsets: np.ndarray
-    """int64 [documents + 1]"""
-
-    def __post_init__(self) -> None:
-        assert self.tokens.dtype == np.int32, self.tokens.dtype
-        assert self.offsets.dtype == np.int64, self.offsets.dtype
-        ends = self.offsets[0], self.offsets[-1]
-        assert ends == (0, len(self.tokens)), (ends, len(self.tokens))
-        assert len(self.offsets) > 1, "no documents"
-        assert (np.diff(self.offsets) > 0).all(), "an empty document: eos is missing"
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends every document."""
-        return int(self.tokens[-1])
+from dsv3_jax.data.fim import ADDED, Fim
+from dsv3_jax.data.hashing import key64, words
+from dsv3_jax.data.shuffle import shuffled
+from dsv3_jax.data.tokenised import TokenDocuments
 
 
 class Row(NamedTuple):
@@ -58,157 +28,153 @@ class Row(NamedTuple):
     """int32 [T]"""
     labels_T: np.ndarray
     """int32 [T]"""
-
-
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_ids: int) -> TokenizedCorpus:
-    """The documents as ids, each between bos and eos (one separator if the tokenizer has only eos).
-
-    ValueError if the tokenizer has more than `max_ids` ids (the model's vocabulary), or loses any
-    byte of a document.
+    segments_T: np.ndarray | None = None
+    """Of isolated rows: number of the document within the row, from 0; what fills the row up after
+    the last document counts as one more. int32 [T]
     """
-    if tokenizer.vocab_size > max_ids:
-        raise ValueError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
-            f"model.vocab_size is {max_ids}; allowed: at least as many as the tokenizer has"
-        )
-    if not documents:
-        raise ValueError("data.source: 0 documents to tokenize; allowed: at least 1")
-    eos = np.array([tokenizer.eos_id], np.int32)
-    bos = np.array([tokenizer.bos_id], np.int32)
-    opening = () if tokenizer.bos_id == tokenizer.eos_id else (bos,)
-    pieces = []
-    for start in range(0, len(documents), _CHUNK):
-        chunk = documents[start : start + _CHUNK]
-        encoded = tokenizer.encode_batch([document.text for document in chunk])
-        for document, ids in zip(chunk, encoded, strict=True):
-            _check_lossless(document, ids, tokenizer)
-            pieces.append(np.concatenate([*opening, ids, eos]))
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return TokenizedCorpus(np.concatenate(pieces), offsets)
 
 
-def cached_tokenize(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    max_ids: int,
-    cache_dir: str | Path | None = None,
-) -> TokenizedCorpus:
-    """`tokenize`, once: kept by content hash in `cache_dir` or the user's cache folder."""
-    folder = cache_folder(cache_dir)
-    if folder is None or tokenizer.vocab_size > max_ids:
-        return tokenize(documents, tokenizer, max_ids)
-    version = f"format {_FORMAT_VERSION}"
-    key = hash_texts((version, tokenizer.content_hash, content_hash(documents)))
-    path = folder / "tokens" / f"{key}.npz"
-    corpus = _read_corpus(path)
-    if corpus is None:
-        corpus = tokenize(documents, tokenizer, max_ids)
-        file = io.BytesIO()
-        np.savez(file, tokens=corpus.tokens, offsets=corpus.offsets)
-        store(path, file.getvalue())
-    return corpus
+class Stream(NamedTuple):
+    """The documents of an epoch, one after the other."""
+
+    order: np.ndarray
+    """Documents in the epoch's order, int64 [documents]"""
+    starts: np.ndarray
+    """Where each of them starts, and the end; int64 [documents + 1]"""
+    cuts: np.ndarray | None
+    """`Fim.cuts` of each document, not in the epoch's order; None without fill-in-the-middle"""
 
 
 class Rows:
-    """Rows of `length` labels, for every i >= 0: row i belongs to epoch i // len(rows).
+    """Rows of `length` labels, for every i >= 0: the rows of epoch 0, then those of epoch 1, ….
 
     With a seed, each epoch has its own order of documents and of rows; with None every epoch is in
     the order of the corpus (validation). The last row of the stream is filled up with eos whose
-    labels are -1. ValueError for a length below 1.
+    labels are -1. With fill-in-the-middle, epochs differ in size by a few tokens.
+
+    Args:
+        fim: fill-in-the-middle for a share of the documents; needs a seed.
+        isolate: documents of a row do not see each other. Rows have `segments_T`, and a document's
+            first token is nobody's label.
+
+    ValueError for a length below 1.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, length: int, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        corpus: TokenDocuments,
+        length: int,
+        seed: int | None = None,
+        fim: Fim | None = None,
+        isolate: bool = False,
+    ) -> None:
         if length < 1:
             raise ValueError(f"row length is {length} tokens; allowed: at least 1")
+        assert fim is None or seed is not None, "validation text keeps its order"
         self.corpus = corpus
         self.length = length
         self.seed = seed
-        self._num_rows = -(-len(corpus.tokens) // length)
-        make_epoch = functools.partial(_epoch, np.diff(corpus.offsets), seed)
+        self.isolate = isolate
+        self._fim = fim
+        self._lengths = np.asarray(corpus.lengths)
+        self._num_tokens = int(self._lengths.sum())
+        # First row of each epoch as far as it was needed; without fill-in-the-middle all are alike.
+        self._first_rows = [0]
+        self._growing = threading.Lock()
         # Two epochs: readers work on both sides of the boundary at the same time.
-        self._epoch = functools.lru_cache(maxsize=2)(make_epoch)
+        self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        return self._num_rows
+        """Rows in the first epoch."""
+        return self.rows_of_epoch(0)
 
     def __getitem__(self, index: int) -> Row:
-        assert index >= 0, index
-        epoch, position = divmod(index, len(self))
-        first = self._shuffled(epoch, position) * self.length
-        last = min(first + self.length, len(self.corpus.tokens))
+        stream, first = self._place(index)
+        last = min(first + self.length, int(stream.starts[-1]))
         # What precedes the row, then the row; eos before the first row and after the last.
         window = np.full(self.length + 1, self.corpus.eos_id, np.int32)
         start = 1 if first == 0 else 0
         stop = last - first + 1
-        window[start:stop] = self._read(self._epoch(epoch), first - 1 + start, last)
+        window[start:stop] = self._read(stream, first - 1 + start, last)
         labels_T = window[1:].copy()
         labels_T[last - first :] = -1
-        return Row(window[:-1], labels_T)
+        if not self.isolate:
+            return Row(window[:-1], labels_T)
+        # Place of each token's document in the stream; -1 before the first, one more at the end.
+        places = np.arange(first - 1, first + self.length)
+        places = np.searchsorted(stream.starts, places, side="right") - 1
+        labels_T[places[1:] != places[:-1]] = -1
+        return Row(window[:-1], labels_T, (places[:-1] - places[0]).astype(np.int32))
 
     def __iter__(self) -> Iterator[Row]:
         """The rows of the first epoch."""
         return (self[index] for index in range(len(self)))
 
-    def _shuffled(self, epoch: int, position: int) -> int:
-        """The row of the stream that is read at `position`: a keyed permutation, no table."""
-        if self.seed is None:
-            return position
-        from grain.experimental import index_shuffle  # a slow import, and it brings in JAX
+    def names_of(self, index: int) -> list[str]:
+        """Names of the documents whose tokens a row predicts, in its order."""
+        stream, first = self._place(index)
+        last = min(first + self.length, int(stream.starts[-1]))
+        documents = stream.order[slice(*_touched(stream, first, last))]
+        return [self.corpus.name_of(int(document)) for document in documents]
 
-        assert len(self) <= 2**32, f"{len(self)} rows; index_shuffle counts in 32 bits"
-        key = _key64("rows", self.seed, epoch) % 2**32
-        return index_shuffle(position, max_index=len(self) - 1, seed=key, rounds=4)
+    def rows_of_epoch(self, epoch: int) -> int:
+        """Rows in one epoch."""
+        tokens = self._num_tokens
+        if self._fim is not None:
+            tokens += ADDED * int((self._cuts(epoch)[:, 0] >= 0).sum())
+        return -(-tokens // self.length)
 
-    def _read(self, epoch: tuple[np.ndarray, np.ndarray], first: int, last: int) -> np.ndarray:
-        """Corpus tokens [first, last) of the epoch's stream (its leading eos not counted)."""
-        order, starts = epoch
-        begin = int(np.searchsorted(starts, first, side="right")) - 1
-        end = int(np.searchsorted(starts, last, side="left"))
+    def _place(self, index: int) -> tuple[Stream, int]:
+        """A row's epoch, and where in its stream the row starts."""
+        assert index >= 0, index
+        epoch, position, count = self._locate(index)
+        if self.seed is not None:
+            position = shuffled(position, count, key64("rows", self.seed, epoch))
+        return self._stream(epoch), position * self.length
+
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """(epoch, place in the epoch, rows of the epoch) of a row."""
+        if self._fim is None:
+            return *divmod(index, len(self)), len(self)
+        with self._growing:
+            firsts = self._first_rows
+            while firsts[-1] <= index:
+                firsts.append(firsts[-1] + self.rows_of_epoch(len(firsts) - 1))
+        epoch = bisect.bisect_right(firsts, index) - 1
+        return epoch, index - firsts[epoch], firsts[epoch + 1] - firsts[epoch]
+
+    def _make_stream(self, epoch: int) -> Stream:
+        lengths, cuts = self._lengths, None
+        if self._fim is not None:
+            cuts = self._cuts(epoch)
+            lengths = lengths + ADDED * (cuts[:, 0] >= 0)
+        order = np.arange(len(lengths))
+        if self.seed is not None:
+            drawn = words(key64("documents", self.seed, epoch), len(lengths))
+            order = np.argsort(drawn, kind="stable")
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[order])])
+        return Stream(order, starts, cuts)
+
+    def _cuts(self, epoch: int) -> np.ndarray:
+        return self._fim.cuts(self._lengths, self.seed, epoch)
+
+    def _read(self, stream: Stream, first: int, last: int) -> np.ndarray:
+        """Tokens [first, last) of the epoch's stream (its leading eos not counted)."""
         pieces = []
-        for place in range(begin, end):
-            offset = self.corpus.offsets[order[place]] - starts[place]
-            stop = min(last, starts[place + 1])
-            pieces.append(self.corpus.tokens[max(first, starts[place]) + offset : stop + offset])
+        for place in range(*_touched(stream, first, last)):
+            start = stream.starts[place]
+            document = self._document(stream, int(stream.order[place]))
+            pieces.append(document[max(first - start, 0) : last - start])
         return np.concatenate(pieces)
 
-
-def _epoch(lengths: np.ndarray, seed: int | None, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order, starts): documents in the epoch's order, and where each starts in its stream."""
-    order = np.arange(len(lengths))
-    if seed is not None:
-        # Raw words of a bit generator never change with NumPy's version; its `permutation` may.
-        bits = np.random.Philox(key=_key64("documents", seed, epoch))
-        order = np.argsort(bits.random_raw(len(lengths)), kind="stable")
-    return order, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[order])])
+    def _document(self, stream: Stream, document: int) -> np.ndarray:
+        tokens = self.corpus.read(document)
+        if stream.cuts is None or stream.cuts[document, 0] < 0:
+            return tokens
+        return self._fim.rearrange(tokens, *stream.cuts[document].tolist())
 
 
-def _check_lossless(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    text = document.text.encode()
-    kept = b"".join([tokenizer.token_bytes[i] for i in ids.tolist()])
-    if kept == text:
-        return
-    pairs = enumerate(zip(text, kept, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(kept)))
-    raise ValueError(
-        f"tokenizer {tokenizer.name} does not keep document {document.name}: at byte {at} "
-        f"the text has {text[at : at + 16]!r}, its tokens {kept[at : at + 16]!r}; "
-        "allowed: tokenizers that keep every byte"
-    )
-
-
-def _read_corpus(path: Path) -> TokenizedCorpus | None:
-    """What the cache holds, or None if it holds nothing whole; the archive's own checksums tell."""
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            return TokenizedCorpus(arrays["tokens"], arrays["offsets"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _key64(purpose: str, seed: int, epoch: int) -> int:
-    """64 bits that are the same on every machine and in every run."""
-    text = f"{purpose} {int(seed)} {int(epoch)}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _touched(stream: Stream, first: int, last: int) -> tuple[int, int]:
+    """Places [begin, end) of the documents that hold tokens [first, last) of a stream."""
+    begin = int(np.searchsorted(stream.starts, first, side="right")) - 1
+    return begin, int(np.searchsorted(stream.starts, last, side="left"))

@@ -3,8 +3,8 @@
 A trained tokenizer starts with all 256 bytes, so it represents every text. Its six special tokens
 take the lowest ids: begin of sentence 0, end of sentence 1 and padding 2 as in the published
 tokenizer; then fill-in-the-middle's three, which the published one has at the top: a vocabulary of
-any size has a bottom, but no fixed top. Left out: the random split of tokens that join punctuation
-with line ends (its rate is unpublished).
+any size has a bottom, but no fixed top. The random split of tokens that join punctuation with line
+ends is in `split_tokens`.
 """
 
 import functools
@@ -29,6 +29,8 @@ SPECIAL_TOKENS = (
     "<｜fim▁hole｜>",
     "<｜fim▁end｜>",
 )
+FIM_TOKENS = SPECIAL_TOKENS[3:]
+"""Before the prefix, before the suffix, before the middle"""
 _BOS_NAMES = (SPECIAL_TOKENS[0], "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 _EOS_NAMES = (SPECIAL_TOKENS[1], "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 # Part of the cache key: raise it with any change of the rules below.
@@ -88,6 +90,10 @@ class Tokenizer:
     def content_hash(self) -> str:
         """SHA-256 of everything that decides the ids of a text, in hexadecimal."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its spelling, special tokens included; None if there is none."""
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [N], without special tokens."""

@@ -46,10 +46,15 @@ class Block(nnx.Module):
             self.dense = FeedForward(cfg.d_model, cfg.dense_hidden, init=init.at("dense"))
 
     def __call__(
-        self, x_BTD: jax.Array, rope_BTR: jax.Array, valid_BT: jax.Array
+        self,
+        x_BTD: jax.Array,
+        rope_BTR: jax.Array,
+        valid_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """The stream after this layer, and its router's statistics (None for a dense layer)."""
-        x_BTD += self.mla(rms_norm(x_BTD, self.attention_norm_D[...], self.eps), rope_BTR)
+        normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.eps)
+        x_BTD += self.mla(normed_BTD, rope_BTR, segments_BT)
         return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT)
 
     def feed_forward(

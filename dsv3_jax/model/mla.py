@@ -36,7 +36,9 @@ class MLA(nnx.Module):
         self.w_ukv_C_HNU = init.normal("w_ukv_C_HNU", c, h * (cfg.nope_dim + cfg.v_dim))
         self.w_o_HU_D = init.normal("w_o_HU_D", h * cfg.v_dim, d)
 
-    def __call__(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, rope_BTR: jax.Array, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope_BTR` from `rope_table`."""
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
         c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope_BTR)
@@ -45,7 +47,7 @@ class MLA(nnx.Module):
         k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], q_rope_BTHR.shape)
         q_BTH_NR = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], -1)
         k_BSH_NR = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1)
-        o_BTHU = attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg))
+        o_BTHU = attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), segments_BT)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def absorbed(

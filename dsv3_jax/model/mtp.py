@@ -30,14 +30,26 @@ class MTP(nnx.Module):
         self.norm_D = init.ones(cfg.d_model)
 
     def __call__(
-        self, h_BTD: jax.Array, embedded_BTD: jax.Array, rope_BTR: jax.Array, valid_BT: jax.Array
+        self,
+        h_BTD: jax.Array,
+        embedded_BTD: jax.Array,
+        rope_BTR: jax.Array,
+        valid_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states of the depth before and embedded tokens i + k -> normed hidden states."""
         embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)
         h_BTD = rms_norm(h_BTD, self.hidden_norm_D[...], self.eps)
         x_BTD = linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])
-        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT)
+        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT, segments_BT)
         return rms_norm(x_BTD, self.norm_D[...], self.eps), stats
+
+
+def same_segment(segments_BT: jax.Array | None, places: int) -> jax.Array | bool:
+    """bool [B, T]: whether the token `places` further on is of the same segment; all, without."""
+    if segments_BT is None:
+        return True
+    return segments_BT == shift_left(segments_BT, places, fill=-1)
 
 
 def shift_left(x_BT: jax.Array, places: int, fill: int) -> jax.Array:

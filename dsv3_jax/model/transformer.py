@@ -12,7 +12,7 @@ from jax import lax
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, Remat, rematerialised
 from dsv3_jax.model.layers import Init, rms_norm
-from dsv3_jax.model.mtp import MTP, shift_left
+from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.quant.gemm import wide_einsum
@@ -56,12 +56,18 @@ class DeepSeekV3(nnx.Module):
         valid_BT: jax.Array | None = None,
         dtype: jnp.dtype | None = None,
         remat: Remat = "none",
+        segments_BT: jax.Array | None = None,
+        slot_B: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states after the final norm [B, T, D] in `dtype`, and router statistics stacked
         over the MoE layers.
 
-        valid_BT (bool, default all) marks the tokens that count in the statistics; all are
-        computed.
+        Args:
+            valid_BT: bool, default all: the tokens that count in the statistics; all are computed.
+            segments_BT: int32; tokens of one segment see each other only, and count positions from
+                its start.
+            slot_B: zeros, added to a row's embedding: where a row's gradient is not finite, the
+                slot's is not.
         """
         if tokens_BT.shape[1] > self.cfg.max_length:
             raise ValueError(
@@ -70,11 +76,13 @@ class DeepSeekV3(nnx.Module):
             )
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         x_BTD = self.embed(tokens_BT, dtype)
-        rope_BTR = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1])[None], x_BTD.dtype)
+        if slot_B is not None:
+            x_BTD += slot_B.astype(x_BTD.dtype)[:, None, None]
+        rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), x_BTD.dtype)
 
         def run(x_BTD, layers, count):
             body = rematerialised(
-                lambda x, block: block(x, rope_BTR, valid_BT), remat, scanned=count > 1
+                lambda x, block: block(x, rope_BTR, valid_BT, segments_BT), remat, scanned=count > 1
             )
             return lax.scan(body, x_BTD, layers)
 
@@ -93,23 +101,35 @@ class DeepSeekV3(nnx.Module):
         tokens_BT: jax.Array,
         valid_BT: jax.Array | None = None,
         remat: Remat = "none",
+        segments_BT: jax.Array | None = None,
     ) -> list[tuple[jax.Array, RouterStats]]:
         """Each depth's normed hidden states and statistics, from the main model's `hidden`.
 
-        Depth k is valid on the first T - k.
+        Depth k is valid on the first T - k tokens of a segment (without segments, of a row).
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
-        rope_BTR = rope_table(self.cfg, jnp.arange(tokens_BT.shape[1])[None], h_BTD.dtype)
+        rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), h_BTD.dtype)
         outputs = []
         for k, module in enumerate(self.mtp, start=1):
             embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
-            valid = valid_BT & shift_left(valid_BT, k, fill=False)
+            valid = valid_BT & shift_left(valid_BT, k, fill=False) & same_segment(segments_BT, k)
             depth = rematerialised(
-                lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid), remat, scanned=False
+                lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid, segments_BT),
+                remat,
+                scanned=False,
             )
             h_BTD, stats = depth(module, h_BTD, embedded_BTD)
             outputs.append((h_BTD, stats))
         return outputs
+
+
+def positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Of every token in its segment, int32 [B, T]; in its row, [1, T], without segments."""
+    places = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    if segments_BT is None:
+        return places
+    starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return places - lax.cummax(jnp.where(starts_BT, places, 0), axis=1)
 
 
 def _stack(cfg: ModelConfig, init: Init, start: int, stop: int, *, moe: bool) -> Block | None:

@@ -14,15 +14,15 @@ from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
 from dsv3_jax.config.presets import tiny_run
-from dsv3_jax.train.folder import RunFolder, find_run
+from dsv3_jax.train.folder import RunFolder, find_run, run_at
 
 PROG = "python -m dsv3_jax.train"
 DESCRIPTION = """Train a DeepSeek-V3-shaped model.
 
 Without options: 7.9M parameters on the source code of Python's standard library, about four
 minutes on two cores. Every run gets a folder of its own: configuration, tokenizer, metrics.jsonl,
-checkpoints, loss picture, sample. Ctrl-C or SIGTERM saves a checkpoint and leaves; --resume goes
-on exactly where the run stood.
+checkpoints, loss picture, sample, report.html. Ctrl-C or SIGTERM saves a checkpoint and leaves;
+--resume goes on exactly where the run stood.
 """
 
 
@@ -33,51 +33,75 @@ class Options:
     config: Path | None = None
     """Python file with `def config() -> RunConfig`; options below override what it returns"""
     resume: str | None = None
-    """Continue a run: a run's folder or name; without a value the newest one. Its own
-    configuration is the default
-    """
+    """Continue a run (folder or name; without a value the newest), by default with its config"""
+    init_from: str | None = None
+    """Start a new run from another's weights (folder or name), by default with its config"""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration as JSON and leave"""
+    print_schedule: Path | None = None
+    """Draw learning rate, batch, bias speed and MTP weight as a .png, .svg or .pdf and leave"""
+    debug_nans: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say in which layer a loss or gradient stops being finite; slower"""
+    profile: str | None = None
+    """START:STOP, steps to trace into the run's folder, for xprof and Perfetto"""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=tiny_run)
 
 
 def main(args: Sequence[str]) -> int | None:
     """The command. Returns the exit code; SystemExit 2 for the user's mistakes."""
     with user_errors():
-        options, folder = resolve(_with_resume_value(list(args)))
+        options, *folders = resolve(_with_resume_value(list(args)))
     if options.print_config:
         print(options.run.to_json())
         return 0
-    return _train(options.run, folder)
+    if options.print_schedule:
+        from dsv3_jax.train.schedule_picture import draw_schedules
+
+        with user_errors():
+            draw_schedules(options.run, options.print_schedule)
+        print(options.print_schedule)
+        return 0
+    return _train(options, *folders)
 
 
-def _train(cfg: RunConfig, resume: RunFolder | None) -> int:
+def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | None) -> int:
+    # JAX comes in here, not before --help.
     from dsv3_jax.checkpoint.arrays import CheckpointError
     from dsv3_jax.train.metrics import RunConsole
-    from dsv3_jax.train.run import execute, prepare  # JAX comes in here, not before --help
+    from dsv3_jax.train.profile import parse_steps
+    from dsv3_jax.train.run import Watch, execute, prepare
 
     console = RunConsole()
     with user_errors():
-        prepared = prepare(cfg, resume, partial(console.print, soft_wrap=True))
-    with user_errors((CheckpointError, OSError)):  # a full disk; other errors are faults of ours
-        return execute(prepared, console)
+        watch = Watch(options.debug_nans, options.profile and parse_steps(options.profile))
+        say = partial(console.print, soft_wrap=True)
+        prepared = prepare(options.run, resume, say, init_from, watch)
+    with user_errors((CheckpointError, OSError, MemoryError)):  # others are faults of ours
+        return execute(prepared, console, watch)
 
 
-def resolve(args: list[str]) -> tuple[Options, RunFolder | None]:
-    """Options over the config file's, the resumed run's or the default configuration; and the
-    folder to resume.
+def resolve(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | None]:
+    """Options over the config file's, the resumed run's or the default configuration; the folder to
+    resume and the one whose weights to start from.
     """
     default = tiny_run()
     path = _value_of(args, "--config")
     if path is not None:
         default = load_config(Path(path))
-    wanted = _value_of(args, "--resume")
-    if wanted is None or not {"-h", "--help"}.isdisjoint(args):
-        return _parse(args, default), None
-    folder = find_run(Path(_value_of(args, "--output.folder") or default.output.folder), wanted)
+    resumed, weights = _value_of(args, "--resume"), _value_of(args, "--init-from")
+    if not {"-h", "--help"}.isdisjoint(args) or (resumed is None and weights is None):
+        return _parse(args, default), None, None
+    if resumed is not None and weights is not None:
+        raise ValueError("--resume and --init-from: one run cannot be both; allowed: one of them")
+    parent = Path(_value_of(args, "--output.folder") or default.output.folder)
+    if weights is not None:
+        folder = run_at(parent, weights, "--init-from")
+    else:
+        folder = find_run(parent, resumed)
     if path is None:
         default = load_json(folder.config)
-    return _parse(args, default), folder
+    options = _parse(args, default)
+    return (options, None, folder) if resumed is None else (options, folder, None)
 
 
 def _parse(args: list[str], default: RunConfig) -> Any:

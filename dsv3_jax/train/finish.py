@@ -2,34 +2,43 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
-from dsv3_jax.config import RunConfig
-from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.inference.generate import sample
-from dsv3_jax.train.loop import Trained, Trainer, validation_record
-from dsv3_jax.train.metrics import MetricsLog, read_metrics
+from dsv3_jax.train.ema import in_device_memory
+from dsv3_jax.train.loop import Trainer
+from dsv3_jax.train.machine import describe
+from dsv3_jax.train.metrics import read_metrics
+from dsv3_jax.train.output import Output
+from dsv3_jax.train.page import write_page
+from dsv3_jax.train.records import sample_record, validation_record
 from dsv3_jax.train.report import Result, loss_picture, write_summary, zlib_bits_per_byte
-from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.samples import continuation
+from dsv3_jax.train.snapshot import Snapshot
 from dsv3_jax.train.validation import text_of
 
 
-def finish(trainer: Trainer, graphdef: nnx.GraphDef, trained: Trained, log: MetricsLog) -> Result:
+def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
     """Validates on the whole held-out split, and leaves picture, sample and result in the run's
     folder.
     """
     cfg, run, corpus = trainer.cfg, trainer.run, trainer.corpus
     rows = corpus.validation
     validation = trainer.validate(trained.state, rows, range(len(rows)))
-    record = validation_record(validation, trained.position, cfg, whole=True)
-    if record not in read_metrics(run.metrics):  # a finished run may be resumed
-        log.append(record)
-    zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
+    text = continuation(trainer.graphdef, trained.state, cfg, corpus)
+    averaged = None
+    records = [validation_record(validation, trained.position, cfg, whole=True)]
+    if trained.average is not None:
+        average = trained.state._replace(params=in_device_memory(trained.average))
+        averaged = trainer.validate(average, rows, range(len(rows)))
+        record = validation_record(averaged, trained.position, cfg, whole=True)
+        records.append(record | {"kind": "averaged"})
+    if text:
+        records.append(sample_record(cfg, trained.position, text))
+    known = read_metrics(run.metrics)
+    for record in records:
+        if record not in known:  # a finished run may be resumed
+            out.keep(record)
     entries = read_metrics(run.metrics)
+    zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
     loss_picture(entries, run.picture, zlib_bpb)
-    text = continuation(graphdef, trained.state, cfg, corpus)
     run.sample.write_text(cfg.output.sample_prompt + text, encoding="utf-8")
     last = next((entry for entry in reversed(entries) if entry["kind"] == "train"), {})
     result = Result(
@@ -41,6 +50,7 @@ def finish(trainer: Trainer, graphdef: nnx.GraphDef, trained: Trained, log: Metr
         matmul_share=last.get("matmul_share", math.nan),
         validation_loss=validation.loss,
         bits_per_byte=validation.bits_per_byte,
+        averaged_bits_per_byte=averaged and averaged.bits_per_byte,
         zlib_bits_per_byte=zlib_bpb,
         validation_bytes=validation.bytes,
         sample_prompt=cfg.output.sample_prompt,
@@ -49,20 +59,5 @@ def finish(trainer: Trainer, graphdef: nnx.GraphDef, trained: Trained, log: Metr
         checkpoint=run.checkpoints,
     )
     write_summary(result, run.result)
+    write_page(run, cfg, describe(), entries, result)
     return result
-
-
-def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corpus: Corpus) -> str:
-    """What the model writes after the prompt, at the beginning of a document."""
-    tokenizer = corpus.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(cfg.output.sample_prompt).tolist()]
-    room = min(cfg.output.sample_tokens, cfg.model.max_length - len(ids))
-    if room < 1:
-        return ""
-    model = nnx.merge(graphdef, state.params, state.biases)
-    key = jax.random.key(cfg.train.seed)
-    temperature = jnp.float32(cfg.output.sample_temperature)
-    sampled = sample(model, jnp.asarray([ids], jnp.int32), key, room, temperature)[0].tolist()
-    if tokenizer.eos_id in sampled:
-        sampled = sampled[: sampled.index(tokenizer.eos_id)]
-    return tokenizer.decode(sampled)

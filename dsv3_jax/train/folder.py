@@ -34,6 +34,14 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def sample(self) -> Path:
         return self.path / "sample.txt"
 
@@ -72,19 +80,33 @@ def check_writable(cfg: OutputConfig) -> None:
         raise OSError(f"output.folder {cfg.folder} cannot be written to: Permission denied")
 
 
+def run_at(parent: Path, wanted: str, flag: str) -> RunFolder:
+    """The run of this path, or of this name in `parent`. ValueError if `flag` finds none."""
+    for given in (Path(wanted), parent / wanted):
+        for path in (given, given.parent, given.parent.parent):  # its checkpoints, or one of them
+            if wanted and (path / "config.json").is_file():
+                return RunFolder(path)
+    raise ValueError(f"{flag} {wanted}: no run there (a run's folder holds config.json)")
+
+
 def find_run(parent: Path, wanted: str) -> RunFolder:
-    """The run to resume: a folder of this path or of this name in `parent`, or the newest one for
-    'newest'. ValueError if there is none.
-    """
+    """The run to resume: `run_at`, or the newest one for 'newest'. ValueError if there is none."""
     if wanted != "newest":
-        for path in (Path(wanted), parent / wanted):
-            if (path / "config.json").is_file():
-                return _writable(RunFolder(path))
-        raise ValueError(f"--resume {wanted}: no run there (a run's folder holds config.json)")
+        return _writable(run_at(parent, wanted, "--resume"))
     runs = [path.parent for path in parent.glob("*/config.json")]
     if not runs:
         raise ValueError(f"--resume: no run in {parent}; start one without --resume")
-    return _writable(RunFolder(max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)))
+    newest = max(runs, key=lambda run: (_was_saved(run), _begun(run)))
+    return _writable(RunFolder(newest))
+
+
+def _was_saved(run: Path) -> bool:
+    """A run that was given up before its first checkpoint is not what anybody wants to go on."""
+    return any(run.glob("checkpoints/step_*/COMMITTED"))
+
+
+def _begun(run: Path) -> int:
+    return (run / "config.json").stat().st_mtime_ns
 
 
 def _writable(run: RunFolder) -> RunFolder:

@@ -6,39 +6,64 @@ of the last, so the device never waits for the host.
 
 import contextlib
 import signal
-import time
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dsv3_jax.checkpoint.names import to_layers
+from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Batch, load
 from dsv3_jax.plan.cost import train_flops_per_token
-from dsv3_jax.train import snapshot
+from dsv3_jax.train import ema, snapshot
+from dsv3_jax.train.clock import Clock
+from dsv3_jax.train.diagnose import first_bad_layer
 from dsv3_jax.train.folder import RunFolder
-from dsv3_jax.train.metrics import MetricsLog, Progress
-from dsv3_jax.train.schedules import learning_rate
-from dsv3_jax.train.snapshot import Position
-from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState, make_step
-from dsv3_jax.train.validation import Validation, make_validate, spread
+from dsv3_jax.train.machine import describe
+from dsv3_jax.train.metrics import read_metrics
+from dsv3_jax.train.output import Output
+from dsv3_jax.train.page import write_page
+from dsv3_jax.train.profile import Profile
+from dsv3_jax.train.records import (
+    event_record,
+    experts_record,
+    sample_record,
+    train_record,
+    validation_record,
+    warnings_of,
+)
+from dsv3_jax.train.samples import continuation
+from dsv3_jax.train.schedules import Values, rows_after, values_at
+from dsv3_jax.train.snapshot import Position, Snapshot
+from dsv3_jax.train.step import Coefficients, StepMetrics, make_step, stacked_biases
+from dsv3_jax.train.trouble import BadSteps, SpikeMeter, said_of
+from dsv3_jax.train.validation import make_validate, spread
 
 
 class Trained(NamedTuple):
-    """How the loop ended: the state, where it stood, and the signal that stopped it, if one did."""
+    """How the loop ended: where it stands, and the signal that stopped it, if one did."""
 
-    state: TrainState
-    position: Position
+    snapshot: Snapshot
     stopped_by: int | None
 
 
+class Flight(NamedTuple):
+    """A step that was handed to the device: what it was given, and what it will tell."""
+
+    position: Position
+    """After the step"""
+    values: Values
+    batch: Batch
+    metrics: StepMetrics
+
+
 class Trainer:
-    """One run from a position to its last step."""
+    """One run from a snapshot to its last step."""
 
     def __init__(
         self,
@@ -46,192 +71,280 @@ class Trainer:
         run: RunFolder,
         corpus: Corpus,
         graphdef: nnx.GraphDef,
+        start: Snapshot,
         matmul_peak: float,
+        *,
+        debug_nans: bool = False,
+        profile: Profile | None = None,
     ) -> None:
-        self.cfg, self.run, self.corpus = cfg, run, corpus
+        self.cfg, self.run, self.corpus, self.graphdef = cfg, run, corpus, graphdef
+        self.debug_nans, self.profile = debug_nans, profile or Profile.none()
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
-        self.warned = False
-        self.step = make_step(graphdef, cfg)
+        self.step, self.programs = make_step(graphdef, cfg), {}
         self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
-        self.data = {
-            "content": corpus.content_hash,
-            "tokenizer": corpus.tokenizer.content_hash,
-        }
+        self.state, self.position = start.state, start.position
+        self.meter = SpikeMeter(cfg.train, start.spike)
+        self.average, self.update_average = None, None
+        if cfg.optimizer.ema_decay:
+            self.average = ema.on_host(start.average or self.state.params)
+            self.update_average = ema.make_update(self.state.params, cfg.optimizer.ema_decay)
+        self.saved = self.position.step or None  # step 0 may not be there yet
+        self.clock: Clock | None = None
+        self.load_LE = start.load_LE  # since the last entry about experts
+        self.warned, self.rewinds = False, []
+        self.batches: Iterator[Batch] = iter(())
+        self._count_tokens()
 
-    def compile(self, state: TrainState) -> None:
-        """Compiles the step ahead of the first batch, so that no step's time includes it."""
-        rows = jax.ShapeDtypeStruct((self.cfg.train.rows, self.cfg.data.length), jnp.int32)
-        self.step = self.step.lower(
-            state, Batch(rows, rows), self.coefficients(Position())
-        ).compile()
+    @property
+    def snapshot(self) -> Snapshot:
+        """Where the run stands now."""
+        seconds = self.clock.seconds() if self.clock else self.position.seconds
+        position = self.position._replace(seconds=seconds)
+        return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
 
-    def coefficients(self, position: Position) -> Coefficients:
-        """What the schedules say of the next update."""
-        cfg, schedule = self.cfg, self.cfg.schedule
-        # Rows of the whole run as it will have been, whatever the batch was before a resume.
-        rows = position.consumed_rows + (cfg.train.steps - position.step) * cfg.train.rows
-        length = cfg.data.length
-        consumed = position.consumed_rows * length
-        rate = learning_rate(schedule, position.step, consumed, rows * length)
-        return Coefficients(
-            *(jnp.float32(x) for x in (rate, schedule.bias_speed, schedule.mtp_weight))
-        )
+    def compile(self) -> None:
+        """Compiles the next step ahead of it, so that no step's time includes that."""
+        values = self._values()
+        rows = jax.ShapeDtypeStruct((values.rows, self.cfg.data.length), jnp.int32)
+        batch = Batch(rows, rows, rows if self.cfg.data.isolate else None)
+        lowered = self.step.lower(self.state, batch, self._coefficients(values))
+        self.programs[values.rows] = lowered.compile()
 
-    def train(
-        self, state: TrainState, position: Position, log: MetricsLog, progress: Progress
-    ) -> Trained:
-        """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case."""
-        saved = position.step or None  # step 0 may not be there yet
-        clock = _Clock(position)
-        batches = load(self.corpus.train, position.consumed_rows, repeat(self.cfg.train.rows))
+    def train(self, out: Output) -> Trained:
+        """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case.
+
+        BadSteps after `train.max_bad_steps` updates in a row that were not finite.
+        """
+        self.clock = Clock(self.position.consumed_rows, self.position.seconds)
+        self._open_batches()
+        with _stop_signals(out.message) as stop, self.profile:
+            try:
+                self._steps(stop, out)
+            except OSError:  # the data: what was learned until here is kept
+                self.save()
+                raise
+            finally:
+                self.batches.close()
+            if self.position.step == self.cfg.train.steps:
+                self._tell_experts(out)
+            if self.saved != self.position.step:
+                self.save()
+        return Trained(self.snapshot, stop[0] if stop else None)
+
+    def _steps(self, stop: list[int], out: Output) -> None:
+        """To the last step or a signal, with one step in flight but for pauses and --debug-nans."""
         flight = None
-        with _stop_signals() as stop, contextlib.closing(batches):
-            while position.step < self.cfg.train.steps and not stop:
-                coefficients = self.coefficients(position)
-                state, metrics = self.step(state, jax.device_put(next(batches)), coefficients)
-                rows = position.consumed_rows + self.cfg.train.rows
-                position = Position(position.step + 1, rows)
-                if flight:
-                    self._record(*flight, clock, log, progress)
-                flight = (position, coefficients, metrics)
-                validate = self._due(position, self.cfg.output.eval_every)
-                save = self._due(position, self.cfg.output.save_every)
-                if not (validate or save):
-                    continue
-                self._record(*flight, clock, log, progress)
-                flight = None
-                with clock.paused():
-                    if validate:
-                        self._validate(state, position, log, progress)
-                    if save:
-                        self.save(state, clock.stamped(position))
-                        saved = position.step
-            if flight:
-                self._record(*flight, clock, log, progress)
-            position = clock.stamped(position)
-            if saved != position.step:
-                self.save(state, position)
-        return Trained(state, position, stop[0] if stop else None)
+        while flight or (self.position.step < self.cfg.train.steps and not stop):
+            before, flight = flight, None
+            if self.position.step < self.cfg.train.steps and not stop:
+                flight = self._launch()
+            if before and self._land(before, out):
+                flight = None  # launched before the run went back
+            if flight and (self.debug_nans or self._pauses_after(self.position)):
+                rewound, flight = self._land(flight, out), None
+                if not rewound:
+                    with self.clock.paused():
+                        self._pause(out)
 
-    def save(self, state: TrainState, position: Position) -> None:
-        """One checkpoint of this run."""
-        snapshot.save(self.run.checkpoints, self.cfg, state, position, self.data)
+    # --- one step --------------------------------------------------------------------------------
+
+    def _launch(self) -> Flight:
+        """Hands the next step to the device."""
+        values = self._values()
+        if values.rows not in self.programs:  # a stair of a batch ramp
+            with self.clock.paused():
+                self.compile()
+        with self.clock.waiting():
+            batch = next(self.batches)
+        self.profile.before(self.position.step + 1)
+        coefficients = self._coefficients(values)
+        step = self.programs[values.rows]
+        self.state, metrics = step(self.state, jax.device_put(batch), coefficients)
+        if self.update_average:
+            self.average = self.update_average(self.average, self.state.params)
+        rows = self.position.consumed_rows + values.rows
+        self.position = self.position._replace(step=self.position.step + 1, consumed_rows=rows)
+        self.profile.after(self.position.step, metrics)
+        return Flight(self.position, values, batch, metrics)
+
+    def _land(self, flight: Flight, out: Output) -> bool:
+        """Waits for a step's results and tells them. True if it made the run go back: what was
+        launched since is void.
+        """
+        rewound = False
+        metrics = jax.device_get(flight.metrics)
+        self.clock.mark(flight.position.consumed_rows)
+        if metrics.applied and not self.warned:
+            self.warned = True
+            for line in warnings_of(self.cfg, flight.values, metrics):
+                out.event(event_record(self.cfg, flight.position, "warning", line))
+        load_LE = metrics.parts.load_LE.astype(np.int64)
+        self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        if metrics.applied:
+            self.position = self.position._replace(skipped_in_a_row=0)
+            self.meter.add(flight.position.step, float(metrics.parts.main))
+        else:
+            rewound = self._skipped(flight, metrics, out)
+        position = flight.position._replace(skipped=self.position.skipped)
+        record = train_record(
+            self.cfg, position, flight.values, metrics, self.clock, self.flops_share
+        )
+        step, every = position.step, self.cfg.output.log_every
+        out.step(record, logged=step in (1, self.cfg.train.steps) or step % every == 0)
+        return rewound
+
+    def _values(self) -> Values:
+        tokens = self.position.consumed_rows * self.cfg.data.length
+        return values_at(self.cfg, self.position.step, tokens, self.total_tokens)
+
+    def _coefficients(self, values: Values) -> Coefficients:
+        limit = self.meter.limit(self.position.step + 1)
+        rate, speed, weight, _ = values
+        return Coefficients(*(jnp.float32(x) for x in (rate, speed, weight, limit)))
+
+    def _open_batches(self) -> None:
+        """From the next row on."""
+        consumed, readers = self.position.consumed_rows, self.cfg.data.readers
+        self.batches = load(self.corpus.train, consumed, self._batch_sizes(), readers)
+
+    def _batch_sizes(self) -> Iterator[int]:
+        """Asked for the next batch, says how many rows it has: those of the step to come."""
+        while True:
+            yield self._values().rows
+
+    def _count_tokens(self) -> None:
+        """Of the whole run as it will have been, whatever the batch was before a resume."""
+        left = self.cfg.train.steps - self.position.step
+        rows = rows_after(self.cfg, self.position.consumed_rows, left)
+        self.total_tokens = rows * self.cfg.data.length
+
+    # --- trouble ---------------------------------------------------------------------------------
+
+    def _skipped(self, flight: Flight, metrics: StepMetrics, out: Output) -> bool:
+        """An update was not made: says why. True if the run went back; BadSteps if it is to end."""
+        skipped, in_a_row = self.position.skipped + 1, self.position.skipped_in_a_row + 1
+        self.position = self.position._replace(skipped=skipped, skipped_in_a_row=in_a_row)
+        main = float(metrics.parts.main)
+        is_spike = bool(np.isfinite(main) and np.isfinite(metrics.grad_norm))
+        first = flight.position.consumed_rows - flight.values.rows
+        rows = [first + int(b) for b in np.flatnonzero(~metrics.row_is_finite_B)]
+        # Of a few rows, if all are bad: names may have to be read from shards.
+        names = dict.fromkeys(name for row in rows[:8] for name in self.corpus.train.names_of(row))
+        text = said_of(flight.position.step, main, rows, list(names), spike=is_spike)
+        if self.debug_nans and not is_spike:
+            text += f"; {self._bad_layer(flight.batch, rows[0] - first if rows else 0)}"
+        out.event(event_record(self.cfg, flight.position, "skipped", text))
+        if is_spike and self.cfg.train.spike == "rewind" and self._rewind(flight, out):
+            return True
+        if in_a_row == self.cfg.train.max_bad_steps:
+            raise BadSteps(
+                f"{in_a_row} updates in a row were skipped, the last in step "
+                f"{flight.position.step}; {self._newest_checkpoint()}"
+            )
+        return False
+
+    def _bad_layer(self, batch: Batch, row: int) -> str:
+        """Where one row stops being finite: the whole batch may not fit at once."""
+        one = Batch(*(x if x is None else x[row : row + 1] for x in batch))
+        return first_bad_layer(self.graphdef, self.state, one, self.cfg.train)
+
+    def _rewind(self, flight: Flight, out: Output) -> bool:
+        """Back to the newest regular checkpoint, if there is one, and on with the rows after the
+        spike's. BadSteps if that did not help several times.
+
+        Regular ones alone, since a signal may have left others: a run that was stopped and resumed
+        goes back to the same place as one that was not.
+        """
+        every = self.cfg.output.save_every
+        regular = [step for step in store.steps(self.run.checkpoints) if step and step % every == 0]
+        if not regular:
+            return False
+        self.rewinds = [step for step in self.rewinds if step == regular[-1]] + regular[-1:]
+        if len(self.rewinds) > self.cfg.train.max_bad_steps:
+            raise BadSteps(f"went back to step {regular[-1]} {len(self.rewinds) - 1} times in vain")
+        checkpoint = store.load(self.run.checkpoints, regular[-1])
+        restored = snapshot.restore(checkpoint, self.cfg, self.state)
+        self.state = restored.state
+        self.position = restored.position._replace(
+            consumed_rows=flight.position.consumed_rows, skipped=self.position.skipped
+        )
+        if self.update_average:
+            self.average = ema.on_host(restored.average or restored.state.params)
+        self.meter = SpikeMeter(self.cfg.train, restored.spike)
+        self.batches.close()
+        self._open_batches()
+        self._count_tokens()
+        text = f"back to the weights of step {self.position.step}, on with later data"
+        out.event(event_record(self.cfg, self.position, "rewound", text))
+        return True
+
+    def _newest_checkpoint(self) -> str:
+        steps = store.steps(self.run.checkpoints)
+        return f"the newest checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
+
+    # --- validations and checkpoints -------------------------------------------------------------
+
+    def _pauses_after(self, position: Position) -> bool:
+        return self._due(position, self.cfg.output.eval_every) or self._due(
+            position, self.cfg.output.save_every
+        )
 
     def _due(self, position: Position, every: int) -> bool:
         """The last step is validated and saved by whoever finishes the run."""
         return position.step % every == 0 and position.step < self.cfg.train.steps
 
-    def _record(
-        self,
-        position: Position,
-        coefficients: Coefficients,
-        metrics: StepMetrics,
-        clock: "_Clock",
-        log: MetricsLog,
-        progress: Progress,
-    ) -> None:
-        """Waits for a step's results and tells them."""
-        metrics = jax.device_get(metrics)
-        if not self.warned:
-            self.warned = True
-            for line in warnings_of(self.cfg, metrics):
-                progress.message(f"warning: {line}")
-        rate = clock.rate(position.step) * self.cfg.train.rows * self.cfg.data.length
-        record = {
-            "kind": "train",
-            "step": position.step,
-            "tokens": position.consumed_rows * self.cfg.data.length,
-            "rows": position.consumed_rows,
-            "loss": float(metrics.loss),
-            "main_loss": float(metrics.parts.main),
-            "mtp_loss": float(metrics.parts.mtp),
-            "balance_loss": float(metrics.parts.balance),
-            "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(coefficients.learning_rate),
-            "bias_speed": float(coefficients.bias_speed),
-            "mtp_weight": float(coefficients.mtp_weight),
-            "tokens_per_second": rate,
-            "matmul_share": rate * self.flops_share,
-            "max_violation": float(metrics.max_violation) if metrics.parts.load_LE.size else None,
-            "seconds": clock.seconds(),
-        }
-        logged = (
-            position.step in (1, self.cfg.train.steps)
-            or position.step % self.cfg.output.log_every == 0
-        )
-        if logged:
-            log.append(record)
-        if logged or progress.live:
-            progress.update(record)
+    def _pause(self, out: Output) -> None:
+        """What is due after this step."""
+        if self._due(self.position, self.cfg.output.eval_every):
+            rows = self.corpus.validation
+            chosen = spread(len(rows), self.cfg.output.eval_rows)
+            result = self.validate(self.state, rows, chosen)
+            whole = result.rows == len(rows)
+            out.validation(validation_record(result, self.position, self.cfg, whole))
+            text = continuation(self.graphdef, self.state, self.cfg, self.corpus)
+            if text:
+                out.keep(sample_record(self.cfg, self.position, text))
+            self._tell_experts(out)
+            self.tell_page(out)
+        # Not in the middle of trouble: a resumed run would go straight on into it.
+        if (
+            self._due(self.position, self.cfg.output.save_every)
+            and not self.position.skipped_in_a_row
+        ):
+            try:
+                self.save()
+            except CheckpointError as error:  # a full disk, for one; the weights are still here
+                text = f"not saved, training goes on: {error}; {self._newest_checkpoint()}"
+                out.event(event_record(self.cfg, self.position, "not saved", text))
 
-    def _validate(
-        self, state: TrainState, position: Position, log: MetricsLog, progress: Progress
-    ) -> None:
-        rows = self.corpus.validation
-        result = self.validate(state, rows, spread(len(rows), self.cfg.output.eval_rows))
-        record = validation_record(result, position, self.cfg, whole=result.rows == len(rows))
-        log.append(record)
-        progress.update(record)
+    def _tell_experts(self, out: Output) -> None:
+        """Loads since the last time, and biases."""
+        if self.load_LE is None or not self.load_LE.size:
+            return
+        bias_LE = np.asarray(stacked_biases(self.state.biases))
+        out.keep(experts_record(self.cfg, self.position, self.load_LE, bias_LE))
+        self.load_LE = None
 
+    def tell_page(self, out: Output) -> None:
+        """The page of a run that has not ended; a disk that is full is no reason to end it."""
+        try:
+            write_page(self.run, self.cfg, describe(), read_metrics(self.run.metrics), None)
+        except OSError as error:
+            out.message(f"report.html not written: {error}")
 
-def validation_record(
-    result: Validation, position: Position, cfg: RunConfig, whole: bool
-) -> dict[str, Any]:
-    """The metrics entry of a validation."""
-    tokens = position.consumed_rows * cfg.data.length
-    return {"kind": "validation", "step": position.step, "tokens": tokens, "whole": whole} | (
-        result._asdict()
-    )
+    def save(self) -> None:
+        """One checkpoint of this run."""
+        snapshot.save(self.run.checkpoints, self.cfg, self.snapshot, self._data())
+        self.saved = self.position.step
 
-
-def warnings_of(cfg: RunConfig, metrics: StepMetrics) -> list[str]:
-    """What is switched off or receives no gradient in a run's first step: rarely meant so."""
-    routed = cfg.model.num_moe_layers + cfg.model.mtp_depth
-    off = {
-        "schedule.mtp_weight": cfg.model.mtp_depth and not cfg.schedule.mtp_weight,
-        "schedule.bias_speed": routed and not cfg.schedule.bias_speed,
-        "train.balance_weight": routed and not cfg.train.balance_weight,
-    }
-    lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
-    silent = to_layers(metrics.silent, cfg.model.num_dense_layers)
-    names = sorted(name for name, zero in silent.items() if zero)
-    if names:
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        lines.append(f"no gradient reaches {len(names)} of {len(silent)} parameters: {shown}")
-    return lines
-
-
-class _Clock:
-    """Steps per second over the last few steps, validations and checkpoints left out."""
-
-    WINDOW = 20
-
-    def __init__(self, position: Position) -> None:
-        self._idle, self._begin = 0.0, time.perf_counter() - position.seconds
-        self._marks = [(position.step, position.seconds)]
-
-    def seconds(self) -> float:
-        """Of training, those before a resume included."""
-        return time.perf_counter() - self._begin - self._idle
-
-    def stamped(self, position: Position) -> Position:
-        return position._replace(seconds=self.seconds())
-
-    def rate(self, step: int) -> float:
-        self._marks = [*self._marks[-self.WINDOW :], (step, self.seconds())]
-        (first, then), (last, now) = self._marks[0], self._marks[-1]
-        return (last - first) / max(now - then, 1e-9)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._idle += time.perf_counter() - start
+    def _data(self) -> dict[str, str]:
+        tokenizer = self.corpus.tokenizer.content_hash
+        return {"content": self.corpus.content_hash, "tokenizer": tokenizer}
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM or SIGINT has come.
+def _stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """A list that holds the signal once SIGTERM or SIGINT has come, which is said at once.
 
     A second one acts as it always does.
     """
@@ -241,6 +354,7 @@ def _stop_signals() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         came.append(number)
         signal.signal(number, previous[number])
+        say(f"{signal.Signals(number).name}: saving after this step; once more leaves without it")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         previous[number] = signal.signal(number, note)

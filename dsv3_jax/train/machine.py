@@ -91,6 +91,18 @@ def _processor() -> str:
     return " ".join(name.split()) or platform.machine()
 
 
+def memory_size() -> int:
+    """Bytes of the first device's memory; on a CPU, of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_peak_memory() -> int | None:
+    """Largest memory in use on any device of this process so far, in bytes; None on a CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
+
+
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")

@@ -1,14 +1,14 @@
 """What a run tells on the way: `metrics.jsonl` for readers of tomorrow, a live display for today's.
 
-Both take the same records. `kind` is "train" (`step`, `tokens`, `main_loss`, `mtp_loss`,
-`grad_norm`, `learning_rate`, `tokens_per_second`, `matmul_share`, `max_violation`, …),
-or "validation" (`step`, `loss` in nats per token, `bits_per_byte`, …). `matmul_share` is a fraction
-of the machine's matmul peak, `max_violation` the MaxVio of loss-free balancing.
+Both take the same records, made in `records.py`. The display shows those of kind "train" and
+"validation". `matmul_share` is a fraction of the machine's matmul peak, `max_violation` the MaxVio
+of loss-free balancing.
 """
 
 import json
 import math
 import signal
+import sys
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -68,17 +68,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends entries to a JSON-lines file; a kill after `append` has returned loses none.
 
-    `resume_step` None starts a file that must not exist yet. With a step, entries after it are
+    `resume_tokens` None starts a file that must not exist yet. With a number, later entries are
     dropped: a resumed run then has one clean curve.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: str | Path, resume_tokens: int | None = None) -> None:
         path = Path(path)
-        if resume_step is not None:
+        if resume_tokens is not None:
             entries = read_metrics(path) if path.exists() else []
-            kept = [entry for entry in entries if entry["step"] <= resume_step]
+            kept = [entry for entry in entries if entry["tokens"] <= resume_tokens]
             replace_file(path, "".join(strict_json(e) + "\n" for e in kept).encode())
-        self._file = path.open("x" if resume_step is None else "a", encoding="utf-8")
+        self._file = path.open("x" if resume_tokens is None else "a", encoding="utf-8")
 
     def append(self, entry: dict[str, Any]) -> None:
         """One line, written at once. Values that are not finite become null."""
@@ -107,7 +107,9 @@ class RunConsole(Console):
     """
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, markup=False, emoji=False)
+        # Notebooks set FORCE_COLOR, which makes a terminal of a pipe, but none that redraws.
+        live = None if sys.stdout.isatty() else False
+        super().__init__(highlight=False, markup=False, emoji=False, force_interactive=live)
 
     def on_broken_pipe(self) -> None:
         """Falls silent and stops a training loop, which listens for SIGTERM, or else raises."""

@@ -1,7 +1,9 @@
 """AdamW as the report trains with it: both moments in bfloat16, arithmetic and masters in float32
-(report 3.3.3, 4.2).
+(report 3.3.3, 4.2); groups of parameters may have a learning rate and a decay of their own.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.config import OptimizerConfig, ParamGroup
 
 
 class AdamState(NamedTuple):
@@ -28,7 +30,8 @@ def adamw(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         scale_by_adam(cfg.b1, cfg.b2, cfg.eps, jnp.dtype(cfg.moment_dtype)),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decays),
+        optax.add_decayed_weights(cfg.weight_decay, mask=partial(decays, cfg)),
+        optax.stateless(partial(_scaled, cfg)),
     )
 
 
@@ -69,8 +72,42 @@ def _unbiased(moment: jax.Array, decay: float, count: jax.Array) -> jax.Array:
     return moment / (1 - decay ** count.astype(moment.dtype))
 
 
-def decays(params: chex.ArrayTree) -> chex.ArrayTree:
-    """True for every parameter under weight decay: all but the gains of norms."""
+def decays(cfg: OptimizerConfig, params: chex.ArrayTree) -> chex.ArrayTree:
+    """True for every parameter under weight decay; by default all but the gains of norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: group_of(cfg, path).decay, params)
+
+
+def _scaled(
+    cfg: OptimizerConfig, updates: chex.ArrayTree, params: chex.ArrayTree
+) -> chex.ArrayTree:
+    """Updates times their groups' learning rates."""
+    del params
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+        lambda path, u: u * group_of(cfg, path).learning_rate, updates
     )
+
+
+def group_of(cfg: OptimizerConfig, path: tuple) -> ParamGroup:
+    """The first group whose `match` is in the parameter's name, with its decay decided."""
+    name = parameter_name(path)
+    group = next((group for group in cfg.groups if group.match in name), ParamGroup(""))
+    return replace(group, decay="norm" not in name) if group.decay is None else group
+
+
+def parameter_name(path: tuple) -> str:
+    """Of a key path: `moe_layers.mla.w_o_HU_D`."""
+    keys = (getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    return ".".join(str(key) for key in keys if key is not None)
+
+
+def check_groups(cfg: OptimizerConfig, params: chex.ArrayTree) -> None:
+    """ValueError for a group that would act on no parameter."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    used = {group_of(cfg, path).match for path in paths}
+    for group in cfg.groups:
+        if group.match not in used:
+            names = ", ".join(sorted({parameter_name(path) for path in paths})[:3])
+            raise ValueError(
+                f"optimizer.groups: {group.match!r} matches no parameter that no earlier group "
+                f"matches; names are {names}, …"
+            )

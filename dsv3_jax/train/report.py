@@ -4,12 +4,9 @@ zlib at level 9 compresses the same validation bytes as a yardstick that everybo
 per byte means that the model predicts the text better than repetition within it does.
 """
 
-import logging
 import math
 import unicodedata
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +17,21 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv3_jax.files import replace_file
+from dsv3_jax.train.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    column,
+    new_figure,
+    smoothed,
+    tokens_on_x,
+)
 from dsv3_jax.train.metrics import clock, strict_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-SMOOTHING = 0.015  # share of the entries over which the average of a curve fades to 1/e, each way
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Result:
     sample_text: str
     picture: Path
     checkpoint: Path
+    averaged_bits_per_byte: float | None = None
+    """Of the averaged weights, if the run kept them"""
 
 
 def zlib_bits_per_byte(data: bytes) -> float:
@@ -79,14 +84,15 @@ def summary(result: Result, console: Console | None = None) -> None:
 
 
 def _rows(result: Result) -> list[tuple[str, str, str]]:
-    verdict, style = _verdict(result.bits_per_byte, result.zlib_bits_per_byte)
+    who, style = verdict(result.bits_per_byte, result.zlib_bits_per_byte)
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
     size = f"{result.validation_bytes:,}"
     share = f"{result.matmul_share:.1%} of the measured matmul peak"
     return [
         ("model", f"{result.bits_per_byte:.3f} bits per byte of validation text", "bold"),
         ("zlib -9", f"{result.zlib_bits_per_byte:.3f} on the same {size} bytes", ""),
-        ("", verdict, style),
+        ("", who, style),
+        *_averaged(result),
         ("validation loss", f"{result.validation_loss:.4f} nats per token", ""),
         ("trained", f"{result.tokens:,} tokens in {result.steps:,} steps", ""),
         ("time", f"{clock(result.seconds)}, {speed}, {share}", ""),
@@ -96,7 +102,13 @@ def _rows(result: Result) -> list[tuple[str, str, str]]:
     ]
 
 
-def _verdict(model: float, yardstick: float) -> tuple[str, str]:
+def _averaged(result: Result) -> list[tuple[str, str, str]]:
+    if result.averaged_bits_per_byte is None:
+        return []
+    return [("averaged", f"{result.averaged_bits_per_byte:.3f} with the averaged weights", "")]
+
+
+def verdict(model: float, yardstick: float) -> tuple[str, str]:
     """Who wins, in a sentence, and the style to print it in."""
     if not math.isfinite(model):
         return "the loss is not finite: the run diverged", "bold red"
@@ -126,7 +138,7 @@ def loss_picture(entries: list[dict[str, Any]], path: Path, zlib_bpb: float | No
     train = [entry for entry in entries if entry["kind"] == "train"]
     validation = [entry for entry in entries if entry["kind"] == "validation"]
     last_token = max((entry["tokens"] for entry in train + validation), default=1)
-    with _matplotlib() as figure:
+    with new_figure(10, 5.4) as figure:
         loss, bits, rate, balance = _panels(figure, last_token)
         _draw_losses(loss, train, validation)
         _draw_bits(bits, validation, zlib_bpb)
@@ -135,73 +147,27 @@ def loss_picture(entries: list[dict[str, Any]], path: Path, zlib_bpb: float | No
         figure.savefig(path, format="png")
 
 
-@contextmanager
-def _matplotlib() -> Iterator["Figure"]:
-    """A figure with our own settings, whatever the user's are, and without a word about fonts."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # the font cache, built once, is announced by a warning
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE)
-            # Made without pyplot: it draws by Agg, needs no display and leaves nothing open.
-            yield Figure(figsize=(10, 5.4), dpi=150, layout="constrained")
-    finally:
-        logger.setLevel(level)
-
-
-_STYLE = {
-    "axes.edgecolor": "#999999",
-    "axes.grid": True,
-    "axes.labelcolor": GREY,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "font.size": 11,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-}
-
-
 def _panels(figure: "Figure", last_token: int) -> list["Axes"]:
-    from matplotlib.ticker import EngFormatter
-
     panels = list(figure.subplots(2, 2, height_ratios=(3, 1), sharex=True).flat)
     for panel in panels[2:]:
         panel.set_xlabel("tokens")
-        panel.xaxis.set_major_formatter(EngFormatter())
-    panels[0].set_xlim(0, 1.02 * last_token)
+    tokens_on_x(panels[0], last_token)  # the others share its axis
     return panels
-
-
-def _column(entries: list[dict[str, Any]], name: str) -> list[float]:
-    """Values of one key; NaN, which leaves a gap, where an entry has no finite one."""
-    values = (entry.get(name) for entry in entries)
-    return [math.nan if v is None or not math.isfinite(v) else float(v) for v in values]
 
 
 def _draw_losses(panel: "Axes", train: list[dict], validation: list[dict]) -> None:
     panel.set_title("Loss (nats per token)")
-    tokens = _column(train, "tokens")
+    tokens = column(train, "tokens")
     for name, label, color in (
         ("mtp_loss", "MTP: one token further", ORANGE),
         ("main_loss", "training", BLUE),
     ):
-        values = _column(train, name)
+        values = column(train, name)
         if any(value > 0 for value in values):
             panel.plot(tokens, values, color=color, alpha=0.35, linewidth=1)
             panel.plot(tokens, smoothed(values), color=color, label=label)
     if validation:
-        points = _column(validation, "tokens"), _column(validation, "loss")
+        points = column(validation, "tokens"), column(validation, "loss")
         panel.plot(*points, "o", color="black", markersize=5, label="validation")
     if panel.lines:
         panel.legend(reverse=True)
@@ -210,7 +176,7 @@ def _draw_losses(panel: "Axes", train: list[dict], validation: list[dict]) -> No
 def _draw_bits(panel: "Axes", validation: list[dict], zlib_bpb: float | None) -> None:
     panel.set_title("Validation (bits per byte)")
     panel.margins(y=0.15)
-    tokens, bits = _column(validation, "tokens"), _column(validation, "bits_per_byte")
+    tokens, bits = column(validation, "tokens"), column(validation, "bits_per_byte")
     panel.plot(tokens, bits, "o-", color=GREEN, markersize=5)
     if bits and math.isfinite(bits[-1]):
         _annotate(panel, f"{bits[-1]:.3f}", tokens[-1], bits[-1], (0, -16), GREEN, "data", "right")
@@ -249,35 +215,7 @@ def _annotate(
 
 def _draw_small(panel: "Axes", train: list[dict], name: str, title: str) -> None:
     panel.set_title(title, size=11, weight="normal")
-    values = _column(train, name)
-    panel.plot(_column(train, "tokens"), values, color=GREY, linewidth=1.5)
+    values = column(train, name)
+    panel.plot(column(train, "tokens"), values, color=GREY, linewidth=1.5)
     highest = max(filter(math.isfinite, values), default=0)
     panel.set_ylim(0, 1.1 * highest or 1)
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Average with weights that fade exponentially to both sides, so that it does not lag behind.
-
-    Values that are not finite have no weight and stay gaps (NaN).
-    """
-    before, after = _faded(values), _faded(values[::-1])[::-1]
-    averages = []
-    for value, (total_b, weight_b), (total_a, weight_a) in zip(values, before, after, strict=True):
-        if math.isfinite(value):  # it is part of both sides
-            averages.append((total_b + total_a - value) / (weight_b + weight_a - 1))
-        else:
-            averages.append(math.nan)
-    return averages
-
-
-def _faded(values: list[float]) -> list[tuple[float, float]]:
-    """At each value, it and its predecessors summed with fading weights, and these weights' sum."""
-    keep = math.exp(-1 / (SMOOTHING * max(1, len(values))))
-    total = weight = 0.0
-    sums = []
-    for value in values:
-        finite = math.isfinite(value)
-        total = keep * total + (value if finite else 0.0)
-        weight = keep * weight + finite
-        sums.append((total, weight))
-    return sums

@@ -1,13 +1,16 @@
 """A training run from configuration to summary: prepare, execute."""
 
+import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from rich.console import Console
 
 from dsv3_jax.checkpoint import store
@@ -20,23 +23,52 @@ from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable, new_run
 from dsv3_jax.train.loop import Trainer
-from dsv3_jax.train.machine import describe, matmul_peak
+from dsv3_jax.train.machine import describe, matmul_peak, memory_size
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
+from dsv3_jax.train.output import Output
+from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.report import summary
-from dsv3_jax.train.snapshot import Position
-from dsv3_jax.train.step import init_state
+from dsv3_jax.train.snapshot import Position, Snapshot
+from dsv3_jax.train.step import check_state, init_state
+from dsv3_jax.train.trouble import BadSteps
+from dsv3_jax.train.writers import Writer, open_writers, packages_of
+
+BAD_STEPS = 3  # exit code
+WEIGHTS = ("params", "router_bias")  # groups of a checkpoint
 
 
-class Prepared(NamedTuple):
-    """What `execute` needs: configuration, folder, data, and the checkpoint to go on from."""
+@dataclasses.dataclass
+class Prepared:
+    """What `execute` needs."""
 
     cfg: RunConfig
     run: RunFolder
     corpus: Corpus
     checkpoint: store.Checkpoint | None
+    """Let go once its arrays are on the device"""
+    is_new: bool
+    """The folder is this run's first; of a checkpoint only the weights are taken"""
+    writers: list[Writer]
 
 
-def prepare(cfg: RunConfig, resume: RunFolder | None, say: Callable[[str], None]) -> Prepared:
+class Watch(NamedTuple):
+    """What is looked at more closely than in other runs; not part of its configuration."""
+
+    debug_nans: bool = False
+    profile: tuple[int, int] | None = None
+    """First and last step of a trace"""
+
+
+NO_WATCH = Watch()
+
+
+def prepare(
+    cfg: RunConfig,
+    resume: RunFolder | None,
+    say: Callable[[str], None],
+    init_from: RunFolder | None = None,
+    watch: Watch = NO_WATCH,
+) -> Prepared:
     """Reads all that a new or a resumed run reads, and makes its folder.
 
     ValueError or OSError, one line, for what cannot work.
@@ -45,29 +77,85 @@ def prepare(cfg: RunConfig, resume: RunFolder | None, say: Callable[[str], None]
         raise ValueError("train.dtype is float64; JAX has it only with JAX_ENABLE_X64=1 set")
     if resume is None:
         check_writable(cfg.output)
+    packages_of(cfg)
     say(f"machine    {describe()}")
-    kept = load_tokenizer(resume.tokenizer) if resume else None
+    source = resume or init_from
+    is_own = cfg.data.tokenizer == "train" or resume  # a new tokenizer would not fit the weights
+    kept = load_tokenizer(source.tokenizer) if source and is_own else None
     corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
     ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
     cfg = replace(cfg, model=replace(cfg.model, **ids))
+    check_state(cfg)
+    _check_memory(cfg)
     checkpoint = None
+    if source and not (resume and _never_saved(resume)):
+        groups = None if resume else WEIGHTS
+        checkpoint = store.load(source.checkpoints, groups=groups, report=say)
+    _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if resume is None:
+        if checkpoint:
+            _check_weights(cfg, init_from, checkpoint)
         run = new_run(cfg.output)
         corpus.tokenizer.save(run.tokenizer)
     else:
         run = resume
-        checkpoint = store.load(run.checkpoints, report=say)
-        _check_same(cfg, corpus, checkpoint.meta)
+        if checkpoint:
+            _check_same(cfg, corpus, checkpoint.meta)
         if run.metrics.exists():
             read_metrics(run.metrics)
         store.clean(run.checkpoints)
+    if not init_from:
+        _write_config(cfg, run)
+    writers = open_writers(cfg, run, (checkpoint.step if checkpoint else 0) if resume else None)
+    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers)
+
+
+def _write_config(cfg: RunConfig, run: RunFolder) -> None:
+    """From here on the run can be resumed."""
     replace_file(run.config, f"{cfg.to_json()}\n".encode())
-    return Prepared(cfg, run, corpus, checkpoint)
 
 
-def execute(prepared: Prepared, console: Console) -> int:
-    """Trains and finishes. Returns the exit code: 0, or 128 + the signal that stopped the run."""
-    cfg, run, corpus, checkpoint = prepared
+def _check_memory(cfg: RunConfig) -> None:
+    """ValueError if the model cannot be trained here, whatever the batch."""
+    count = cfg.model.param_count()
+    moments = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
+    needed = (count.main + count.mtp) * (4 + 4 + moments)  # masters, gradients, moments
+    if needed > memory_size():
+        raise ValueError(
+            f"the model has {(count.main + count.mtp) / 1e9:,.1f} B parameters, whose masters, "
+            f"moments and gradients take {needed / 1e9:,.0f} GB; this device has "
+            f"{memory_size() / 1e9:,.0f} GB (--print-config only shows the configuration)"
+        )
+
+
+def _check_profile(cfg: RunConfig, watch: Watch, done: int) -> None:
+    """ValueError if the steps to trace are not all to come."""
+    if watch.profile and not done < watch.profile[0] <= watch.profile[1] <= cfg.train.steps:
+        raise ValueError(
+            f"--profile {watch.profile[0]}:{watch.profile[1]}; allowed: steps {done + 1} to "
+            f"{cfg.train.steps} of this run"
+        )
+
+
+def execute(prepared: Prepared, console: Console, watch: Watch = NO_WATCH) -> int:
+    """Trains and finishes.
+
+    Returns the exit code: 0, 128 + the signal that stopped the run, or 3 after too many updates in
+    a row that were skipped. MemoryError, one line, if a batch does not fit.
+    """
+    try:
+        return _execute(prepared, console, watch)
+    except jax.errors.JaxRuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise MemoryError(
+            f"out of memory: {' '.join(str(error).split())[:200]}; smaller: train.rows, or more "
+            "train.microbatches"
+        ) from error
+
+
+def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
+    cfg, run = prepared.cfg, prepared.run
     say = partial(console.print, soft_wrap=True)
     count = cfg.model.param_count()
     say(
@@ -75,41 +163,102 @@ def execute(prepared: Prepared, console: Console) -> int:
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
     say(f"run        {run.path}")
-    graphdef, state = init_state(cfg)
-    position = Position()
-    if checkpoint is not None:
-        state, position = snapshot.restore(checkpoint, cfg, state)
-        say(f"           resumed after step {position.step:,}")
-    trainer = Trainer(cfg, run, corpus, graphdef, matmul_peak(cfg.train.dtype))
-    if position.step < cfg.train.steps:
+    graphdef, start = _start(prepared, say)
+    step, has_weights = start.position.step, prepared.is_new and prepared.checkpoint is not None
+    trainer = Trainer(
+        cfg,
+        run,
+        prepared.corpus,
+        graphdef,
+        start,
+        matmul_peak(cfg.train.dtype),
+        debug_nans=watch.debug_nans,
+        profile=Profile(*watch.profile, run.profile) if watch.profile else None,
+    )
+    consumed = start.position.consumed_rows * cfg.data.length
+    prepared.checkpoint = start = None  # the trainer holds what it needs of them
+    if has_weights:  # a run stopped before its first checkpoint would start from others
+        trainer.save()
+        _write_config(cfg, run)
+    if step < cfg.train.steps:
         say("           compiling the training step takes some ten seconds")
-        trainer.compile(state)
-    with MetricsLog(run.metrics, None if checkpoint is None else position.step) as log:
-        progress = Progress(cfg.train.steps, position.step, title=run.path.name, console=console)
-        with progress:
-            trained = trainer.train(state, position, log, progress)
-        if trained.stopped_by is not None:
-            name = signal.Signals(trained.stopped_by).name
-            say(f"{name}: saved step {trained.position.step:,}; go on with --resume {run.path}")
-            return 128 + trained.stopped_by
-        say("           validating on all held-out text, sampling")
-        result = finish(trainer, graphdef, trained, log)
-    summary(result, console)
+        trainer.compile()
+    with MetricsLog(run.metrics, None if prepared.is_new else consumed) as log:
+        progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
+        with contextlib.closing(Output(log, progress, prepared.writers)) as out:
+            return _train(trainer, out, console)
+
+
+def _train(trainer: Trainer, out: Output, console: Console) -> int:
+    """Trains, says how that ended, and returns the exit code."""
+    run, say = trainer.run, partial(console.print, soft_wrap=True)
+    try:
+        with out.progress:
+            trained = trainer.train(out)
+    except BadSteps as error:
+        say(f"stopped: {error}; {run.path}")
+        trainer.tell_page(out)
+        return BAD_STEPS
+    if trained.stopped_by is not None:
+        name = signal.Signals(trained.stopped_by).name
+        at = trained.snapshot.position.step
+        trainer.tell_page(out)
+        say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
+        return 128 + trained.stopped_by
+    say("           validating on all held-out text, sampling")
+    summary(finish(trainer, trained.snapshot, out), console)
     return 0
+
+
+def _start(prepared: Prepared, say: Callable[[str], None]) -> tuple[nnx.GraphDef, Snapshot]:
+    """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
+    cfg, checkpoint = prepared.cfg, prepared.checkpoint
+    graphdef, state = init_state(cfg)
+    if checkpoint is None:
+        if not prepared.is_new:
+            say("           never saved: starting over")
+        return graphdef, Snapshot(state, Position())
+    if prepared.is_new:
+        say(f"           from the weights of step {checkpoint.step:,}")
+        return graphdef, Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
+    start = snapshot.restore(checkpoint, cfg, state)
+    say(f"           resumed after step {start.position.step:,}")
+    return graphdef, start
+
+
+def _never_saved(run: RunFolder) -> bool:
+    """Whether a run was stopped before its first checkpoint was complete.
+
+    A kill leaves at most one folder that lacks its mark; two are no kill's work.
+    """
+    whole = [path for path in run.checkpoints.glob("step_*") if ".tmp-" not in path.name]
+    return not store.steps(run.checkpoints) and len(whole) <= 1
+
+
+def _check_weights(cfg: RunConfig, source: RunFolder, checkpoint: store.Checkpoint) -> None:
+    """ValueError if the weights are of a model of another shape."""
+    before = from_dict(RunConfig, checkpoint.meta["config"])
+    differ = _differences("model", cfg.model, before.model, keep={"max_length", "bos_id", "eos_id"})
+    if differ:
+        raise ValueError(f"--init-from {source.path}: another model: {'; '.join(differ)}")
+
+
+def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -> list[str]:
+    """What differs between two configurations, a phrase for each field that is not in `keep`."""
+    return [
+        f"{section}.{field.name} is {getattr(new, field.name)}, was {getattr(old, field.name)}"
+        for field in dataclasses.fields(new)
+        if field.name not in keep and getattr(new, field.name) != getattr(old, field.name)
+    ]
 
 
 def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict) -> None:
     """A resumed run keeps model, tokenizer, text and seed; ValueError names what differs."""
     before = from_dict(RunConfig, meta["config"])
-    differ = [
-        f"{section}.{field.name} is {getattr(new, field.name)}, was {getattr(old, field.name)}"
-        for section, new, old in (
-            ("model", cfg.model, before.model),
-            ("data", cfg.data, before.data),
-        )
-        for field in dataclasses.fields(new)
-        if getattr(new, field.name) != getattr(old, field.name)
-    ]
+    differ = _differences("model", cfg.model, before.model)
+    differ += _differences(
+        "data", cfg.data, before.data, keep={"readers", "source"}
+    )  # contents count
     if cfg.train.seed != before.train.seed:
         differ.append(f"train.seed is {cfg.train.seed}, was {before.train.seed}")
     if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:

@@ -1,28 +1,69 @@
-"""Values over a run: the learning rate counts steps in its warm-up, then consumed tokens (4.2)."""
+"""Values over a run: the learning rate counts steps in its warm-up, all else consumed tokens (4.2).
+
+A value holds for the update that consumes the next rows, so a phase that begins at `n` tokens is in
+force for the first update after `n` tokens.
+"""
 
 import math
+from typing import NamedTuple
 
-from dsv3_jax.config import Phase, ScheduleConfig
+from dsv3_jax.config import Phase, RunConfig
 
 
-def learning_rate(cfg: ScheduleConfig, step: int, tokens: int, total_tokens: int) -> float:
+class Values(NamedTuple):
+    """What the schedules say of one update."""
+
+    learning_rate: float
+    bias_speed: float
+    mtp_weight: float
+    rows: int
+
+
+def values_at(cfg: RunConfig, step: int, tokens: int, total_tokens: int) -> Values:
     """For the update after `step` done updates and `tokens` consumed tokens.
 
-    The first update of a warm-up is not 0.
+    `total_tokens` of the whole run, where the cosine without phases ends. The first update of a
+    warm-up is not 0.
     """
-    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
-    phases = cfg.phases or (Phase(total_tokens, cfg.final_learning_rate, "cosine"),)
-    return warm * value_at(cfg.learning_rate, phases, tokens)
+    schedule = cfg.schedule
+    warm = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    cosine = Phase(0, max(total_tokens, 1), schedule.final_learning_rate, "cosine")
+    phases = schedule.learning_rate_phases or (cosine,)
+    return Values(
+        warm * value_at(schedule.learning_rate, phases, tokens),
+        value_at(schedule.bias_speed, schedule.bias_speed_phases, tokens),
+        value_at(schedule.mtp_weight, schedule.mtp_weight_phases, tokens),
+        rows_at(cfg, tokens),
+    )
+
+
+def rows_at(cfg: RunConfig, tokens: int) -> int:
+    """Rows of the step after `tokens` consumed tokens: `train.rows` after the last phase."""
+    for phase in cfg.schedule.rows_phases:
+        if tokens < phase.end:
+            return int(phase.value)
+    return cfg.train.rows
+
+
+def rows_after(cfg: RunConfig, consumed_rows: int, steps: int) -> int:
+    """Consumed rows after `steps` more steps."""
+    for phase in cfg.schedule.rows_phases:
+        left = -(-phase.end // cfg.data.length) - consumed_rows  # rows that reach its end
+        taken = min(max(-(-left // int(phase.value)), 0), steps)
+        consumed_rows += taken * int(phase.value)
+        steps -= taken
+    return consumed_rows + steps * cfg.train.rows
 
 
 def value_at(start: float, phases: tuple[Phase, ...], tokens: int) -> float:
-    """Value after `tokens` tokens of phases that follow one another from `start`; the last value
-    holds on.
+    """Value after `tokens` tokens of phases that follow one another from `start`.
+
+    The last value holds on.
     """
     for phase in phases:
-        if tokens < phase.tokens:
-            return _within(start, phase, tokens / phase.tokens)
-        start, tokens = phase.value, tokens - phase.tokens
+        if tokens < phase.end:
+            return _within(start, phase, (tokens - phase.begin) / (phase.end - phase.begin))
+        start = phase.value
     return start
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from optax.tree_utils import tree_get, tree_set
 
@@ -16,10 +17,12 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.names import from_layers, to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.trouble import SpikeState
 
 
 class Position(NamedTuple):
-    """Where a run stands: updates done, rows consumed, seconds spent in training.
+    """Where a run stands: steps done, rows consumed, seconds spent in training, updates skipped
+    in all and since the last one that was made.
 
     Data order, schedules and random numbers follow from it and the seed.
     """
@@ -27,33 +30,47 @@ class Position(NamedTuple):
     step: int = 0
     consumed_rows: int = 0
     seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
-def save(
-    folder: Path, cfg: RunConfig, state: TrainState, position: Position, data: dict[str, str]
-) -> Path:
+class Snapshot(NamedTuple):
+    """All that a run goes on from."""
+
+    state: TrainState
+    position: Position
+    average: nnx.State | None = None
+    """Of the weights, if the run keeps one"""
+    spike: SpikeState = SpikeState()
+    load_LE: np.ndarray | None = None
+    """Token copies per expert that no entry of the metrics has told yet"""
+
+
+def save(folder: Path, cfg: RunConfig, snapshot: Snapshot, data: dict[str, str]) -> Path:
     """Writes one checkpoint. `data` identifies tokenizer and documents."""
     dense = cfg.model.num_dense_layers
+    state, position = snapshot.state, snapshot.position
     arrays = {
         "params": to_layers(state.params, dense),
         "router_bias": to_layers(state.biases, dense),
         "mu": to_layers(tree_get(state.optimizer, "mu"), dense),
         "nu": to_layers(tree_get(state.optimizer, "nu"), dense),
     }
+    if snapshot.average is not None:
+        arrays["average"] = to_layers(snapshot.average, dense)
+    if snapshot.load_LE is not None:
+        arrays["experts"] = {"load_LE": snapshot.load_LE}
     meta = {
         "config": json.loads(cfg.to_json()),
-        "step": position.step,
-        "consumed_rows": position.consumed_rows,
-        "seconds": position.seconds,
+        **position._asdict(),
+        "spike": snapshot.spike,
         "updates": int(tree_get(state.optimizer, "count")),
         "data": data,
     }
     return store.save(folder, position.step, arrays, meta)
 
 
-def restore(
-    checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState
-) -> tuple[TrainState, Position]:
+def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
     """What `save` wrote, in the shape of a fresh `state`. ValueError if it does not fit."""
     dense = cfg.model.num_dense_layers
 
@@ -71,4 +88,17 @@ def restore(
     )
     position = Position(*(checkpoint.meta[name] for name in Position._fields))
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
-    return restored, position
+    average = part("average", state.params) if "average" in checkpoint.arrays else None
+    load_LE = checkpoint.arrays.get("experts", {}).get("load_LE")
+    return Snapshot(restored, position, average, SpikeState(*checkpoint.meta["spike"]), load_LE)
+
+
+def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> TrainState:
+    """A fresh state with the checkpoint's weights and router biases. ValueError if they do not fit.
+
+    With `cfg`'s number of dense layers; optimiser and position start anew.
+    """
+    dense = cfg.model.num_dense_layers
+    params = from_layers(state.params, checkpoint.arrays["params"], dense)
+    biases = from_layers(state.biases, checkpoint.arrays["router_bias"], dense)
+    return state._replace(params=params, biases=biases)

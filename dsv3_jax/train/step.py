@@ -1,5 +1,7 @@
 """One training step on one device: gradients summed over micro-batches, AdamW, and the routers'
 bias update (report 2.1.2, 4.2).
+
+A step whose loss or gradient is not finite, or whose loss is above a limit, changes nothing.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,9 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
-from dsv3_jax.train.optimizer import adamw
+from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
 
 
 class TrainState(NamedTuple):
@@ -38,18 +41,31 @@ class Coefficients(NamedTuple):
     learning_rate: jax.Array
     bias_speed: jax.Array
     mtp_weight: jax.Array
+    loss_limit: jax.Array
+    """Main loss above which the update is skipped"""
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step beside the loss's parts: gradient norm before clipping, MaxVio as the
-    mean over layers.
-    """
+    """What one step tells beside its new state."""
 
     loss: jax.Array
     parts: LossParts
     grad_norm: jax.Array
-    max_violation: jax.Array
+    """Of the whole gradient before clipping"""
+    grad_norms: dict[str, jax.Array]
+    """Of parts of the model, by name"""
+    applied: jax.Array
+    """bool: whether the update was made"""
+    row_is_finite_B: jax.Array
+    """Whether a row's gradient is"""
+    max_violation_L: jax.Array
+    """MaxVio of every router, MTP's last"""
+    bias_LE: jax.Array
+    """The routers' biases after the step"""
+    bias_moved_L: jax.Array
+    """bool: whether any of a router's did"""
     silent: nnx.State
+    """bool for each parameter and layer: no gradient reached it"""
 
 
 def init_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
@@ -69,6 +85,13 @@ def init_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     return graphdef, build(jax.random.key(cfg.train.seed))
 
 
+def check_state(cfg: RunConfig) -> None:
+    """ValueError for what only the model's parameters can tell of a configuration."""
+    if cfg.optimizer.groups:
+        model = jax.eval_shape(lambda: DeepSeekV3(cfg.model, rngs=nnx.Rngs(0)))
+        check_groups(cfg.optimizer, nnx.state(model, nnx.Param))
+
+
 def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
     """Compiled `step(state, batch, coefficients) -> (state, StepMetrics)`.
 
@@ -77,52 +100,102 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
     transform = adamw(cfg.optimizer)
 
     def step(state: TrainState, batch: Batch, coefficients: Coefficients):
-        total, grads, parts = gradients(graphdef, state, batch, coefficients.mtp_weight, cfg)
-        updates, optimizer = transform.update(grads, state.optimizer, state.params)
-        updates = jax.tree.map(lambda u: -coefficients.learning_rate * u, updates)
-        params = optax.apply_updates(state.params, updates)
-        biases = move_biases(state.biases, parts.load_LE, coefficients.bias_speed)
+        total, grads, parts, row_is_finite_B = gradients(
+            graphdef, state, batch, coefficients.mtp_weight, cfg
+        )
+
+        def updated() -> TrainState:
+            updates, optimizer = transform.update(grads, state.optimizer, state.params)
+            updates = jax.tree.map(lambda u: -coefficients.learning_rate * u, updates)
+            params = optax.apply_updates(state.params, updates)
+            biases = move_biases(state.biases, parts.load_LE, coefficients.bias_speed)
+            return TrainState(params, biases, optimizer)
+
+        norms = norms_by_part(grads)
+        norm = optax.tree.norm(norms)
+        applied = jnp.isfinite(total) & jnp.isfinite(norm) & (parts.main <= coefficients.loss_limit)
+        after = lax.cond(applied, updated, lambda: state)
+        bias_LE = stacked_biases(after.biases)
         metrics = StepMetrics(
             total,
             parts,
-            optax.tree.norm(grads),
-            max_violation(parts.load_LE).mean(),
+            norm,
+            norms,
+            applied,
+            row_is_finite_B,
+            max_violation(parts.load_LE),
+            bias_LE,
+            (bias_LE != stacked_biases(state.biases)).any(-1),
             silent(grads),
         )
-        return TrainState(params, biases, optimizer), metrics
+        return after, metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def gradients(
     graphdef: nnx.GraphDef, state: TrainState, batch: Batch, mtp_weight: jax.Array, cfg: RunConfig
-) -> tuple[jax.Array, nnx.State, LossParts]:
-    """Loss, float32 gradients and loss parts of a whole step's rows, in `train.microbatches`
-    sequential parts.
+) -> tuple[jax.Array, nnx.State, LossParts, jax.Array]:
+    """Loss, float32 gradients and loss parts of a whole step's rows, in micro-batches one after the
+    other; and whether each row's gradient is finite, bool [B].
     """
-    count = cfg.train.microbatches
+    count = len(batch.labels_BT) * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
 
-    def one(params, micro):
+    def one(params, slot_B, micro):
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.
-        return loss(model, micro, valid_tokens, mtp_weight, cfg.train, 1 / count)
+        return loss(model, micro, valid_tokens, mtp_weight, cfg.train, 1 / count, slot_B)
 
-    value_and_grad = jax.value_and_grad(one, has_aux=True)
-    if count == 1:
-        (total, parts), grads = value_and_grad(state.params, jax.tree.map(lambda x: x[0], parts_of))
-        return total, grads, parts
-
-    def accumulate(carry, micro):
-        (total, parts), grads = value_and_grad(state.params, micro)
-        return jax.tree.map(jnp.add, carry, (total, grads, parts)), None
+    def value_and_grad(micro):
+        slot_B = jnp.zeros(len(micro.labels_BT), wide(jnp.dtype(cfg.train.dtype)))
+        value, (grads, dslot_B) = jax.value_and_grad(one, (0, 1), has_aux=True)(
+            state.params, slot_B, micro
+        )
+        return (*value, grads), jnp.isfinite(dslot_B)
 
     first = jax.tree.map(lambda x: x[0], parts_of)
-    (total, parts), grads = jax.eval_shape(value_and_grad, state.params, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, grads, parts))
-    return lax.scan(accumulate, zeros, parts_of)[0]
+    if count == 1:
+        (total, parts, grads), row_is_finite_B = value_and_grad(first)
+        return total, grads, parts, row_is_finite_B
+
+    def accumulate(carry, micro):
+        sums, row_is_finite_B = value_and_grad(micro)
+        return jax.tree.map(jnp.add, carry, sums), row_is_finite_B
+
+    shapes, _ = jax.eval_shape(value_and_grad, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, parts, grads), row_is_finite_MB = lax.scan(accumulate, zeros, parts_of)
+    return total, grads, parts, row_is_finite_MB.reshape(-1)
+
+
+def norms_by_part(grads: nnx.State) -> dict[str, jax.Array]:
+    """Global norm of the gradient of each part of the model."""
+    squares: dict[str, jax.Array] = {}
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        part = part_of(parameter_name(path))
+        squares[part] = squares.get(part, 0) + jnp.square(grad).sum()
+    return {part: jnp.sqrt(square) for part, square in squares.items()}
+
+
+PARTS = {
+    "mtp.": "mtp",
+    "norm": "norm",
+    "embed": "embedding",
+    "head": "head",
+    ".mla.": "attention",
+    ".router.": "router",
+    ".shared.": "shared",
+    ".moe.": "experts",
+    ".dense.": "dense",
+}
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name."""
+    return next(part for key, part in PARTS.items() if key in name)
 
 
 def silent(grads: nnx.State) -> nnx.State:
@@ -140,10 +213,8 @@ def move_biases(biases: nnx.State, load_LE: jax.Array, speed: jax.Array) -> nnx.
 
     Rows of `load_LE`: stacked MoE layers, then MTP modules.
     """
-    flat = nnx.to_flat_state(biases)
-    order = sorted(flat, key=lambda item: (item[0][0] == "mtp", item[0]))
     row, moved = 0, {}
-    for path, variable in order:
+    for path, variable in _in_order(biases):
         bias = variable[...]
         layers = bias.shape[0] if bias.ndim == 2 else 1
         load = load_LE[row : row + layers].reshape(bias.shape)
@@ -151,3 +222,15 @@ def move_biases(biases: nnx.State, load_LE: jax.Array, speed: jax.Array) -> nnx.
         row += layers
     assert row == len(load_LE), f"{row} routers have a bias, {len(load_LE)} a load"
     return nnx.from_flat_state(moved)
+
+
+def stacked_biases(biases: nnx.State) -> jax.Array:
+    """[L, E], in the order of the loads."""
+    rows = [jnp.atleast_2d(variable[...]) for _, variable in _in_order(biases)]
+    return jnp.concatenate(rows) if rows else jnp.zeros((0, 0))
+
+
+def _in_order(biases: nnx.State) -> list[tuple[tuple, nnx.Variable]]:
+    """Stacked MoE layers first, then MTP modules."""
+    flat = nnx.to_flat_state(biases)
+    return sorted(flat, key=lambda item: (item[0][0] == "mtp", item[0]))

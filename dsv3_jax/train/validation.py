@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.train.step import TrainState
@@ -37,20 +38,22 @@ def make_validate(
     size = cfg.train.rows // cfg.train.microbatches
 
     @jax.jit
-    def nll(params, biases, tokens_BT, labels_BT):
+    def nll(params, biases, batch: Batch):
         model = nnx.merge(graphdef, params, biases)
-        h_BTD, _ = model.hidden(tokens_BT, labels_BT >= 0, jnp.dtype(cfg.train.dtype))
-        return cross_entropy(h_BTD, model.head(), labels_BT)
+        valid_BT, dtype = batch.labels_BT >= 0, jnp.dtype(cfg.train.dtype)
+        h_BTD, _ = model.hidden(batch.tokens_BT, valid_BT, dtype, segments_BT=batch.segments_BT)
+        return cross_entropy(h_BTD, model.head(), batch.labels_BT)
 
     def validate(state: TrainState, rows: Rows, indices: Sequence[int]) -> Validation:
         nats, tokens, num_bytes = 0.0, 0, 0
         for start in range(0, len(indices), size):
-            tokens_BT = np.zeros((size, cfg.data.length), np.int32)
-            labels_BT = np.full((size, cfg.data.length), -1, np.int32)
-            for place, index in enumerate(indices[start : start + size]):
-                tokens_BT[place], labels_BT[place] = rows[index]
-            nats += float(nll(state.params, state.biases, tokens_BT, labels_BT))
-            counted = labels_BT[labels_BT >= 0]
+            chosen = indices[start : start + size]
+            batch = stack([rows[index] for index in chosen])
+            absent = ((0, size - len(chosen)), (0, 0))  # the last batch is filled up
+            batch = Batch(*(x if x is None else np.pad(x, absent) for x in batch))
+            batch.labels_BT[len(chosen) :] = -1
+            nats += float(nll(state.params, state.biases, batch))
+            counted = batch.labels_BT[batch.labels_BT >= 0]
             tokens += counted.size
             num_bytes += int(byte_lengths_V[counted].sum())
         bits = nats / math.log(2)

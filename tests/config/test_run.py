@@ -10,6 +10,7 @@ from dsv3_jax.config import (
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
+    ParamGroup,
     Phase,
     RunConfig,
     ScheduleConfig,
@@ -30,7 +31,7 @@ from tests.shapes import TINY_YARN, tiny_model
         ),
         (
             lambda: DataConfig(source=""),
-            "data.source is empty; allowed: 'stdlib' or globs of text files",
+            "data.source is empty; allowed: 'stdlib', globs or token folders",
         ),
         (lambda: TrainConfig(steps=0), "train.steps is 0; allowed: at least 1"),
         (
@@ -51,7 +52,10 @@ from tests.shapes import TINY_YARN, tiny_model
             lambda: OptimizerConfig(weight_decay=-1.0),
             "optimizer.weight_decay is -1.0; allowed: 0 or more",
         ),
-        (lambda: Phase(0, 1.0), "schedule: tokens of a phase is 0; allowed: at least 1"),
+        (
+            lambda: OptimizerConfig(ema_decay=1.0),
+            "optimizer.ema_decay is 1.0; allowed: 0 to below 1",
+        ),
         (
             lambda: ScheduleConfig(learning_rate=float("nan")),
             "schedule.learning_rate is nan; allowed: finite numbers",
@@ -87,8 +91,8 @@ VARIED = RunConfig(
     model=tiny_model(yarn=TINY_YARN, q_latent=None),
     data=DataConfig(source=("a/*.txt", "b.txt"), length=8),
     train=TrainConfig(steps=3, dtype="float32", remat="report"),
-    optimizer=OptimizerConfig(moment_dtype="float32"),
-    schedule=ScheduleConfig(phases=(Phase(10, 1.0), Phase(20, 0.5, "cosine"))),
+    optimizer=OptimizerConfig(moment_dtype="float32", groups=(ParamGroup("mla", 0.5),)),
+    schedule=ScheduleConfig(learning_rate_phases=(Phase(0, 10, 1.0), Phase(10, 20, 0.5, "cosine"))),
     output=OutputConfig(name="other"),
 )
 
@@ -116,8 +120,8 @@ def test_missing_values_take_their_defaults():
         ({"model": {"heads": 4, "dim": 8}}, "model has no field dim, heads; fields: vocab_size, "),
         ({"model": {"yarn": {"scale": 2}}}, "model.yarn has no field scale; fields: factor, "),
         (
-            {"schedule": {"phases": [{"tokens": 1, "value": 1.0, "form": "linear"}]}},
-            "schedule.phases has no field form; fields: tokens, value, shape",
+            {"schedule": {"rows_phases": [{"begin": 0, "end": 1, "value": 1.0, "form": "x"}]}},
+            "schedule.rows_phases has no field form; fields: begin, end, value, shape",
         ),
     ],
     ids=["section", "field", "nested field", "field of a phase"],

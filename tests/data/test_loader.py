@@ -7,14 +7,22 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dsv3_jax.data.documents import Document
+from dsv3_jax.data.fim import fim_of
 from dsv3_jax.data.loader import Batch, batch_at, load
-from dsv3_jax.data.packing import Rows, TokenizedCorpus
+from dsv3_jax.data.mixture import Mixture
+from dsv3_jax.data.packing import Rows
+from dsv3_jax.data.shards import ShardWriter, TokenFolder
+from dsv3_jax.data.tokenised import TokenDocuments, TokenizedCorpus, encode_documents, tokenize
+from dsv3_jax.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
 def rows() -> Rows:
-    """1125 rows of 8 tokens an epoch; shuffling much fewer is slow, as it walks a 16-bit cycle."""
+    """1125 rows of 8 tokens an epoch."""
     lengths = np.arange(10, 135)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(offsets[-1], dtype=np.int32)
@@ -24,6 +32,9 @@ def rows() -> Rows:
 def assert_same(found: Batch, expected: Batch) -> None:
     np.testing.assert_array_equal(found.tokens_BT, expected.tokens_BT)
     np.testing.assert_array_equal(found.labels_BT, expected.labels_BT)
+    assert (found.segments_BT is None) == (expected.segments_BT is None)
+    if expected.segments_BT is not None:
+        np.testing.assert_array_equal(found.segments_BT, expected.segments_BT)
 
 
 def test_a_batch_is_its_rows_stacked(rows: Rows) -> None:
@@ -117,3 +128,70 @@ def test_reading_ahead_is_bounded(rows: Rows, monkeypatch: pytest.MonkeyPatch) -
     time.sleep(0.1)
     batches.close()
     assert 2 < max(read) < 2 + 10 + 1
+
+
+# --- every kind of rows ---
+
+TEXTS = [f"def f{i}(x):\n    return {'x' * (i % 7)}\n" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def stores(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TokenDocuments, TokenDocuments]:
+    """The same documents in memory and in ArrayRecord shards."""
+    documents = [Document(f"document {i}", text) for i, text in enumerate(TEXTS)]
+    folder = tmp_path_factory.mktemp("tokens")
+    writer = ShardWriter(folder, tokenizer, shard_bytes=200)
+    for document in encode_documents(((d, False) for d in documents), tokenizer):
+        writer.add(*document)
+    writer.finish(bytes=0, content_hash="", validation_fraction=0.5, split_rate=0.0)
+    return tokenize(documents, tokenizer, 320), TokenFolder(folder)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**63),
+    length=st.integers(2, 40),
+    rate=st.sampled_from([0.0, 0.5, 1.0]),
+    isolate=st.booleans(),
+    weights=st.lists(st.integers(0, 4), min_size=1, max_size=3).filter(any),
+    start=st.integers(0, 500),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    resumed_after=st.integers(0, 5),
+    readers=st.sampled_from([0, 1, 3]),
+)
+def test_a_batch_is_a_function_of_seed_and_consumed_rows_whatever_the_rows_are(
+    tokenizer: Tokenizer,
+    stores: tuple[TokenDocuments, TokenDocuments],
+    seed: int,
+    length: int,
+    rate: float,
+    isolate: bool,
+    weights: list[int],
+    start: int,
+    sizes: list[int],
+    resumed_after: int,
+    readers: int,
+) -> None:
+    fim = fim_of(tokenizer, rate)
+
+    def make(store: TokenDocuments) -> Rows | Mixture:
+        sources = [Rows(store, length, seed + i, fim, isolate) for i in range(len(weights))]
+        return Mixture(sources, weights) if len(weights) > 1 else sources[0]
+
+    in_memory, on_disk = map(make, stores)
+    firsts = [start + sum(sizes[:i]) for i in range(len(sizes))]
+    expected = [_stacked(in_memory, first, size) for first, size in zip(firsts, sizes, strict=True)]
+    resumed_after = min(resumed_after, len(sizes) - 1)
+    loaded = load(on_disk, firsts[resumed_after], sizes[resumed_after:], readers)
+    for batch, wanted in zip(loaded, expected[resumed_after:], strict=True):
+        assert_same(batch, wanted)
+
+
+def _stacked(rows: Rows | Mixture, first: int, size: int) -> Batch:
+    """The definition, row by row; read backwards, as order must not count."""
+    found = [rows[first + i] for i in reversed(range(size))][::-1]
+    segments = None if found[0].segments_T is None else np.stack([r.segments_T for r in found])
+    tokens, labels = (np.stack(arrays) for arrays in list(zip(*found, strict=True))[:2])
+    return Batch(tokens, labels, segments)

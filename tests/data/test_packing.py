@@ -1,42 +1,33 @@
-"""Packing conserves every token, rows are random access, a tokenizer that loses text is refused."""
+"""Packing conserves every token, rows are random access, isolated documents never meet."""
 
 import collections
-from pathlib import Path
+import hashlib
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers
 
-from dsv3_jax.data import packing
-from dsv3_jax.data.packing import Row, Rows, TokenizedCorpus, cached_tokenize, tokenize
-from dsv3_jax.data.sources import Document
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.data.fim import ADDED, Fim
+from dsv3_jax.data.packing import Row, Rows
+from dsv3_jax.data.tokenised import TokenizedCorpus, tokenize
+from dsv3_jax.data.tokenizer import Tokenizer
+from tests.data.corpora import DOCUMENTS, EOS, corpus_of
 
-DOCUMENTS = [
-    Document("code", "def f(x):\r\n\treturn x + 1\n"),
-    Document("han", "你好，世界 👩‍👩‍👧‍👦"),
-    Document("one", "x"),
-    Document("control", "\x00\x1b<｜end▁of▁sentence｜>"),
-    Document("long", "some words and 12345 numbers\n" * 20),
-    Document("one again", "x"),
-]
-EOS = 1
-
-
-def corpus_of(*lengths: int) -> TokenizedCorpus:
-    """Documents of these numbers of tokens, which all differ but for the eos that ends each."""
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    tokens = np.arange(offsets[-1], dtype=np.int32) + 10
-    tokens[offsets[1:] - 1] = EOS
-    return TokenizedCorpus(tokens, offsets)
+# Row -> start of the SHA-256 of its tokens and labels
+GOLDEN = {
+    0: "1609407d8fe99f25",
+    1: "bde55e194898cc79",
+    2: "f91033d049f7ec82",
+    1124: "4680ff19b4f6cdf9",
+    1125: "7f97ebac2e937d92",
+    10**6: "407b5c69a76b01db",
+}
 
 
 def stream_of(rows: Rows, epoch: int) -> np.ndarray:
     """Definition of an epoch: eos, then its documents one after the other."""
-    order, _ = rows._epoch(epoch)
+    order = rows._stream(epoch).order
     offsets = rows.corpus.offsets
     documents = [rows.corpus.tokens[offsets[d] : offsets[d + 1]] for d in order]
     return np.concatenate([np.array([EOS], np.int32), *documents])
@@ -59,89 +50,6 @@ def multiset(rows: list[Row]) -> collections.Counter[tuple[bytes, bytes]]:
 
 def read_epoch(rows: Rows, epoch: int) -> list[Row]:
     return [rows[epoch * len(rows) + i] for i in range(len(rows))]
-
-
-# --- documents to tokens ---
-
-
-def test_documents_stand_between_bos_and_eos(tokenizer: Tokenizer) -> None:
-    corpus = tokenize(DOCUMENTS, tokenizer, tokenizer.vocab_size)
-    assert corpus.tokens.dtype == np.int32
-    assert corpus.eos_id == tokenizer.eos_id
-    assert len(corpus.offsets) == len(DOCUMENTS) + 1
-    for i, document in enumerate(DOCUMENTS):
-        bos, *ids, eos = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]]
-        assert (bos, eos) == (tokenizer.bos_id, tokenizer.eos_id)
-        assert ids == tokenizer.encode(document.text).tolist()
-
-
-def test_more_documents_than_one_chunk_stay_in_order(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tokenize(DOCUMENTS, tokenizer, 320)
-    monkeypatch.setattr(packing, "_CHUNK", 4)
-    in_chunks = tokenize(DOCUMENTS, tokenizer, 320)
-    np.testing.assert_array_equal(in_chunks.tokens, whole.tokens)
-    np.testing.assert_array_equal(in_chunks.offsets, whole.offsets)
-
-
-def test_one_separator_serves_where_bos_is_eos(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer(models.WordLevel({"<|endoftext|>": 0, "x": 1}, unk_token="x"))
-    backend.save(str(tmp_path / "tokenizer.json"))
-    corpus = tokenize([Document("a", "x")] * 2, load_tokenizer(tmp_path / "tokenizer.json"), 2)
-    assert corpus.tokens.tolist() == [1, 0, 1, 0]
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
-    for function in (tokenize, cached_tokenize):
-        with pytest.raises(ValueError, match=r"has 320 ids; model.vocab_size is 319; allowed"):
-            function(DOCUMENTS, tokenizer, 319)
-
-
-def test_no_documents_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="0 documents"):
-        tokenize([], tokenizer, 320)
-
-
-def byte_level(symbols: str) -> tokenizers.Tokenizer:
-    vocabulary = {symbol: i for i, symbol in enumerate(["</s>", *symbols])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return backend
-
-
-def lower_case() -> tokenizers.Tokenizer:
-    backend = byte_level("".join(sorted(pre_tokenizers.ByteLevel.alphabet())))
-    backend.normalizer = normalizers.Lowercase()
-    return backend
-
-
-def unknown_words() -> tokenizers.Tokenizer:
-    vocabulary = {"<unk>": 0, "</s>": 1, "good": 2}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    return backend
-
-
-@pytest.mark.parametrize(
-    ("backend", "text", "lost"),
-    [
-        (byte_level("god"), "go odd", r"at byte 2 the text has b' odd', its tokens b'odd'"),
-        (byte_level("god"), "good é", r"at byte 4 the text has b' \\xc3\\xa9', its tokens b''"),
-        (lower_case(), "good Good", r"at byte 5 the text has b'Good', its tokens b'good'"),
-        (unknown_words(), "good dog", r"at byte 4 the text has b' dog', its tokens b'<unk>"),
-    ],
-)
-def test_a_tokenizer_that_loses_text_is_refused(
-    tmp_path: Path, backend: tokenizers.Tokenizer, text: str, lost: str
-) -> None:
-    path = tmp_path / "tokenizer.json"
-    backend.save(str(path))
-    documents = [Document("fine", "good"), Document("bad", text)]
-    with pytest.raises(ValueError, match=lost) as error:
-        tokenize(documents, load_tokenizer(path), 1000)
-    assert f"tokenizer {path} does not keep document bad" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # --- tokens to rows ---
@@ -205,7 +113,8 @@ def test_a_row_does_not_depend_on_what_was_read_before() -> None:
     indices = range(3 * len(one))
     forwards = {i: one[i] for i in indices}
     for i in reversed(indices):
-        np.testing.assert_array_equal(other[i], forwards[i])
+        np.testing.assert_array_equal(other[i].tokens_T, forwards[i].tokens_T)
+        np.testing.assert_array_equal(other[i].labels_T, forwards[i].labels_T)
 
 
 def test_seeds_and_epochs_give_different_orders() -> None:
@@ -214,15 +123,19 @@ def test_seeds_and_epochs_give_different_orders() -> None:
     for seed in (0, 1, 2**40):
         rows = Rows(corpus, 8, seed)
         for epoch in range(2):
-            orders.add(tuple(rows._epoch(epoch)[0]))
-            orders.add(tuple(rows._shuffled(epoch, i) for i in range(len(rows))))
+            orders.add(tuple(rows._stream(epoch).order))
+            starts = [rows._place(epoch * len(rows) + i)[1] for i in range(len(rows))]
+            orders.add(tuple(starts))
     assert len(orders) == 2 * 3 * 2
 
 
-def test_order_is_the_same_on_every_machine_and_version() -> None:
-    rows = Rows(corpus_of(*[4] * 10), 4, seed=0)
-    assert rows._epoch(1)[0].tolist() == [6, 4, 0, 2, 8, 3, 5, 7, 1, 9]
-    assert [rows._shuffled(1, i) for i in range(10)] == [2, 8, 4, 1, 3, 9, 5, 0, 6, 7]
+def test_rows_are_the_same_on_every_machine_and_version() -> None:
+    """The hashes were taken before fill-in-the-middle, isolation and mixtures came in."""
+    rows = Rows(corpus_of(*range(10, 135)), 8, seed=1)
+    for index, expected in GOLDEN.items():
+        row = rows[index]
+        found = hashlib.sha256(row.tokens_T.tobytes() + row.labels_T.tobytes()).hexdigest()
+        assert found[:16] == expected
 
 
 def test_a_row_without_length_is_refused() -> None:
@@ -230,56 +143,129 @@ def test_a_row_without_length_is_refused() -> None:
         Rows(corpus_of(3), 0)
 
 
-# --- cache ---
+# --- fill-in-the-middle ---
+
+FIM = Fim(0.5, begin_id=2, hole_id=3, end_id=4, opening=0)
 
 
-def forbid_tokenizing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> TokenizedCorpus:
-        raise AssertionError("tokenized again")
+def restored(document: list[int]) -> list[int]:
+    """A document in its own order, whatever order it was read in."""
+    if document[0] != FIM.begin_id:
+        return document
+    hole, end = document.index(FIM.hole_id), document.index(FIM.end_id)
+    return document[1:hole] + document[end + 1 : -1] + document[hole + 1 : end] + document[-1:]
 
-    monkeypatch.setattr(packing, "tokenize", fail)
 
-
-def test_documents_are_tokenized_once(
-    tokenizer: Tokenizer, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    length=st.integers(1, 30),
+    seed=st.integers(0, 2**63),
+)
+def test_no_row_and_no_token_is_lost_or_repeated_with_the_middle_last(
+    lengths: list[int], length: int, seed: int
 ) -> None:
-    first = cached_tokenize(DOCUMENTS, tokenizer, 320)
-    assert len(list((cache_home / "dsv3_jax" / "tokens").iterdir())) == 1
-    forbid_tokenizing(monkeypatch)
-    again = cached_tokenize(DOCUMENTS, tokenizer, 320)
-    np.testing.assert_array_equal(again.tokens, first.tokens)
-    np.testing.assert_array_equal(again.offsets, first.offsets)
-    with pytest.raises(AssertionError, match="tokenized again"):
-        cached_tokenize(DOCUMENTS[1:], tokenizer, 320)
+    corpus = corpus_of(*lengths)
+    rows = Rows(corpus, length, seed, FIM)
+    first = 0
+    for epoch in range(3):
+        count = rows.rows_of_epoch(epoch)
+        cuts = FIM.cuts(corpus.lengths, seed, epoch)
+        assert count == -(-(sum(lengths) + ADDED * int((cuts[:, 0] >= 0).sum())) // length)
+        starts = {rows._place(first + i)[1]: rows[first + i] for i in range(count)}
+        assert len(starts) == count
+        labels = np.concatenate([starts[start].labels_T for start in sorted(starts)])
+        stream = labels[labels >= 0]
+        documents = np.split(stream, np.flatnonzero(stream == EOS) + 1)[:-1]
+        found = sorted(restored(document.tolist()) for document in documents)
+        assert found == sorted(corpus.read(d).tolist() for d in range(len(lengths)))
+        assert sum(document[0] == FIM.begin_id for document in documents) == (cuts[:, 0] >= 0).sum()
+        first += count
 
 
-def test_another_tokenizer_has_another_entry(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_epochs_of_several_sizes_are_random_access() -> None:
+    corpus = corpus_of(*range(2, 40))
+    forwards, far = Rows(corpus, 8, 5, FIM), Rows(corpus, 8, 5, FIM)
+    index = 5 * len(forwards)
+    rows = [forwards[i] for i in range(index + 1)]
+    np.testing.assert_array_equal(far[index].tokens_T, rows[-1].tokens_T)
+    assert len({forwards.rows_of_epoch(epoch) for epoch in range(5)}) > 1
+
+
+def test_rate_zero_changes_nothing() -> None:
+    corpus = corpus_of(*range(2, 40))
+    plain, never = Rows(corpus, 8, 5), Rows(corpus, 8, 5, Fim(0.0, 2, 3, 4, 0))
+    for index in range(3 * len(plain)):
+        np.testing.assert_array_equal(plain[index].labels_T, never[index].labels_T)
+
+
+# --- isolation ---
+
+
+def slow_segments(stream: np.ndarray, start: int, length: int) -> tuple[list[int], list[int]]:
+    """(segments, labels) of a row token by token: a segment ends with an eos, and so does what may
+    be predicted; what fills the row up is one segment more.
+    """
+    segments, labels, segment = [], [], 0
+    for t in range(start, start + length):
+        segments.append(segment)
+        ends = t >= len(stream) - 1 or stream[t] == EOS
+        labels.append(-1 if ends else int(stream[t + 1]))
+        segment += t < len(stream) and stream[t] == EOS
+    return segments, labels
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    length=st.integers(1, 30),
+    seed=st.none() | st.integers(0, 2**63),
+)
+def test_isolated_documents_are_numbered_and_never_predict_each_other(
+    lengths: list[int], length: int, seed: int | None
 ) -> None:
-    cached_tokenize(DOCUMENTS, tokenizer, 320, tmp_path)
-    path = tmp_path / "tokenizer.json"
-    lower_case().save(str(path))
-    forbid_tokenizing(monkeypatch)
-    with pytest.raises(AssertionError, match="tokenized again"):
-        cached_tokenize(DOCUMENTS, load_tokenizer(path), 320, tmp_path)
+    corpus = corpus_of(*lengths)
+    plain, isolated = Rows(corpus, length, seed), Rows(corpus, length, seed, isolate=True)
+    for epoch in range(2):
+        stream = stream_of(plain, epoch)
+        for index in range(epoch * len(plain), (epoch + 1) * len(plain)):
+            row, (_, start) = isolated[index], plain._place(index)
+            np.testing.assert_array_equal(row.tokens_T, plain[index].tokens_T)
+            assert row.segments_T.dtype == np.int32
+            segments, labels = slow_segments(stream, start, length)
+            assert row.segments_T.tolist() == segments
+            assert row.labels_T.tolist() == labels
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "one byte"])
-def test_a_damaged_cache_file_is_replaced(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    first = cached_tokenize(DOCUMENTS, tokenizer, 320, tmp_path)
-    (file,) = (tmp_path / "tokens").iterdir()
-    data = bytearray(file.read_bytes())
-    data[300] ^= 1
-    file.write_bytes({"empty": b"", "half": data[: len(data) // 2], "one byte": data}[damage])
-    again = cached_tokenize(DOCUMENTS, tokenizer, 320, tmp_path)
-    np.testing.assert_array_equal(again.tokens, first.tokens)
-    forbid_tokenizing(monkeypatch)
-    cached_tokenize(DOCUMENTS, tokenizer, 320, tmp_path)
+def test_isolated_documents_may_be_rearranged() -> None:
+    corpus = corpus_of(*range(2, 40))
+    plain, isolated = Rows(corpus, 8, 5, FIM), Rows(corpus, 8, 5, FIM, isolate=True)
+    for index in range(len(plain)):
+        row, expected = isolated[index], plain[index]
+        np.testing.assert_array_equal(row.tokens_T, expected.tokens_T)
+        ends = (row.tokens_T == EOS) | (expected.labels_T < 0)
+        np.testing.assert_array_equal(row.labels_T, np.where(ends, -1, expected.labels_T))
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    corpus = cached_tokenize(DOCUMENTS, tokenizer, 320, tmp_path / "file")
-    np.testing.assert_array_equal(corpus.tokens, tokenize(DOCUMENTS, tokenizer, 320).tokens)
+def test_rows_that_are_not_isolated_have_no_segments() -> None:
+    assert Rows(corpus_of(3, 4), 2, 0)[0].segments_T is None
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("fim", [None, FIM])
+def test_names_are_those_of_the_documents_that_a_row_predicts(fim: Fim | None) -> None:
+    offsets = np.cumsum([0, 5, 9, 1, 30], dtype=np.int64)
+    # Even what ends a document is a token of its own here.
+    corpus = TokenizedCorpus(np.arange(45, dtype=np.int32) + 10, offsets, ("a", "b", "c", "d"))
+    owner = {t: name for d, name in enumerate(corpus.names) for t in corpus.read(d).tolist()}
+    for length in (1, 5, 8):
+        rows = Rows(corpus, length, 3, fim)
+        for index in range(2 * len(rows)):
+            own = [owner[t] for t in rows[index].labels_T.tolist() if t in owner]
+            names = rows.names_of(index)
+            added = set(names) - set(own)  # a row may hold nothing else of them than FIM's ids
+            assert [name for name in names if name not in added] == list(dict.fromkeys(own))
+            assert fim is not None or not added
+    assert Rows(corpus_of(5, 9), 8).names_of(1) == ["document 1"]

@@ -1,11 +1,15 @@
-"""Documents are the files asked for; the split depends on texts alone; bad input is one line."""
+"""Documents are the files asked for, read one by one; bad input is one line."""
 
+import gzip
 import sysconfig
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from dsv3_jax.data.sources import Document, content_hash, load_documents, split_documents
+from dsv3_jax.data.documents import Document, content_hash
+from dsv3_jax.data.sources import iterate_documents, load_documents
 
 
 def fake_stdlib(folder: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> None:
@@ -20,10 +24,6 @@ def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
-
-
-def documents_of(*texts: str) -> list[Document]:
-    return [Document(f"document {i}", text) for i, text in enumerate(texts)]
 
 
 # --- the standard library ---
@@ -160,73 +160,42 @@ def test_files_without_text_are_refused(tmp_path: Path) -> None:
     assert str(tmp_path) in one_line(error)
 
 
-# --- split ---
+# --- files of many documents ---
 
 
-def test_each_document_is_on_one_side_and_the_fraction_holds() -> None:
-    documents = documents_of(*(f"text {i}" for i in range(2000)))
-    train, validation = split_documents(documents, 0.3)
-    assert sorted(train + validation, key=documents.index) == documents
-    assert abs(len(validation) / len(documents) - 0.3) < 0.05
+def test_files_come_by_name_and_documents_in_the_order_of_their_file(tmp_path: Path) -> None:
+    lines = [f'{{"text": "line {i}"}}' for i in range(1, 13)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + '\n{"text": ""}\n')
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
+    pq.write_table(pa.table({"text": ["row 1", "row 2"]}), tmp_path / "a.parquet")
+    (tmp_path / "c.txt").write_text("text")
+    documents = list(iterate_documents(f"{tmp_path}/*"))
+    names = [document.name.removeprefix(f"{tmp_path}/") for document in documents]
+    in_b = [f"b.jsonl:{i}" for i in range(1, 13)]
+    assert names == ["a.parquet:1", "a.parquet:2", *in_b, "b.jsonl.gz:1", "c.txt"]
+    assert [document.text for document in documents[2:14]] == [f"line {i}" for i in range(1, 13)]
 
 
-def test_side_of_a_document_depends_on_its_text_alone() -> None:
-    documents = documents_of(*(f"text {i}" for i in range(100)))
-    held_out = {document.text for document in split_documents(documents, 0.3)[1]}
-    renamed = [Document(f"copy of {d.name}", d.text) for d in reversed(documents)]
-    more = renamed + documents + documents_of(*(f"new {i}" for i in range(50)))
-    train, validation = split_documents(more, 0.3)
-    known = {document.text for document in documents}
-    assert {document.text for document in validation} & known == held_out
-    assert {document.text for document in train} & known == known - held_out
+def test_files_are_read_as_their_documents_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    read = []
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or original(path))
+    documents = iterate_documents(f"{tmp_path}/*.txt")
+    assert next(documents).text == "a"
+    assert read == ["a.txt"]
 
 
-def test_split_is_the_same_on_every_machine() -> None:
-    documents = documents_of(*(f"text {i}" for i in range(20)))
-    _, validation = split_documents(documents, 0.3)
-    numbers = [int(document.text.removeprefix("text ")) for document in validation]
-    assert numbers == [6, 7, 11, 12, 13, 14, 17, 19]
-
-
-@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.98])
-def test_a_single_document_is_cut_at_a_line(fraction: float) -> None:
-    text = "".join(f"line {i} of a book\r\n" for i in range(1000))
-    (train,), (validation,) = split_documents([Document("book", text)], fraction)
-    assert train.text + validation.text == text
-    assert train.text.endswith("\n")
-    assert abs(len(validation.text) / len(text) - fraction) < 0.001
-    cut = len(train.text)
-    assert (train.name, validation.name) == (f"book[:{cut}]", f"book[{cut}:]")
-
-
-@pytest.mark.parametrize("text", ["title\n" + "x" * 994, "x" * 1000])
-def test_a_text_of_one_long_line_is_cut_inside_it(text: str) -> None:
-    (train,), (validation,) = split_documents([Document("a", text)], 0.1)
-    assert (train.text, validation.text) == (text[:900], text[900:])
-
-
-@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_few_documents_never_leave_a_side_empty(fraction: float) -> None:
-    documents = documents_of("short\n", "the longest\nof\nall\n", "middle\n")
-    train, validation = split_documents(documents, fraction)
-    large, small = (train, validation) if fraction < 0.5 else (validation, train)
-    assert "".join(document.text for document in small)
-    assert len(small) == 1
-    whole = [document for document in large if document in documents]
-    assert whole == [documents[0], documents[2]]
-    (part,) = (document for document in large if document not in documents)
-    pieces = (part, small[0]) if fraction < 0.5 else (small[0], part)
-    assert "".join(document.text for document in pieces) == documents[1].text
-
-
-@pytest.mark.parametrize("documents", [[], documents_of("x"), documents_of("", "x")])
-def test_nothing_to_divide_is_refused(documents: list[Document]) -> None:
-    with pytest.raises(ValueError, match=f"in {len(documents)} documents") as error:
-        split_documents(documents, 1e-9)
-    assert "data.source" in one_line(error)
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
-def test_impossible_fraction_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=f"validation_fraction is {fraction}; allowed"):
-        split_documents(documents_of("a\n", "b\n"), fraction)
+def test_the_field_and_bad_utf8_reach_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "a\xff"}')
+    pq.write_table(pa.table({"body": [b"b\xff"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"c\xff")
+    documents = load_documents(f"{tmp_path}/*", field="body", bad_utf8="replace")
+    assert [document.text for document in documents] == ["a\ufffd", "b\ufffd", "c\ufffd"]
+    for name in ("a.jsonl", "b.parquet", "c.txt"):
+        with pytest.raises(ValueError, match="is not utf-8 text") as error:
+            load_documents(f"{tmp_path}/{name}", field="body")
+        assert "data.bad_utf8 'replace'" in one_line(error)

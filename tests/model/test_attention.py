@@ -22,9 +22,9 @@ def inputs(length: int, dtype=None, keys: int | None = None) -> list[jax.Array]:
     return [normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
-def value_and_gradients(function, *args) -> tuple:
+def value_and_gradients(function, *args, segments=None) -> tuple:
     def run(q, k, v, do):
-        o, pull = jax.vjp(lambda q, k, v: function(q, k, v, SCALE), q, k, v)
+        o, pull = jax.vjp(lambda q, k, v: function(q, k, v, SCALE, segments), q, k, v)
         return o, pull(do)
 
     return compiled(run)(*args)  # a new function each time: chunk sizes are no part of jit's key
@@ -57,6 +57,22 @@ def test_chunked_equals_plain(x64, strict_dtypes, monkeypatch, length: int, chun
     assert len(dots) == 7 * chunks + 1
     actual = value_and_gradients(attention, *args)
     assert_close(actual, value_and_gradients(plain_attention, *args), FLOAT64)
+
+
+def test_a_segment_is_attended_to_as_if_it_stood_alone(x64, strict_dtypes, monkeypatch):
+    """Plain and chunked; segments cross the borders of chunks, and differ between rows."""
+    monkeypatch.setattr(source, "MIN_CHUNK", 4)
+    args = inputs(10)
+    ends = [[3, 10], [6, 7, 10]]
+    segments = np.stack([np.searchsorted(row, np.arange(10), side="right") for row in ends])
+    segments = jnp.asarray(segments, jnp.int32)
+    plain = value_and_gradients(plain_attention, *args, segments=segments)
+    assert_close(value_and_gradients(attention, *args, segments=segments), plain, FLOAT64)
+    for b, row in enumerate(ends):
+        for start, stop in zip([0, *row], row, strict=False):
+            alone = [x[b : b + 1, start:stop] for x in args]
+            part = jax.tree.map(lambda x, at=(b, start, stop): x[at[0]][None, at[1] : at[2]], plain)
+            assert_close(part, value_and_gradients(plain_attention, *alone), FLOAT64)
 
 
 def test_chunked_equals_plain_at_full_chunk_size(strict_dtypes):

@@ -11,7 +11,7 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
 from dsv3_jax.model.router import RouterBias, RouterStats
-from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.model.transformer import DeepSeekV3, positions
 from dsv3_jax.model.yarn import rope_table
 from tests.jaxprs import equations
 from tests.shapes import TINY_YARN, compiled, normal, random_model, random_tokens, tiny_model
@@ -38,6 +38,13 @@ def layers_of(stack) -> list:
     """The single layers of a stack."""
     count = len(jax.tree.leaves(stack)[0])
     return [jax.tree.map(lambda w, i=i: np.asarray(w)[i], stack) for i in range(count)]
+
+
+def test_positions_count_from_the_start_of_each_segment():
+    segments = jnp.array([[0, 0, 0, 1, 1, 2], [5, 5, 5, 5, 5, 5]], jnp.int32)
+    expected = [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+    np.testing.assert_array_equal(positions(segments, segments), expected)
+    np.testing.assert_array_equal(positions(segments, None), [[0, 1, 2, 3, 4, 5]])
 
 
 def test_the_model_is_embedding_layers_in_order_norm_and_head(x64, strict_dtypes):

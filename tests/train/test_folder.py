@@ -57,6 +57,21 @@ def test_the_newest_run_is_the_one_started_or_resumed_last(tmp_path: Path):
     assert find_run(tmp_path, "newest") == RunFolder(older)
 
 
+def test_a_run_that_was_never_saved_is_not_the_newest_while_another_was(tmp_path: Path):
+    saved, _ = run_at(tmp_path / "a-001", 10**18), run_at(tmp_path / "a-002", 10**18 + 1)
+    step = saved / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (step / "COMMITTED").touch()
+    assert find_run(tmp_path, "newest") == RunFolder(saved)
+
+
+def test_a_run_is_found_by_its_checkpoints_too(tmp_path: Path):
+    run = run_at(tmp_path / "a-001", 10**18)
+    (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+    for path in (run / "checkpoints", run / "checkpoints" / "step_00000004"):
+        assert find_run(tmp_path, str(path)) == RunFolder(run)
+
+
 def test_a_run_is_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     inside, outside = run_at(tmp_path / "runs" / "a-001", 1), run_at(tmp_path / "elsewhere", 2)
     monkeypatch.chdir(tmp_path)

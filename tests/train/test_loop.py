@@ -1,22 +1,16 @@
 """Training itself: what a run records and leaves behind, exact resume, clean stops."""
 
-import io
 import json
 import math
 import os
 import shutil
 import signal
-import sys
-import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.arrays import CheckpointError
@@ -59,7 +53,9 @@ def test_a_run_logs_validates_and_saves_at_the_steps_it_was_told(finished: Path)
     assert [entry["step"] for entry in train] == [1, 2, 4, 6]  # every 2, the first and the last
     assert [entry["step"] for entry in validation] == [3, 6]  # every 3, and the end
     assert store.steps(finished / "checkpoints") == [4, 6]  # every 4, and the end
-    order = [(entry["step"], entry["kind"]) for entry in timeless(finished)]
+    assert [entry["step"] for entry in entries(finished, "experts")] == [3, 6]
+    assert [entry["step"] for entry in entries(finished, "sample")] == [3, 6]
+    order = [entry["step"] for entry in timeless(finished)]
     assert order == sorted(order)
 
 
@@ -73,6 +69,12 @@ def test_an_entry_tells_where_the_run_stood_and_with_what(finished: Path, small:
         total = entry["main_loss"] + sum(w * x for w, x in zip(weights, parts, strict=True))
         assert entry["loss"] == pytest.approx(total, rel=1e-6)
         assert all(entry[name] > 0 for name in (*TIMES, "grad_norm", "max_violation"))
+        assert 0 < entry["data_wait"] < 1
+        assert entry["step_rows"] == 2
+        assert entry["skipped"] == 0
+        assert entry["bias_min"] < 0 < entry["bias_max"]
+        squares = sum(norm**2 for norm in entry["grad_norms"].values())
+        assert squares == pytest.approx(entry["grad_norm"] ** 2, rel=1e-5)
         assert entry["bias_speed"] == pytest.approx(1e-3)
     assert [e["learning_rate"] for e in train] == pytest.approx([0.005, 0.01, 0.01, 0.01])
     assert train[-1]["main_loss"] < train[0]["main_loss"] - 1  # it learns
@@ -86,6 +88,17 @@ def test_a_validation_on_the_way_takes_some_rows_and_the_last_one_all(finished: 
     assert last["rows"] > 4
     assert last["whole"] is True
     assert last["bits_per_byte"] < first["bits_per_byte"]
+
+
+def test_loads_of_all_steps_are_told_once(finished: Path):
+    first, last = entries(finished, "experts")
+    assert first["layers"] == last["layers"] == ["layers.1", "mtp.0"]
+    for entry in (first, last):
+        copies = np.array(entry["load_LE"]).sum(-1)
+        # 3 steps of 2 rows of 16 tokens with 2 experts each; MTP's last token of a row is none.
+        np.testing.assert_array_equal(copies, [3 * 2 * 16 * 2, 3 * 2 * 15 * 2])
+    moved = np.abs(np.subtract(last["bias_LE"], first["bias_LE"]))
+    assert 0 < moved.max() <= 3 * 1e-3 + 1e-6
 
 
 def test_time_and_tokens_go_on_counting_after_a_resume(finished: Path):
@@ -110,8 +123,8 @@ def test_the_result_is_the_whole_validation_beside_zlib_on_the_same_bytes(
     with small.quick():
         built = corpus.build_corpus(small.cfg.data, 300, 0, lambda line: None)
     result = json.loads((finished / "result.json").read_text())
-    last = read_metrics(finished / "metrics.jsonl")[-1]
-    assert (last["kind"], last["rows"]) == ("validation", len(built.validation))
+    last = entries(finished, "validation")[-1]
+    assert last["rows"] == len(built.validation)
     held_out = text_of(built.validation, built.tokenizer.token_bytes)
     assert result["validation_bytes"] == last["bytes"] == len(held_out)
     assert result["bits_per_byte"] == last["bits_per_byte"]
@@ -121,8 +134,8 @@ def test_the_result_is_the_whole_validation_beside_zlib_on_the_same_bytes(
 
 
 def test_a_finished_run_has_all_its_files_and_no_others(finished: Path):
-    names = "checkpoints config.json curves.png metrics.jsonl result.json sample.txt tokenizer.json"
-    assert sorted(path.name for path in finished.iterdir()) == names.split()
+    names = "checkpoints config.json curves.png metrics.jsonl report.html result.json sample.txt"
+    assert sorted(path.name for path in finished.iterdir()) == [*names.split(), "tokenizer.json"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((finished / "result.json").read_text())
     sample = (finished / "sample.txt").read_bytes().decode()
@@ -194,6 +207,19 @@ def test_a_run_stopped_by_signals_and_damaged_ends_as_the_uninterrupted_one_bit_
     assert_same_run(run, finished)
 
 
+def test_a_run_stopped_in_its_last_step_ends_as_the_uninterrupted_one(
+    small: SmallRun, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "small-001"
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 6, signal.SIGTERM)
+        assert small.train("--config", small.config, "--output.folder", runs) == 143
+    assert store.steps(run / "checkpoints") == [4, 6]
+    assert small.train("--resume", run) == 0
+    rewrite_folder(run, finished)
+    assert_same_run(run, finished)
+
+
 def send_before_the_first_step(patch: pytest.MonkeyPatch) -> None:
     """SIGTERM comes as soon as both signals are heard."""
     install, sent = signal.signal, []
@@ -255,49 +281,14 @@ def test_a_finished_run_resumed_again_trains_and_changes_nothing(
     assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
-class Pipe(io.StringIO):
-    """Output whose reader leaves once it has read some words."""
-
-    def __init__(self, last: str) -> None:
-        super().__init__()
-        self.last = last
-
-    def write(self, text: str) -> int:
-        if self.last in self.getvalue():
-            raise BrokenPipeError
-        return super().write(text)
-
-
-def test_a_run_that_nobody_reads_any_more_stops_with_a_checkpoint(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """As `train | tee log` at ^C, which ends tee first."""
-    monkeypatch.setattr(sys, "stdout", Pipe(last="1/6 "))
-    assert small.train("--config", small.config, "--output.folder", tmp_path) == 143
-    (step,) = store.steps(tmp_path / "small-001" / "checkpoints")
-    assert 1 < step < 6
-
-
-def test_a_command_that_nobody_reads_from_the_start_trains_nothing(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sys, "stdout", Pipe(last="data "))
-    with pytest.raises(BrokenPipeError):
-        small.train("--config", small.config, "--output.folder", tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
     small: SmallRun,
     copy: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
-    def full(*args: object) -> None:
-        raise CheckpointError("cannot write checkpoint of step 6: No space left on device")
-
     store.delete(copy / "checkpoints", 6)
-    monkeypatch.setattr(store, "save", full)
+    monkeypatch.setattr(store, "save", full_disk)
     with pytest.raises(SystemExit) as stop:
         small.train("--resume", copy)
     assert stop.value.code == 2
@@ -306,87 +297,58 @@ def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
     assert store.steps(copy / "checkpoints") == [4]
 
 
+def full_disk(folder: Path, step: int, *args: object) -> None:
+    raise CheckpointError(f"cannot write checkpoint of step {step}: No space left on device")
+
+
+def test_a_disk_that_is_full_on_the_way_is_told_and_training_goes_on(
+    small: SmallRun,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    save = store.save
+    monkeypatch.setattr(
+        store,
+        "save",
+        lambda folder, step, *args: (full_disk if step == 4 else save)(folder, step, *args),
+    )
+    often = ("--output.save_every", 2, "--output.folder", tmp_path)
+    assert small.train("--config", small.config, *often) == 0
+    run = tmp_path / "small-001"
+    assert store.steps(run / "checkpoints") == [2, 6]
+    (event,) = entries(run, "event")
+    said = (
+        "not saved, training goes on: cannot write checkpoint of step 4: No space left on device; "
+        "the newest checkpoint is of step 2"
+    )
+    assert (event["step"], event["event"], event["text"]) == (4, "not saved", said)
+    assert said in capsys.readouterr().out
+    last, same = (entries(path, "train")[-1] for path in (run, finished))
+    assert last["main_loss"] == same["main_loss"]
+
+
 # --- parts ---
-
-
-def test_speed_counts_the_last_steps_without_pauses(monkeypatch: pytest.MonkeyPatch):
-    now = 100.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    clock = loop._Clock(Position(step=5, seconds=30.0))
-    for step in range(6, 10):  # 2 s a step
-        now += 2
-        assert clock.rate(step) == pytest.approx(0.5)
-    with clock.paused():
-        now += 1000
-    now += 2
-    assert clock.rate(10) == pytest.approx(0.5)
-    assert clock.stamped(Position(10, 20)) == Position(10, 20, pytest.approx(40.0))
-    for step in range(11, 40):  # faster now, and the slow steps are forgotten
-        now += 1
-        rate = clock.rate(step)
-    assert rate == pytest.approx(1)
 
 
 def test_without_phases_the_cosine_ends_with_the_last_step_whatever_the_batch_was(small: SmallRun):
     """A run of 6 steps that was resumed after 2 steps of 5 rows, and goes on with 2 rows."""
     schedule = replace(
-        small.cfg.schedule, phases=(), warmup_steps=0, learning_rate=1.0, final_learning_rate=0.0
+        small.cfg.schedule,
+        learning_rate_phases=(),
+        warmup_steps=0,
+        learning_rate=1.0,
+        final_learning_rate=0.0,
     )
     trainer = object.__new__(loop.Trainer)
     trainer.cfg = replace(small.cfg, schedule=schedule)
-    rates = [
-        float(trainer.coefficients(Position(step, rows)).learning_rate)
-        for step, rows in ((0, 0), (2, 10), (5, 16), (6, 18))
-    ]
+    rates = []
+    for step, rows in ((0, 0), (2, 10), (5, 16), (6, 18)):
+        trainer.position = Position(step, rows)
+        trainer._count_tokens()
+        rates.append(trainer._values().learning_rate)
     shares = 0, 10 / 18, 16 / 18, 1
     expected = [(1 + math.cos(math.pi * share)) / 2 for share in shares]
     assert rates[1:] == pytest.approx(expected[1:], abs=1e-6)
     assert rates[0] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({}, []),
-        ({"schedule": {"mtp_weight": 0.0}}, ["schedule.mtp_weight is 0"]),
-        ({"schedule": {"bias_speed": 0.0}}, ["schedule.bias_speed is 0"]),
-        ({"train": {"balance_weight": 0.0}}, ["train.balance_weight is 0"]),
-        ({"schedule": {"mtp_weight": 0.0}, "model": {"mtp_depth": 0}}, []),
-    ],
-)
-def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):
-    sections = {name: replace(getattr(small.cfg, name), **c) for name, c in changes.items()}
-    metrics = SimpleNamespace(silent=nnx.State({}))
-    assert loop.warnings_of(replace(small.cfg, **sections), metrics) == told
-
-
-def test_parameters_without_a_gradient_are_named(small: SmallRun):
-    flags = {"a": True, "b": False, "moe_layers": {"w": True}}
-    silent = nnx.State(jax.tree.map(lambda x: nnx.Param(np.array(x)), flags))
-    silent["moe_layers"]["w"] = nnx.Param(np.array([True, False]))
-    told = loop.warnings_of(small.cfg, SimpleNamespace(silent=silent))
-    assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]
-
-
-def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():
-    heard = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    # A process in the background of a script is born with ^C ignored.
-    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with loop._stop_signals() as came:
-            signal.raise_signal(signal.SIGTERM)
-            assert (came, heard) == ([signal.SIGTERM], [])
-            signal.raise_signal(signal.SIGTERM)
-            assert (came, heard) == ([signal.SIGTERM], [signal.SIGTERM])
-            signal.raise_signal(signal.SIGINT)
-            assert came == [signal.SIGTERM, signal.SIGINT]
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert len(came) == 2  # nobody listens any more
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, before_int)

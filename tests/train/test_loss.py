@@ -12,7 +12,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.train.loss import loss
-from tests.shapes import compiled, random_model, random_tokens, tiny_model
+from tests.shapes import TINY_YARN, compiled, random_model, random_tokens, tiny_model
 from tests.tolerances import FLOAT64, assert_close
 
 B, T = 2, 7
@@ -84,12 +84,12 @@ def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
 def test_labels_of_minus_one_count_neither_in_the_loss_nor_in_the_load(x64):
     """Depth k leaves out a position if its own label or the one k further does not count."""
     model, sequence = random_model(CFG, jnp.float64), random_tokens(CFG, B, T + 1)
-    tokens, labels = batch_of(np.array(sequence))
+    tokens, labels, _ = batch_of(np.array(sequence))
     labels[0, 4:] = labels[1, 2] = -1
 
     @compiled
     def run(model):
-        _, parts = loss(model, (tokens, jnp.asarray(labels)), 10, 0.3, TRAIN)
+        _, parts = loss(model, Batch(tokens, jnp.asarray(labels)), 10, 0.3, TRAIN)
         h, _ = model.hidden(tokens)
         states = [h, *(h_k for h_k, _ in model.mtp_hidden(h, tokens))]
         return parts, jnp.stack([jax.nn.log_softmax(model.logits(h)) for h in states])
@@ -124,3 +124,37 @@ def test_mtp_and_balance_are_zero_where_the_model_has_neither(x64):
     assert (parts.mtp, parts.balance) == (0, 0)
     assert parts.load_LE.shape == (0, cfg.num_experts)
     assert total == parts.main > 0
+
+
+def test_documents_of_an_isolated_row_learn_as_if_each_had_a_row_of_its_own(x64, strict_dtypes):
+    """Two documents in one row of 7 tokens, and in two rows filled up; YaRN is on."""
+    cfg = replace(CFG, yarn=TINY_YARN, num_layers=2)  # a dense and an expert layer
+    model = random_model(cfg, jnp.float64)
+    first, second = (random_tokens(cfg, 1, n, seed=n) for n in (4, 3))
+    ends = jnp.full((1, 1), -1, jnp.int32)
+    one_row = Batch(
+        jnp.concatenate([first, second], 1),
+        jnp.concatenate([first[:, 1:], ends, second[:, 1:], ends], 1),
+        jnp.array([[0, 0, 0, 0, 1, 1, 1]], jnp.int32),
+    )
+
+    def filled(tokens: jax.Array, fill: int) -> jax.Array:
+        return jnp.pad(tokens, ((0, 0), (0, 7 - tokens.shape[1])), constant_values=fill)
+
+    two_rows = Batch(
+        jnp.concatenate([filled(first, 0), filled(second, 0)]),
+        jnp.concatenate([filled(x[:, 1:], -1) for x in (first, second)]),
+    )
+
+    def value_of(batch: Batch) -> tuple:
+        def run(model):
+            total, parts = loss(model, batch, 5, 0.3, replace(TRAIN, balance_weight=0.0))
+            return total, parts._replace(balance=0.0)  # a mean over rows, whose number differs
+
+        return compiled(run)(model)
+
+    (total, parts), (other, same) = value_of(one_row), value_of(two_rows)
+    assert_close(total, other, FLOAT64)
+    assert_close(parts, same, FLOAT64)
+    assert parts.main > 0
+    assert parts.mtp > 0

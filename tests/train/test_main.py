@@ -46,9 +46,21 @@ def test_help_mentions_every_option_and_loads_no_jax():
     options = {"--config", "--resume", "--print-config", "--model.yarn.factor"}
     for section in dataclasses.fields(RunConfig):
         names = {field.name for field in dataclasses.fields(section.default_factory)}
-        names -= {"phases", "yarn"}  # from files only; a section of its own
+        from_files_only = {name for name in names if name.endswith(("_phases", "groups"))}
+        names -= {"yarn", *from_files_only}  # a section of its own
         options |= {f"--{section.name}.{name.replace('_', '-')}" for name in names}
     assert options <= set(re.findall(r"--[a-z][\w.-]*", help_.stdout))
+
+
+def test_the_schedule_of_a_config_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
+    config = ROOT / "configs" / "dsv3_671b.py"
+    assert main(["--config", str(config), "--print-schedule", str(tmp_path / "s.png")]) == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-schedule", str(tmp_path / "s.txt")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--print-schedule is" in line
 
 
 def test_help_needs_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -115,7 +127,7 @@ def test_resume_takes_the_newest_run_or_the_one_named_with_its_own_configuration
     runs: Path, args: str, name: str
 ):
     words = args.format(runs=runs).split()
-    options, folder = resolve(["--output.folder", str(runs), "--train.steps", "7", *words])
+    options, folder, _ = resolve(["--output.folder", str(runs), "--train.steps", "7", *words])
     assert folder.path == runs / name
     assert options.run.train.steps == 7
     assert options.run.train.rows == {"b-001": 6, "a-002": 12}[name]
@@ -220,8 +232,8 @@ BAD_FLAGS = [
     ("--trian.steps 3", "--trian.steps"),
     ("--schedule.phases 3", "--schedule.phases"),
     ("surplus", "Unrecognized options: surplus"),
-    ("--train.steps three", "--train.steps: invalid literal for int() with base 10: 'three'"),
-    ("--train.steps 1.5", "--train.steps: invalid literal for int() with base 10: '1.5'"),
+    ("--train.steps three", "--train.steps is 'three'; allowed: whole numbers"),
+    ("--train.steps 1.5", "--train.steps is '1.5'; allowed: whole numbers"),
     ("--train.steps", "--train.steps"),
     ("--train.dtype float16", "'float16' for argument '--train.dtype'"),
     ("--model.tied-head perhaps", "perhaps"),

@@ -32,8 +32,8 @@ def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
-def written(path, entries, resume_step=None):
-    with MetricsLog(path, resume_step) as log:
+def written(path, entries, resume_tokens=None):
+    with MetricsLog(path, resume_tokens) as log:
         for entry in entries:
             log.append(entry)
     return path
@@ -101,14 +101,14 @@ def test_a_resumed_run_has_one_clean_curve(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     written(path, [train(1), train(2), validation(2), train(3), validation(3)])
     path.write_bytes(path.read_bytes() + torn)
-    written(path, [train(3), train(4)], resume_step=2)
+    written(path, [train(3), train(4)], resume_tokens=2 * 512)
     assert read_metrics(path) == [train(1), train(2), validation(2), train(3), train(4)]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path):
     path = written(tmp_path / "metrics.jsonl", [train(1)])
-    written(path, [train(1, main_loss=1.0)], resume_step=0)
+    written(path, [train(1, main_loss=1.0)], resume_tokens=0)
     assert read_metrics(path) == [train(1, main_loss=1.0)]
 
 
@@ -120,7 +120,7 @@ def test_a_kill_during_the_clean_up_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        MetricsLog(path, resume_step=1)
+        MetricsLog(path, resume_tokens=512)
     assert read_metrics(path) == [train(1), train(2)]
 
 

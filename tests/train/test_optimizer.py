@@ -1,5 +1,7 @@
 """AdamW: optax's numbers, one rounding of bfloat16 moments, who decays, clipping."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import OptimizerConfig
-from dsv3_jax.train.optimizer import AdamState, adamw, decays, scale_by_adam
+from dsv3_jax.config import OptimizerConfig, ParamGroup
+from dsv3_jax.train.optimizer import AdamState, adamw, check_groups, decays, scale_by_adam
 from tests.shapes import normal, random_model, tiny_model
 from tests.tolerances import FLOAT32, assert_close
 
@@ -73,7 +75,7 @@ def abstract_params() -> nnx.State:
 def test_everything_decays_but_the_gains_of_norms():
     """A gain has one dimension beside that of stacked layers."""
     params = abstract_params()
-    decaying = dict(nnx.to_flat_state(decays(params)))
+    decaying = dict(nnx.to_flat_state(decays(OptimizerConfig(), params)))
     gains = set()
     for path, variable in nnx.to_flat_state(params):
         stacked = path[0] in ("dense_layers", "moe_layers")
@@ -83,6 +85,30 @@ def test_everything_decays_but_the_gains_of_norms():
     # Two of MLA and two of the block in 2 stacks and 2 MTP modules, three more per module, and
     # one at the model's end.
     assert len(gains) == 4 * 4 + 1 + 2 * 3
+
+
+def test_groups_scale_the_update_with_its_decay_and_the_first_match_decides():
+    groups = (ParamGroup("mla", 0.5), ParamGroup("w_", 3.0, decay=False), ParamGroup("mla.w", 9.0))
+    cfg = OptimizerConfig(groups=groups)
+    plain = replace(cfg, groups=())
+    names = {"mla": {"w_o": 0, "q_norm": 0}, "moe": {"w_up": 0}, "norm_D": 0}
+    params = jax.tree.map(lambda _: normal(0, 3, 4), names)
+    grads = jax.tree.map(lambda _: 0.01 * normal(1, 3, 4), names)
+    updates, _ = adamw(cfg).update(grads, adamw(cfg).init(params), params)
+    expected, _ = adamw(plain).update(grads, adamw(plain).init(params), params)
+    decay = np.float32(plain.weight_decay) * params["moe"]["w_up"]
+    for name in ("w_o", "q_norm"):  # decay stays what it is unless a group says so
+        assert_close(updates["mla"][name], 0.5 * expected["mla"][name], FLOAT32)
+    assert_close(updates["moe"]["w_up"], 3 * (expected["moe"]["w_up"] - decay), FLOAT32)
+    assert_close(updates["norm_D"], expected["norm_D"], FLOAT32)
+
+
+def test_a_group_that_acts_on_nothing_is_refused_by_name():
+    params = abstract_params()
+    check_groups(OptimizerConfig(), params)
+    for groups in ((ParamGroup("attn"),), (ParamGroup("mla"), ParamGroup("mla.w_o"))):
+        with pytest.raises(ValueError, match=rf"optimizer.groups: '{groups[-1].match}' matches no"):
+            check_groups(OptimizerConfig(groups=groups), params)
 
 
 def test_decay_is_decoupled_from_the_gradient():

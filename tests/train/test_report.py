@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dsv3_jax.train import report
-from dsv3_jax.train.report import Result, loss_picture, printable, smoothed, summary
-from tests.tolerances import FLOAT64
+from dsv3_jax.train.drawing import BLUE, GREEN, GREY, ORANGE
+from dsv3_jax.train.report import Result, loss_picture, printable, summary
 
 RESULT = Result(
     run_folder=Path("runs/tiny-001"),
@@ -63,41 +63,6 @@ def test_zlib_of_nothing_is_refused():
         report.zlib_bits_per_byte(b"")
 
 
-# Smoothing
-
-
-def direct_average(values: list[float], place: int) -> float:
-    """The definition, term by term."""
-    reach = report.SMOOTHING * len(values)
-    weights = [
-        math.exp(-abs(i - place) / reach) if math.isfinite(value) else 0.0
-        for i, value in enumerate(values)
-    ]
-    terms = (w * v for w, v in zip(weights, values, strict=True) if w)
-    return sum(terms) / sum(weights)
-
-
-@pytest.mark.parametrize("gaps", [(), (0, 7, 8, 199)])
-def test_smoothing_equals_its_definition(gaps):
-    draw = random.Random(1)
-    values = [math.nan if i in gaps else 3 + draw.gauss(0, 1) for i in range(200)]
-    for place, average in enumerate(smoothed(values)):
-        if place in gaps:
-            assert math.isnan(average)
-        else:
-            assert average == pytest.approx(direct_average(values, place), rel=FLOAT64)
-
-
-def test_smoothing_does_not_lag_behind_a_falling_loss():
-    falling = [10.0 - 0.02 * i for i in range(300)]
-    assert smoothed(falling)[100:200] == pytest.approx(falling[100:200], rel=1e-6)
-
-
-def test_a_handful_of_points_is_left_as_it_is():
-    assert smoothed([4.0, 3.0, 5.0]) == pytest.approx([4.0, 3.0, 5.0])
-    assert smoothed([]) == []
-
-
 # The picture
 
 
@@ -115,11 +80,11 @@ def test_the_picture_shows_losses_validation_and_zlib(tmp_path):
     width, height = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
     assert 1400 <= width <= 2000  # sharp where a README shows it 900 wide
     assert 700 <= height <= width
-    for colour in (report.BLUE, report.ORANGE, report.GREEN):
+    for colour in (BLUE, ORANGE, GREEN):
         assert pixels(tmp_path / "a.png", colour) > 300
     loss_picture(entries(30, mtp=0.0), tmp_path / "b.png", None)
-    assert pixels(tmp_path / "b.png", report.ORANGE) == 0
-    dashes = pixels(tmp_path / "a.png", report.GREY) - pixels(tmp_path / "b.png", report.GREY)
+    assert pixels(tmp_path / "b.png", ORANGE) == 0
+    dashes = pixels(tmp_path / "a.png", GREY) - pixels(tmp_path / "b.png", GREY)
     assert dashes > 300
 
 
@@ -144,7 +109,7 @@ def test_drawing_neither_follows_nor_changes_the_users_settings(tmp_path):
     import matplotlib
 
     loss_picture(entries(6), tmp_path / "a.png", 2.1)
-    with matplotlib.rc_context({"axes.facecolor": report.BLUE, "font.size": 40.0}):
+    with matplotlib.rc_context({"axes.facecolor": BLUE, "font.size": 40.0}):
         loss_picture(entries(6), tmp_path / "b.png", 2.1)
         assert matplotlib.rcParams["font.size"] == 40.0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

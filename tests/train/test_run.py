@@ -8,10 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from dsv3_jax.checkpoint import store
+from dsv3_jax.config.load import load_json
+from dsv3_jax.train import run as run_module
 from dsv3_jax.train import snapshot
+from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.run import prepare
 from dsv3_jax.train.snapshot import Position
 from tests.runs import SmallRun, contents, random_state, with_model
@@ -32,7 +36,8 @@ def stored(small: SmallRun) -> Path:
     state = random_state(cfg)[1]
     for step in (3, 4):
         position = Position(step, 2 * step)
-        snapshot.save(prepared.run.checkpoints, cfg, state, position, data)
+        now = snapshot.Snapshot(state, position)
+        snapshot.save(prepared.run.checkpoints, cfg, now, data)
     return prepared.run.path
 
 
@@ -116,14 +121,58 @@ def test_a_run_without_a_usable_checkpoint_is_not_resumed(
         meta.write_text("{}")
     with pytest.raises(SystemExit) as damaged:
         small.train("--resume", copy)
-    shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(SystemExit) as missing:
+    for marker in copy.glob("checkpoints/*/COMMITTED"):
+        marker.unlink()
+    with pytest.raises(SystemExit) as uncommitted:
         small.train("--resume", copy)
-    assert damaged.value.code == missing.value.code == 2
+    assert damaged.value.code == uncommitted.value.code == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "no usable checkpoint" in first
     assert "all 2 fail" in first
     assert f"no checkpoint in {copy / 'checkpoints'}" in second
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_folder_is_made(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(run_module, "memory_size", lambda: 10**5)
+    with pytest.raises(SystemExit) as stop:
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "parameters, whose masters, moments and gradients take 0 GB; this device has 0 GB" in line
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_does_not_fit_is_one_line(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def full(*args: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(run_module, "_execute", full)
+    with pytest.raises(SystemExit) as stop:
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Out of memory allocating 9 bytes.; smaller: train.rows" in line
+
+
+def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
+    """Killed while it wrote its first checkpoint."""
+    checkpoints = copy / "checkpoints"
+    (checkpoints / "step_00000003").rename(checkpoints / "step_00000003.tmp-01ab23cd")
+    (checkpoints / "step_00000004" / "COMMITTED").unlink()
+    with small.quick():
+        prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
+        said: list[str] = []
+        _, start = run_module._start(prepared, said.append)
+    assert (prepared.run.path, prepared.is_new) == (copy, False)
+    assert start.position == Position()
+    assert not list((copy / "checkpoints").iterdir())
+    assert said == ["           never saved: starting over"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(

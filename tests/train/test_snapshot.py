@@ -15,8 +15,9 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.config import DataConfig, RunConfig
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.train.optimizer import adamw
-from dsv3_jax.train.snapshot import Position, restore, save
+from dsv3_jax.train.snapshot import Position, Snapshot, restore, save, weights_of
 from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.trouble import SpikeState
 from tests.runs import random_state, with_model
 from tests.shapes import TINY, random_model
 
@@ -43,18 +44,30 @@ def distinct_state(cfg: RunConfig) -> TrainState:
 def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments: str):
     cfg = replace(CFG, optimizer=replace(CFG.optimizer, moment_dtype=moments))
     state = distinct_state(cfg)
-    save(tmp_path, cfg, state, POSITION, DATA)
+    average, spike = weights("float32", 3)[0], SpikeState(3, 1.5, 0.25, 6, 1.25)
+    save(tmp_path, cfg, Snapshot(state, POSITION, average, spike), DATA)
     fresh = jax.tree.map(jnp.zeros_like, state)
-    restored, position = restore(store.load(tmp_path), cfg, fresh)
-    assert position == POSITION
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
-        assert new.dtype == old.dtype
-        assert np.array_equal(new, old)
+    restored = restore(store.load(tmp_path), cfg, fresh)
+    assert (restored.position, restored.spike) == (POSITION, spike)
+    for new, old in ((restored.state, state), (restored.average, average)):
+        assert jax.tree.structure(new) == jax.tree.structure(old)
+        for one, other in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other)
+
+
+def test_weights_alone_leave_optimiser_and_position_fresh(tmp_path: Path):
+    state = distinct_state(CFG)
+    save(tmp_path, CFG, Snapshot(state, POSITION), DATA)
+    fresh = jax.tree.map(jnp.zeros_like, state)
+    taken = weights_of(store.load(tmp_path), CFG, fresh)
+    same = jax.tree.map(np.array_equal, taken, state)
+    assert all(jax.tree.leaves((same.params, same.biases)))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(taken.optimizer))
 
 
 def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_path: Path):
-    save(tmp_path, CFG, distinct_state(CFG), POSITION, DATA)
+    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION), DATA)
     checkpoint = store.load(tmp_path)
     assert checkpoint.step == 7
     assert checkpoint.meta["step"] == 7
@@ -74,7 +87,7 @@ def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_p
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
-    save(tmp_path, CFG, distinct_state(CFG), POSITION, DATA)
+    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION), DATA)
     checkpoint = store.load(tmp_path)
     for changes, said in (
         ({"num_layers": 4}, "lacks tensors of this model"),

@@ -6,22 +6,27 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from dsv3_jax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.model.layers import Init
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.train import loss as loss_module
 from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.step import (
+    PARTS,
     Coefficients,
     TrainState,
     gradients,
     init_state,
     make_step,
     move_biases,
+    norms_by_part,
     silent,
 )
 from tests.shapes import FAST_COMPILATION, compiled, random_model, random_tokens, tiny_model
@@ -50,8 +55,11 @@ def batch_of(cfg: RunConfig) -> Batch:
     return Batch(sequence[:, :-1], jnp.where(counted, sequence[:, 1:], -1))
 
 
-def coefficients(learning_rate: float, bias_speed: float, mtp_weight: float = 0.3) -> Coefficients:
-    return Coefficients(*(jnp.float32(x) for x in (learning_rate, bias_speed, mtp_weight)))
+def coefficients(
+    learning_rate: float, bias_speed: float, mtp_weight: float = 0.3, limit: float = np.inf
+) -> Coefficients:
+    values = learning_rate, bias_speed, mtp_weight, limit
+    return Coefficients(*(jnp.float32(x) for x in values))
 
 
 @cache
@@ -62,11 +70,11 @@ def step_program():
     return lowered.compile(FAST_COMPILATION)
 
 
-def take_step(learning_rate: float, bias_speed: float, batch=None):
+def take_step(learning_rate: float, bias_speed: float, batch=None, limit: float = np.inf):
     """The state before and after one step, as NumPy arrays, and the step's metrics."""
     _, state = state_of(RUN)
     before = jax.tree.map(np.array, state)
-    rates = coefficients(learning_rate, bias_speed)
+    rates = coefficients(learning_rate, bias_speed, limit=limit)
     after, metrics = step_program()(state, batch or batch_of(RUN), rates)
     return before, jax.tree.map(np.array, after), metrics
 
@@ -100,12 +108,15 @@ def test_a_step_without_learning_rate_moves_the_biases_alone_against_the_load():
     assert np.any(sign > 0)
     assert np.any(sign < 0)
     violation = load.max(-1) / load.mean(-1) - 1
-    np.testing.assert_allclose(metrics.max_violation, violation.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics.max_violation_L, violation, rtol=1e-6)
+    np.testing.assert_array_equal(metrics.bias_LE, moved.reshape(1, -1))
+    assert metrics.bias_moved_L.tolist() == [True]
 
 
 def test_a_step_without_speed_moves_the_parameters_alone():
     before, after, metrics = take_step(learning_rate=0.01, bias_speed=0.0)
     jax.tree.map(np.testing.assert_array_equal, after.biases, before.biases)
+    assert metrics.bias_moved_L.tolist() == [False]
     moved = jax.tree.map(lambda a, b: (a != b).any(), after.params, before.params)
     assert all(jax.tree.leaves(moved))
     assert metrics.loss > 0
@@ -113,7 +124,7 @@ def test_a_step_without_speed_moves_the_parameters_alone():
 
 def test_decay_leaves_norm_gains_and_biases_alone():
     """No label counts and no balance loss: gradients are zero, and what moves moves by decay."""
-    tokens, labels = batch_of(RUN)
+    tokens, labels, _ = batch_of(RUN)
     batch = Batch(tokens, jnp.full_like(labels, -1))
     before, after, metrics = take_step(learning_rate=0.5, bias_speed=0.25, batch=batch)
     assert metrics.grad_norm == metrics.loss == 0
@@ -136,6 +147,90 @@ def test_parameters_without_a_gradient_are_found_layer_by_layer():
         ("moe_layers", "mla", "w_o_HU_D"): [False, True, False],
         ("mtp", 0, "norm_D"): True,
     }
+
+
+def assert_unchanged(before: TrainState, after: TrainState) -> None:
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_a_loss_above_the_limit_changes_nothing():
+    """Neither parameters nor biases nor moments nor the count of updates."""
+    _, _, metrics = take_step(0.01, 0.25)
+    main = float(metrics.parts.main)
+    before, after, metrics = take_step(0.01, 0.25, limit=main * 0.999)
+    assert_unchanged(before, after)
+    assert not metrics.applied
+    assert metrics.row_is_finite_B.all()
+    _, _, metrics = take_step(0.01, 0.25, limit=main * 1.001)
+    assert metrics.applied
+
+
+@cache
+def poisoned_gradients():
+    """Compiled gradients in which the backward pass of the output head makes row 2 NaN, in two
+    micro-batches.
+    """
+
+    @jax.custom_vjp
+    def poison(h_BTD, rows_B):
+        return h_BTD
+
+    def backward(rows_B, dh_BTD):
+        return jnp.where(rows_B[:, None, None], jnp.nan, dh_BTD), None
+
+    poison.defvjp(lambda h_BTD, rows_B: (h_BTD, rows_B), backward)
+
+    def bad_cross_entropy(h_BTD, head_DV, labels_BT):
+        return cross_entropy(poison(h_BTD, (labels_BT >= 0).sum(-1) == 4), head_DV, labels_BT)
+
+    cfg = replace(RUN, train=replace(RUN.train, microbatches=2))
+    graphdef, state = state_of(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "cross_entropy", bad_cross_entropy)
+        return compiled(lambda *args: gradients(graphdef, *args, cfg))(
+            state, batch_of(cfg), jnp.float32(0.0)
+        )
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_traced_to_its_row():
+    """Row 2 has 4 labels; the loss stays finite."""
+    total, grads, _, row_is_finite_B = poisoned_gradients()
+    assert np.isfinite(total)
+    assert not np.isfinite(optax.tree.norm(grads))
+    assert row_is_finite_B.tolist() == [True, True, False, True]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    """A NaN in the embedding of a token that only one row holds."""
+    _, state = state_of(RUN)
+    batch = batch_of(RUN)
+    tokens = np.asarray(batch.tokens_BT).copy()
+    tokens[tokens == 63] = 62
+    tokens[1, 3] = 63
+    params = dict(nnx.to_flat_state(state.params))
+    embed = params["embed_VD",]
+    params["embed_VD",] = embed.replace(embed[...].at[63].set(jnp.nan))
+    state = state._replace(params=nnx.from_flat_state(params))
+    before = jax.tree.map(np.array, state)
+    bad = Batch(jnp.asarray(tokens), batch.labels_BT)
+    after, metrics = step_program()(state, bad, coefficients(0.01, 0.25))
+    assert_unchanged(before, after)
+    assert not metrics.applied
+    assert metrics.row_is_finite_B.tolist() == [True, False, True, True]
+
+
+def test_every_parameter_counts_in_one_part_of_the_gradient_norm():
+    model = random_model(tiny_model(num_layers=3, num_dense_layers=1))
+    grads = nnx.state(model, nnx.Param)
+    norms = {part: float(norm) for part, norm in compiled(norms_by_part)(grads).items()}
+    assert set(norms) == {*PARTS.values()}
+    total = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(np.sqrt(sum(n**2 for n in norms.values())), total, rtol=1e-5)
+    names = "w_gate_EDF", "w_up_EDF", "w_down_EFD"
+    experts = [np.asarray(getattr(model.moe_layers.moe, name)[...]) for name in names]
+    expected = np.sqrt(sum(np.square(weight).sum() for weight in experts))
+    np.testing.assert_allclose(norms["experts"], expected, rtol=1e-5)
 
 
 def test_a_step_is_the_same_bit_for_bit_when_repeated():

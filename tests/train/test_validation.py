@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import DataConfig, RunConfig, TrainConfig
-from dsv3_jax.data.packing import Rows, TokenizedCorpus
+from dsv3_jax.data.packing import Rows
+from dsv3_jax.data.tokenised import TokenizedCorpus
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.train.step import TrainState
 from dsv3_jax.train.validation import make_validate, spread, text_of

@@ -1,4 +1,4 @@
-"""The sample of a finished run: where it starts, and where it ends."""
+"""A sample: where it starts, and where it ends."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ import pytest
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus, build_corpus
-from dsv3_jax.train import finish as finish_module
-from dsv3_jax.train.finish import continuation
+from dsv3_jax.train import samples as samples_module
+from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.step import TrainState
 from tests.runs import SmallRun
 
@@ -25,8 +25,8 @@ def test_a_sample_ends_where_the_model_ends_the_text(
 ):
     ids = corpus.tokenizer.encode("spam").tolist()
     drawn = jnp.asarray([[*ids, corpus.tokenizer.eos_id, *ids]])
-    monkeypatch.setattr(finish_module, "sample", lambda *args: drawn)
-    monkeypatch.setattr(finish_module.nnx, "merge", lambda *parts: None)
+    monkeypatch.setattr(samples_module, "sample", lambda *args: drawn)
+    monkeypatch.setattr(samples_module.nnx, "merge", lambda *parts: None)
     state = TrainState(None, None, None)
     assert continuation(None, state, small.cfg, corpus) == "spam"
 
@@ -55,8 +55,8 @@ def test_a_sample_follows_bos_and_prompt_and_ends_at_the_longest_sequence(
         seen.append((prompt_BT, num_tokens, float(temperature)))
         return jnp.asarray([corpus.tokenizer.encode("spam")])
 
-    monkeypatch.setattr(finish_module, "sample", sample)
-    monkeypatch.setattr(finish_module.nnx, "merge", lambda *parts: None)
+    monkeypatch.setattr(samples_module, "sample", sample)
+    monkeypatch.setattr(samples_module.nnx, "merge", lambda *parts: None)
     changes = {"sample_prompt": prompt, "sample_tokens": wanted, "sample_temperature": 0.25}
     output = replace(small.cfg.output, **changes)
     cfg: RunConfig = replace(small.cfg, output=output)

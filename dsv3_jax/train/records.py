@@ -1,0 +1,108 @@
+"""The entries of `metrics.jsonl`: what a run tells of its steps, validations, experts and troubles.
+
+Every entry has `kind`, `step` (updates done) and `tokens` (consumed until then).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax.checkpoint.names import to_layers
+from dsv3_jax.config import RunConfig
+from dsv3_jax.train.clock import Clock
+from dsv3_jax.train.machine import device_peak_memory, peak_memory
+from dsv3_jax.train.schedules import Values
+from dsv3_jax.train.snapshot import Position
+from dsv3_jax.train.step import StepMetrics
+from dsv3_jax.train.validation import Validation
+
+
+def train_record(
+    cfg: RunConfig,
+    position: Position,
+    values: Values,
+    metrics: StepMetrics,
+    clock: Clock,
+    flops_share: float,
+) -> dict[str, Any]:
+    """Of one step, whose metrics are on the host; `flops_share`: of the peak, per token/s."""
+    rate = clock.rows_per_second() * cfg.data.length
+    violation_L = metrics.max_violation_L
+    bias_LE = metrics.bias_LE
+    return _entry("train", cfg, position) | {
+        "rows": position.consumed_rows,
+        "step_rows": values.rows,
+        "loss": float(metrics.loss),
+        "main_loss": float(metrics.parts.main),
+        "mtp_loss": float(metrics.parts.mtp),
+        "balance_loss": float(metrics.parts.balance),
+        "grad_norm": float(metrics.grad_norm),
+        "grad_norms": {part: float(norm) for part, norm in metrics.grad_norms.items()},
+        "learning_rate": values.learning_rate,
+        "bias_speed": values.bias_speed,
+        "mtp_weight": values.mtp_weight,
+        "max_violation": float(violation_L.mean()) if violation_L.size else None,
+        "bias_min": float(bias_LE.min()) if bias_LE.size else None,
+        "bias_max": float(bias_LE.max()) if bias_LE.size else None,
+        "tokens_per_second": rate,
+        "matmul_share": rate * flops_share,
+        "data_wait": clock.data_wait(),
+        "peak_memory": peak_memory(),
+        "device_peak_memory": device_peak_memory(),
+        "skipped": position.skipped,
+        "seconds": clock.seconds(),
+    }
+
+
+def validation_record(
+    result: Validation, position: Position, cfg: RunConfig, whole: bool
+) -> dict[str, Any]:
+    return _entry("validation", cfg, position) | {"whole": whole} | result._asdict()
+
+
+def experts_record(
+    cfg: RunConfig, position: Position, load_LE: np.ndarray, bias_LE: np.ndarray
+) -> dict[str, Any]:
+    """Token copies per expert since the last such entry, and the routers' biases now."""
+    model = cfg.model
+    layers = [f"layers.{i}" for i in range(model.num_dense_layers, model.num_layers)]
+    layers += [f"mtp.{k}" for k in range(model.mtp_depth)]
+    return _entry("experts", cfg, position) | {
+        "layers": layers,
+        "load_LE": load_LE.tolist(),
+        "bias_LE": np.round(bias_LE.astype(float), 6).tolist(),
+    }
+
+
+def event_record(cfg: RunConfig, position: Position, event: str, text: str) -> dict[str, Any]:
+    return _entry("event", cfg, position) | {"event": event, "text": text}
+
+
+def sample_record(cfg: RunConfig, position: Position, text: str) -> dict[str, Any]:
+    prompt = cfg.output.sample_prompt
+    return _entry("sample", cfg, position) | {"prompt": prompt, "text": text}
+
+
+def _entry(kind: str, cfg: RunConfig, position: Position) -> dict[str, Any]:
+    tokens = position.consumed_rows * cfg.data.length
+    return {"kind": kind, "step": position.step, "tokens": tokens}
+
+
+def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[str]:
+    """What is switched off, does not move or receives no gradient in a run's first update."""
+    routed = cfg.model.num_moe_layers + cfg.model.mtp_depth
+    off = {
+        "schedule.mtp_weight": cfg.model.mtp_depth and not values.mtp_weight,
+        "schedule.bias_speed": routed and not values.bias_speed,
+        "train.balance_weight": routed and not cfg.train.balance_weight,
+    }
+    lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
+    still = int((~metrics.bias_moved_L).sum())
+    if values.bias_speed and still:
+        lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")
+    silent = to_layers(metrics.silent, cfg.model.num_dense_layers)
+    names = sorted(name for name, zero in silent.items() if zero)
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        lines.append(f"no gradient reaches {len(names)} of {len(silent)} parameters: {shown}")
+    return lines

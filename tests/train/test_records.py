@@ -1,0 +1,48 @@
+"""What a run says of its first step: what is switched off, does not move, has no gradient."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.train.records import warnings_of
+from dsv3_jax.train.schedules import values_at
+from tests.runs import SmallRun
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"schedule": {"mtp_weight": 0.0}}, ["schedule.mtp_weight is 0"]),
+        ({"schedule": {"bias_speed": 0.0}}, ["schedule.bias_speed is 0"]),
+        ({"train": {"balance_weight": 0.0}}, ["train.balance_weight is 0"]),
+        ({"schedule": {"mtp_weight": 0.0}, "model": {"mtp_depth": 0}}, []),
+    ],
+)
+def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):
+    sections = {name: replace(getattr(small.cfg, name), **c) for name, c in changes.items()}
+    cfg = replace(small.cfg, **sections)
+    values = values_at(cfg, 0, 0, 1)
+    assert warnings_of(cfg, values, told_by(np.ones(2, bool))) == told
+
+
+def told_by(moved_L: np.ndarray, silent: nnx.State | None = None) -> SimpleNamespace:
+    """What a first step tells."""
+    return SimpleNamespace(silent=silent or nnx.State({}), bias_moved_L=moved_L)
+
+
+def test_biases_that_do_not_move_are_told(small: SmallRun):
+    told = warnings_of(small.cfg, values_at(small.cfg, 0, 0, 1), told_by(np.array([False, True])))
+    assert told == ["the bias of 1 of 2 routers did not move"]
+
+
+def test_parameters_without_a_gradient_are_named(small: SmallRun):
+    flags = {"a": True, "b": False, "moe_layers": {"w": True}}
+    silent = nnx.State(jax.tree.map(lambda x: nnx.Param(np.array(x)), flags))
+    silent["moe_layers"]["w"] = nnx.Param(np.array([True, False]))
+    told = warnings_of(small.cfg, values_at(small.cfg, 0, 0, 1), told_by(np.ones(2, bool), silent))
+    assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]

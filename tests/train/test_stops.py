@@ -1,0 +1,69 @@
+"""Signals and broken pipes: what is said, what is saved, who hears a second signal."""
+
+import io
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.checkpoint import store
+from dsv3_jax.train import loop
+from tests.runs import SmallRun
+
+
+class Pipe(io.StringIO):
+    """Output whose reader leaves once it has read some words."""
+
+    def __init__(self, last: str) -> None:
+        super().__init__()
+        self.last = last
+
+    def write(self, text: str) -> int:
+        if self.last in self.getvalue():
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_run_that_nobody_reads_any_more_stops_with_a_checkpoint(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As `train | tee log` at ^C, which ends tee first."""
+    monkeypatch.setattr(sys, "stdout", Pipe(last="1/6 "))
+    assert small.train("--config", small.config, "--output.folder", tmp_path) == 143
+    (step,) = store.steps(tmp_path / "small-001" / "checkpoints")
+    assert 1 < step < 6
+
+
+def test_a_command_that_nobody_reads_from_the_start_trains_nothing(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", Pipe(last="data "))
+    with pytest.raises(BrokenPipeError):
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():
+    heard, said = [], []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    # A process in the background of a script is born with ^C ignored.
+    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with loop._stop_signals(said.append) as came:
+            signal.raise_signal(signal.SIGTERM)
+            assert (came, heard) == ([signal.SIGTERM], [])
+            assert said == ["SIGTERM: saving after this step; once more leaves without it"]
+            signal.raise_signal(signal.SIGTERM)
+            assert (came, heard) == ([signal.SIGTERM], [signal.SIGTERM])
+            signal.raise_signal(signal.SIGINT)
+            assert came == [signal.SIGTERM, signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert len(came) == 2  # nobody listens any more
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_int)
