@@ -2,6 +2,7 @@
 library's source code.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
 from dsv3_jax.config.presets import tiny_run
-from dsv3_jax.train.folder import RunFolder, find_run, run_at
+from dsv3_jax.train.folder import RunFolder, find_run, locked, run_at
 
 PROG = "python -m dsv3_jax.train"
 DESCRIPTION = """Train a DeepSeek-V3-shaped model.
@@ -72,12 +73,17 @@ def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | No
     from dsv3_jax.train.run import Watch, execute, prepare
 
     console = RunConsole()
-    with user_errors():
-        watch = Watch(options.debug_nans, options.profile and parse_steps(options.profile))
-        say = partial(console.print, soft_wrap=True)
-        prepared = prepare(options.run, resume, say, init_from, watch)
-    with user_errors((CheckpointError, OSError, MemoryError)):  # others are faults of ours
-        return execute(prepared, console, watch)
+    with contextlib.ExitStack() as locks:
+        with user_errors():
+            watch = Watch(options.debug_nans, options.profile and parse_steps(options.profile))
+            if resume:
+                locks.enter_context(locked(resume))
+            say = partial(console.print, soft_wrap=True)
+            prepared = prepare(options.run, resume, say, init_from, watch)
+            if not resume:
+                locks.enter_context(locked(prepared.run))
+        with user_errors((CheckpointError, OSError, MemoryError)):  # others are faults of ours
+            return execute(prepared, console, watch)
 
 
 def resolve(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | None]:

@@ -1,6 +1,9 @@
 """A run's folder: what lies where, how a new one is named, which one is resumed."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +70,20 @@ def new_run(cfg: OutputConfig) -> RunFolder:
                 number += 1
     except OSError as error:
         raise OSError(f"output.folder {parent} cannot be written to: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Holds a run's folder for this process until it ends. OSError if another one has it."""
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{run.path}: another process is training this run") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(cfg: OutputConfig) -> None:

@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.config.load import load_json
 from dsv3_jax.train import run as run_module
 from dsv3_jax.train import snapshot
-from dsv3_jax.train.folder import RunFolder
+from dsv3_jax.train.folder import RunFolder, locked
 from dsv3_jax.train.run import prepare
 from dsv3_jax.train.snapshot import Position
 from tests.runs import SmallRun, contents, random_state, with_model
@@ -158,6 +158,17 @@ def test_a_batch_that_does_not_fit_is_one_line(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "Out of memory allocating 9 bytes.; smaller: train.rows" in line
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    small: SmallRun, copy: Path, capsys: pytest.CaptureFixture
+):
+    before = contents(copy)
+    with locked(RunFolder(copy)), pytest.raises(SystemExit) as stop:
+        small.train("--resume", copy)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {copy}: another process is training this run\n"
+    assert contents(copy) == before
 
 
 def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
