@@ -116,12 +116,16 @@ def _parse(args: list[str], default: RunConfig) -> Any:
 
 def _value_of(args: list[str], flag: str) -> str | None:
     """A flag's value before the real parsing, which needs it to know the defaults."""
+    found = None
     for place, arg in enumerate(args):
-        if arg == flag and place + 1 < len(args):
-            return args[place + 1]
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-    return None
+        name, has_value, value = arg.partition("=")
+        if name.replace("_", "-") != flag:  # as the real parsing has it, the last one too
+            continue
+        if has_value:
+            found = value
+        elif place + 1 < len(args):
+            found = args[place + 1]
+    return found
 
 
 def _with_resume_value(args: list[str]) -> list[str]:

@@ -143,6 +143,12 @@ def test_resume_without_a_value_means_the_newest(
     assert printed(["--resume"], capsys).train.rows == 6
 
 
+def test_a_flag_with_an_underscore_or_given_twice_is_read_as_the_parser_reads_it(tmp_path: Path):
+    for words in (["--init_from", "nowhere"], ["--init-from", "x", "--init-from=nowhere"]):
+        with pytest.raises(ValueError, match="--init-from nowhere: no run there"):
+            resolve(["--output.folder", str(tmp_path), *words])
+
+
 def test_flags_are_judged_by_the_resumed_configuration_alone(
     runs: Path, capsys: pytest.CaptureFixture
 ):
