@@ -117,7 +117,7 @@ class Trainer:
         """
         self.clock = Clock(self.position.consumed_rows, self.position.seconds)
         self._open_batches()
-        with _stop_signals(out.message) as stop, self.profile:
+        with _stop_signals(out.message) as stop, contextlib.closing(self.profile):
             try:
                 self._steps(stop, out)
             except OSError:  # the data: what was learned until here is kept

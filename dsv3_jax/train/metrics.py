@@ -68,6 +68,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends entries to a JSON-lines file; a kill after `append` has returned loses none.
 
+    For `contextlib.closing`.
+
     `resume_tokens` None starts a file that must not exist yet. With a number, later entries are
     dropped: a resumed run then has one clean curve.
     """
@@ -87,17 +89,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class RunConsole(Console):

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -29,23 +28,13 @@ class Profile:
         """A step has been handed to the device; `results` are what it will give."""
         if self._running and step >= self._last:
             jax.block_until_ready(results)
-            self._stop()
+            self.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the trace, if one runs."""
         if self._running:
-            self._stop()
-
-    def _stop(self) -> None:
-        self._running = False
-        jax.profiler.stop_trace()
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 def parse_steps(text: str) -> tuple[int, int]:

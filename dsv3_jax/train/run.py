@@ -183,7 +183,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     if step < cfg.train.steps:
         say("           compiling the training step takes some ten seconds")
         trainer.compile()
-    with MetricsLog(run.metrics, None if prepared.is_new else consumed) as log:
+    log = MetricsLog(run.metrics, None if prepared.is_new else consumed)
+    with contextlib.closing(log):
         progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
             return _train(trainer, out, console)

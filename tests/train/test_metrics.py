@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def no_constant(name: str) -> None:
 
 
 def written(path, entries, resume_tokens=None):
-    with MetricsLog(path, resume_tokens) as log:
+    with closing(MetricsLog(path, resume_tokens)) as log:
         for entry in entries:
             log.append(entry)
     return path
@@ -62,7 +63,7 @@ def test_entries_are_read_back_exactly(tmp_path):
 
 
 def test_an_entry_is_in_the_file_as_soon_as_append_returns(tmp_path):
-    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+    with closing(MetricsLog(tmp_path / "metrics.jsonl")) as log:
         log.append(train(1))
         assert read_metrics(tmp_path / "metrics.jsonl") == [train(1)]
 

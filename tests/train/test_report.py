@@ -17,21 +17,14 @@ from rich.console import Console
 from dsv3_jax.train import report
 from dsv3_jax.train.drawing import BLUE, GREEN, GREY, ORANGE
 from dsv3_jax.train.report import Result, loss_picture, printable, summary
+from tests import logged
 
-RESULT = Result(
-    run_folder=Path("runs/tiny-001"),
+RESULT = replace(
+    logged.RESULT,
     steps=2000,
     tokens=16_384_000,
-    seconds=231.4,
     tokens_per_second=70_800.4,
     matmul_share=0.284,
-    validation_loss=2.08,
-    bits_per_byte=1.5,
-    zlib_bits_per_byte=2.0,
-    validation_bytes=195_312,
-    sample_prompt="def ",
-    sample_text="add(self, name):\n    return name\n",
-    picture=Path("runs/tiny-001/curves.png"),
     checkpoint=Path("runs/tiny-001/checkpoints/2000"),
 )
 
