@@ -5,6 +5,9 @@ from typing import Literal
 
 from dsv3_jax.config.fields import check, check_types
 
+LARGEST = 3.4e38  # the compiled step takes float32
+ALLOWED = f"0 to {LARGEST:g}"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -25,7 +28,7 @@ class Phase:
                 f"schedule: a phase ends at {self.end:,} tokens; allowed: after its begin at "
                 f"{self.begin:,}"
             )
-        check("schedule: value of a phase", self.value, self.value >= 0, "0 or more")
+        check("schedule: value of a phase", self.value, 0 <= self.value <= LARGEST, ALLOWED)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ScheduleConfig:
         names = ("learning_rate", "warmup_steps", "final_learning_rate", "bias_speed", "mtp_weight")
         for name in names:
             value = getattr(self, name)
-            check(f"schedule.{name}", value, 0 <= value < float("inf"), "0 or more")
+            check(f"schedule.{name}", value, 0 <= value <= LARGEST, ALLOWED)
         for name in ("learning_rate", "bias_speed", "mtp_weight", "rows"):
             _check_phases(f"schedule.{name}_phases", getattr(self, f"{name}_phases"))
         for phase in self.rows_phases:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,19 @@ class RunFolder:
         return self.path / "result.json"
 
 
-def new_run(cfg: OutputConfig) -> RunFolder:
-    """A new run's folder, numbered one above the highest of its name. OSError if it
-    cannot be written to.
-    """
+@contextlib.contextmanager
+def new_run(cfg: OutputConfig) -> Iterator[RunFolder]:
+    """Makes a new run's folder; it is gone again if what the block does with it fails."""
+    run = _made(cfg)
+    try:
+        yield run
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def _made(cfg: OutputConfig) -> RunFolder:
+    """A new folder, numbered one above the highest of its name. OSError if it cannot be made."""
     parent = Path(cfg.folder)
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,8 @@ class Trainer:
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case.
 
-        BadSteps after `train.max_bad_steps` updates in a row that were not finite.
+        BadSteps after `train.max_bad_steps` updates in a row that were not made, or one that
+        spoilt the weights: nothing is saved then.
         """
         self.clock = Clock(self.position.consumed_rows, self.position.seconds)
         self._open_batches()
@@ -174,6 +175,11 @@ class Trainer:
         rewound = False
         metrics = jax.device_get(flight.metrics)
         self.clock.mark(flight.position.consumed_rows)
+        if not metrics.weights_are_finite:  # what went before the update is gone
+            raise BadSteps(
+                f"the weights are not finite after update {flight.position.step}, at a learning "
+                f"rate of {flight.values.learning_rate:g}; {self._newest_checkpoint()}"
+            )
         if metrics.applied and not self.warned:
             self.warned = True
             for line in warnings_of(self.cfg, flight.values, metrics):

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import RunConfig
+from dsv3_jax.config.load import load_json
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
-from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
@@ -80,8 +81,7 @@ def prepare(
     packages_of(cfg)
     say(f"machine    {describe()}")
     source = resume or init_from
-    is_own = cfg.data.tokenizer == "train" or resume  # a new tokenizer would not fit the weights
-    kept = load_tokenizer(source.tokenizer) if source and is_own else None
+    kept = _own_tokenizer(cfg, resume, init_from)
     corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
     ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
     cfg = replace(cfg, model=replace(cfg.model, **ids))
@@ -92,22 +92,35 @@ def prepare(
         groups = None if resume else WEIGHTS
         checkpoint = store.load(source.checkpoints, groups=groups, report=say)
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
-    if resume is None:
-        if checkpoint:
-            _check_weights(cfg, init_from, checkpoint)
-        run = new_run(cfg.output)
-        corpus.tokenizer.save(run.tokenizer)
-    else:
-        run = resume
-        if checkpoint:
-            _check_same(cfg, corpus, checkpoint.meta)
-        if run.metrics.exists():
-            read_metrics(run.metrics)
-        store.clean(run.checkpoints)
-    if not init_from:
-        _write_config(cfg, run)
-    writers = open_writers(cfg, run, (checkpoint.step if checkpoint else 0) if resume else None)
+    if checkpoint and resume:
+        _check_same(cfg, corpus, checkpoint.meta)
+    elif checkpoint:
+        _check_weights(cfg, corpus, checkpoint.meta, say)
+    if resume and resume.metrics.exists():
+        read_metrics(resume.metrics)
+    with contextlib.nullcontext(resume) if resume else new_run(cfg.output) as run:
+        if resume:
+            store.clean(run.checkpoints)
+        else:
+            corpus.tokenizer.save(run.tokenizer)
+        done = (checkpoint.step if checkpoint else 0) if resume else None
+        writers = open_writers(cfg, run, done)
+        if not init_from:
+            _write_config(cfg, run)
     return Prepared(cfg, run, corpus, checkpoint, resume is None, writers)
+
+
+def _own_tokenizer(
+    cfg: RunConfig, resume: RunFolder | None, init_from: RunFolder | None
+) -> Tokenizer | None:
+    """That the weights were trained with, which a new one would not fit. None where there are no
+    weights, or another one is asked for by name.
+    """
+    if resume:
+        return load_tokenizer(resume.tokenizer)
+    if init_from and cfg.data.tokenizer in ("train", load_json(init_from.config).data.tokenizer):
+        return load_tokenizer(init_from.tokenizer)
+    return None
 
 
 def _write_config(cfg: RunConfig, run: RunFolder) -> None:
@@ -236,12 +249,19 @@ def _never_saved(run: RunFolder) -> bool:
     return not store.steps(run.checkpoints) and len(whole) <= 1
 
 
-def _check_weights(cfg: RunConfig, source: RunFolder, checkpoint: store.Checkpoint) -> None:
-    """ValueError if the weights are of a model of another shape."""
-    before = from_dict(RunConfig, checkpoint.meta["config"])
+def _check_weights(
+    cfg: RunConfig, corpus: Corpus, meta: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """ValueError if the weights are of a model of another shape; a word on another tokenizer."""
+    before = from_dict(RunConfig, meta["config"])
     differ = _differences("model", cfg.model, before.model, keep={"max_length", "bos_id", "eos_id"})
     if differ:
-        raise ValueError(f"--init-from {source.path}: another model: {'; '.join(differ)}")
+        raise ValueError(f"--init-from: another model: {'; '.join(differ)}")
+    if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
+        say(
+            f"warning    data.tokenizer {cfg.data.tokenizer} is not the one that the weights were "
+            "trained with: ids mean something else"
+        )
 
 
 def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -> list[str]:
@@ -253,7 +273,7 @@ def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -
     ]
 
 
-def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict) -> None:
+def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
     """A resumed run keeps model, tokenizer, text and seed; ValueError names what differs."""
     before = from_dict(RunConfig, meta["config"])
     differ = _differences("model", cfg.model, before.model)

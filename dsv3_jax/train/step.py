@@ -56,6 +56,8 @@ class StepMetrics(NamedTuple):
     """Of parts of the model, by name"""
     applied: jax.Array
     """bool: whether the update was made"""
+    weights_are_finite: jax.Array
+    """bool: after the step"""
     row_is_finite_B: jax.Array
     """Whether a row's gradient is"""
     max_violation_L: jax.Array
@@ -122,6 +124,7 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
             norm,
             norms,
             applied,
+            all_finite(after.params),
             row_is_finite_B,
             max_violation(parts.load_LE),
             bias_LE,
@@ -196,6 +199,11 @@ PARTS = {
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, by its name."""
     return next(part for key, part in PARTS.items() if key in name)
+
+
+def all_finite(params: nnx.State) -> jax.Array:
+    """bool: whether every parameter is. A sum of squares would overflow from 1e19 on."""
+    return jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()
 
 
 def silent(grads: nnx.State) -> nnx.State:

@@ -10,6 +10,13 @@ def test_a_phase_ends_after_it_begins():
         Phase(5, 5, 1.0)
 
 
+@pytest.mark.parametrize("make", [lambda x: Phase(0, 5, x), lambda x: ScheduleConfig(x)])
+def test_a_value_is_one_that_float32_has(make):
+    assert make(3.4e38)
+    with pytest.raises(ValueError, match=r" is 1e\+39; allowed: 0 to 3\.4e\+38$"):
+        make(1e39)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "bias_speed", "mtp_weight", "rows"])
 @pytest.mark.parametrize(
     ("phases", "said"),

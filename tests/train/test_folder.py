@@ -1,5 +1,6 @@
 """Run folders: numbers, and which one is resumed."""
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -10,9 +11,14 @@ from dsv3_jax.config import OutputConfig
 from dsv3_jax.train.folder import RunFolder, find_run, new_run
 
 
+def name_of_new_run(cfg: OutputConfig) -> str:
+    with new_run(cfg) as run:
+        return run.path.name
+
+
 def test_every_run_gets_the_next_number_after_its_name(tmp_path: Path):
     cfg = OutputConfig(folder=str(tmp_path / "deep" / "runs"), name="a-b")
-    made = [new_run(cfg).path.name for _ in range(3)]
+    made = [name_of_new_run(cfg) for _ in range(3)]
     assert made == ["a-b-001", "a-b-002", "a-b-003"]
 
 
@@ -22,16 +28,24 @@ def test_other_names_and_gaps_do_not_confuse_the_count(tmp_path: Path):
     (tmp_path / "tiny-009").write_text("a file counts: its name is taken")
     names = {"tiny": "tiny-010", "tiny-2": "tiny-2-045", "new": "new-001", "small": "small-1001"}
     for name, expected in names.items():
-        assert new_run(OutputConfig(folder=str(tmp_path), name=name)).path.name == expected
+        cfg = OutputConfig(folder=str(tmp_path), name=name)
+        assert name_of_new_run(cfg) == expected
 
 
 def test_two_runs_that_start_at_one_moment_get_two_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cfg = OutputConfig(folder=str(tmp_path), name="run")
-    new_run(cfg)
+    name_of_new_run(cfg)
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(()))  # listed before the first was made
-    assert new_run(cfg).path.name == "run-002"
+    assert name_of_new_run(cfg) == "run-002"
+
+
+def test_a_new_folder_with_which_something_fails_is_gone(tmp_path: Path):
+    with contextlib.suppress(ZeroDivisionError), new_run(OutputConfig(str(tmp_path))) as run:
+        (run.path / "inner").mkdir()
+        run.path / str(1 // 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,7 +54,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match=r"output.folder .*runs cannot be written to: No space left"):
-        new_run(OutputConfig(folder=str(tmp_path / "runs")))
+        name_of_new_run(OutputConfig(folder=str(tmp_path / "runs")))
 
 
 def run_at(path: Path, time: int) -> Path:

@@ -1,5 +1,6 @@
 """What a run reads before it trains: who may be resumed and who may not; and a run as a process."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config.load import load_json
+from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.train import run as run_module
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.folder import RunFolder, locked
@@ -130,6 +132,64 @@ def test_a_run_without_a_usable_checkpoint_is_not_resumed(
     assert "no usable checkpoint" in first
     assert "all 2 fail" in first
     assert f"no checkpoint in {copy / 'checkpoints'}" in second
+
+
+def test_a_writer_that_refuses_leaves_nothing_behind(
+    small: SmallRun,
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Neither a new folder nor another configuration in an old one."""
+
+    def refuse(*args):
+        raise ValueError("output.wandb is 'p': no key")
+
+    monkeypatch.setattr(run_module, "open_writers", refuse)
+    before = contents(copy)
+    runs = tmp_path / "runs"
+    for args in (("--resume", copy), ("--config", small.config, "--output.folder", runs)):
+        with pytest.raises(SystemExit) as stop:
+            small.train(*args, "--train.steps", 9)
+        assert stop.value.code == 2
+    assert capsys.readouterr().err == 2 * "error: output.wandb is 'p': no key\n"
+    assert contents(copy) == before
+    assert list(runs.iterdir()) == []
+
+
+def prepared_from(small: SmallRun, source: Path, folder: Path, tokenizer: Path) -> tuple:
+    """A new run from the weights of another, ready to start, and what was said meanwhile."""
+    cfg = replace(
+        small.cfg,
+        data=replace(small.cfg.data, tokenizer=str(tokenizer)),
+        output=replace(small.cfg.output, folder=str(folder)),
+    )
+    said: list[str] = []
+    with small.quick():
+        return prepare(cfg, None, said.append, RunFolder(source)), said
+
+
+def test_weights_come_with_the_tokenizer_of_their_run(small: SmallRun, copy: Path, tmp_path: Path):
+    """Even if the file that it was read from is another one by now."""
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["tokenizer"] = str(tmp_path / "gone.json")
+    (copy / "config.json").write_text(json.dumps(config))
+    prepared, said = prepared_from(small, copy, tmp_path / "runs", tmp_path / "gone.json")
+    assert prepared.run.tokenizer.read_bytes() == (copy / "tokenizer.json").read_bytes()
+    assert not any("warning" in line for line in said)
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_warned_of(
+    small: SmallRun, copy: Path, tmp_path: Path
+):
+    other = tmp_path / "other.json"
+    train_tokenizer(["a text of other words " * 20], 300).save(other)
+    prepared, said = prepared_from(small, copy, tmp_path / "runs", other)
+    assert prepared.run.tokenizer.read_bytes() == other.read_bytes()
+    assert any(
+        "warning" in line and f"data.tokenizer {other} is not the one" in line for line in said
+    )
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_folder_is_made(

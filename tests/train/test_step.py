@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from dsv3_jax.data.loader import Batch
@@ -77,6 +78,18 @@ def take_step(learning_rate: float, bias_speed: float, batch=None, limit: float 
     rates = coefficients(learning_rate, bias_speed, limit=limit)
     after, metrics = step_program()(state, batch or batch_of(RUN), rates)
     return before, jax.tree.map(np.array, after), metrics
+
+
+def test_weights_that_an_update_spoils_are_told():
+    """Gradient and loss are finite, so the update is made."""
+    for moment, finite in ((0, True), (3e38, False)):
+        _, state = state_of(RUN)
+        mu = jax.tree.map(lambda m, x=moment: jnp.full_like(m, x), tree_get(state.optimizer, "mu"))
+        state = state._replace(optimizer=tree_set(state.optimizer, mu=mu))
+        after, metrics = step_program()(state, batch_of(RUN), coefficients(1.0, 0))
+        assert bool(metrics.applied)
+        assert bool(metrics.weights_are_finite) is finite
+        assert all(np.isfinite(p).all() for p in jax.tree.leaves(after.params)) is finite
 
 
 @cache

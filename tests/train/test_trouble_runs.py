@@ -91,6 +91,21 @@ def test_with_debug_nans_the_layer_is_named(
     assert "the output of layers.1 is not finite" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_finite_end_a_run_and_are_not_saved(
+    small: SmallRun, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Gradient and loss are finite; the first moment is so large that the update is not."""
+    copy = Path(shutil.copytree(finished, tmp_path / "small-001"))
+    checkpoint = store.load(copy / "checkpoints")
+    for name, mu in checkpoint.arrays["mu"].items():
+        checkpoint.arrays["mu"][name] = np.full_like(mu, 3e38)
+    store.save(copy / "checkpoints", 6, checkpoint.arrays, checkpoint.meta)
+    assert small.train("--resume", copy, "--train.steps", 8) == 3
+    said = "the weights are not finite after update 7, at a learning rate of 0.01; the newest"
+    assert f"stopped: {said} checkpoint is of step 6" in capsys.readouterr().out
+    assert store.steps(copy / "checkpoints") == [4, 6]
+
+
 def spike_at(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
     """Each time the first of these steps comes it is a spike by decree, and struck off."""
     limit = trouble.SpikeMeter.limit
