@@ -4,6 +4,9 @@ Goes through the text document by document, so a corpus may be larger than the m
 serves as `data.source`; training then sees the same rows, bit for bit, as on the text itself.
 """
 
+import contextlib
+import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,26 +70,40 @@ def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     default = Options(out=tyro.MISSING)
     options = parse(Options, default, prog=PROG, description=DESCRIPTION, args=args)
-    from rich.console import Console
+    from dsv3_jax.train.console import RunConsole
 
-    console = Console()
-    with user_errors():
+    console = RunConsole()
+    with user_errors(), _own_flags():
         cfg = options.data()
         manifest = write(cfg, options.out, options.vocab_size, console)
     console.print(_summary(options.out, manifest), soft_wrap=True, highlight=False)
 
 
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+    """Errors name the flags of this command, not the fields of a training run's configuration."""
+    names = "|".join(field.name for field in dataclasses.fields(Options))
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(
+            rf"\b(?:data|model)\.({names})\b",
+            lambda match: f"--{match[1].replace('_', '-')}",
+            str(error),
+        )
+        raise ValueError(text) from error
+
+
 def write(cfg: DataConfig, out: Path, vocab_size: int, console: "Console") -> "Manifest":
     """Goes through the text three times: to divide it, to train a tokenizer, to write tokens.
 
-    ValueError or OSError, one line, for what cannot work; the folder then has no manifest.
+    ValueError or OSError, one line, for what cannot work; the folder is then as it was.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     _check_text(cfg)
-    _make_empty(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with _empty(out), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         return _write(cfg, out, vocab_size, progress)
 
 
@@ -168,11 +185,24 @@ def _check_text(cfg: DataConfig) -> None:
             raise ValueError(f"--source {entry} holds tokens already; allowed: text")
 
 
-def _make_empty(out: Path) -> None:
+@contextlib.contextmanager
+def _empty(out: Path) -> Iterator[None]:
+    """An empty folder to write to, and again empty or gone if that fails."""
+    is_new = not out.exists()
+    if not is_new and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; allowed: a new or an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     held = sorted(path.name for path in out.iterdir())
     if held:
         raise ValueError(f"--out {out} holds {held[0]}; allowed: a new or an empty folder")
+    try:
+        yield
+    except BaseException:
+        for path in out.iterdir():
+            path.unlink()
+        if is_new:
+            out.rmdir()
+        raise
 
 
 if __name__ == "__main__":

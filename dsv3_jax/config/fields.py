@@ -37,6 +37,17 @@ def _is_a(value: Any, hint: Any) -> bool:
 def _described(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return ", ".join(map(repr, typing.get_args(hint)))
-    numbers = {int: "whole numbers", float: "finite numbers"}
-    is_class = isinstance(hint, type) and not typing.get_origin(hint)
-    return numbers.get(hint, hint.__name__ if is_class else str(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_described, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {_described(typing.get_args(hint)[0])}"
+    return _NAMES.get(hint, hint.__name__)
+
+
+_NAMES = {
+    int: "whole numbers",
+    float: "finite numbers",
+    str: "text",
+    bool: "True, False",
+    types.NoneType: "None",
+}

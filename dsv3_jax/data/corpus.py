@@ -70,6 +70,7 @@ def build_corpus(
         f"{validation.corpus.lengths.sum() / 1e3:.0f} k held out, "
         f"vocabulary {tokenizer.vocab_size:,}"
     )
+    _check_text(cfg, tokenizer, validation)
     identity = [source.content_hash for source in sources]
     return Corpus(tokenizer, _train_rows(cfg, train, tokenizer, seed), validation, _one(identity))
 
@@ -145,6 +146,16 @@ def _tokenizer(
         return folders[0].tokenizer
     texts = [document.text for source in sources for document in source.train]
     return cached_tokenizer(texts, vocab_size)
+
+
+def _check_text(cfg: DataConfig, tokenizer: Tokenizer, validation: Rows) -> None:
+    """ValueError if no label of the held-out rows stands for a byte of text."""
+    lengths_V = tokenizer.byte_lengths_V
+    if not any(lengths_V[row.labels_T[row.labels_T >= 0]].any() for row in validation):
+        raise ValueError(
+            f"data.source {' '.join(entries_of(cfg.source))}: no token of the held-out text is "
+            "predicted from another; allowed: longer documents, or rows that are not isolated"
+        )
 
 
 def _check_folder(cfg: DataConfig, folder: TokenFolder, tokenizer: Tokenizer) -> None:

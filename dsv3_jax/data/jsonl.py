@@ -1,5 +1,6 @@
 """JSON Lines: one JSON object a line, one of its fields is the text (report 4.1)."""
 
+import codecs
 import gzip
 import json
 import zlib
@@ -22,8 +23,10 @@ def read_jsonl(path: Path, name: str, field: str, bad_utf8: BadUtf8) -> Iterator
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    text = _text(f"{path} line {number}", line, offset, field, bad_utf8)
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    start = offset + len(line) - len(content)
+                    text = _text(f"{path} line {number}", content, start, field, bad_utf8)
                     yield Document(f"{name}:{number}", text)
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
@@ -31,7 +34,7 @@ def read_jsonl(path: Path, name: str, field: str, bad_utf8: BadUtf8) -> Iterator
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def _text(where: str, line: bytes, offset: int, field: str, bad_utf8: BadUtf8) -> str:

@@ -56,6 +56,10 @@ def _check_column(path: Path, file: "pq.ParquetFile", field: str) -> None:
             f"data.source: {path} has no column {field!r}; columns found: {found}; "
             "allowed as data.text_field: one of them"
         )
+    if schema.names.count(field) > 1:
+        raise ValueError(
+            f"data.source: {path} has {schema.names.count(field)} columns {field!r}; allowed: one"
+        )
     kind = schema.field(field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

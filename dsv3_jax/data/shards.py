@@ -158,6 +158,8 @@ class TokenFolder:
         self.manifest = _read_manifest(path)
         _check_files(path, self.manifest)
         self._index = np.load(path / _INDEX, mmap_mode="r")
+        if self._index.dtype != _INDEX_DTYPE or len(self._index) != self.manifest.documents:
+            raise _damaged_manifest(path)
         self.lengths = np.ascontiguousarray(self._index["length"])
 
     @cached_property
@@ -245,14 +247,36 @@ def _read_manifest(path: Path) -> Manifest:
         if found != FORMAT:
             raise ValueError(f"data.source: {file} has format {found!r}; allowed: {FORMAT!r}")
         files = {name: FileSum(**sums) for name, sums in fields.pop("files").items()}
-        return Manifest(**fields, files=files)
+        manifest = Manifest(**fields, files=files)
     except FileNotFoundError:
         raise ValueError(
             f"data.source: {path} has no {MANIFEST}: python -m dsv3_jax.pretokenize did not finish "
             "there; write it again"
         ) from None
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"data.source: {file} is damaged; write the folder again") from None
+        raise _damaged_manifest(path) from None
+    if not _holds(manifest):
+        raise _damaged_manifest(path)
+    return manifest
+
+
+def _damaged_manifest(path: Path) -> ValueError:
+    return ValueError(f"data.source: {path / MANIFEST} is damaged; write the folder again")
+
+
+def _holds(manifest: Manifest) -> bool:
+    """Whether all numbers are numbers, and those of the shards add up."""
+    counts = manifest.vocab_size, manifest.documents, manifest.tokens, manifest.bytes
+    sizes = [file.bytes for file in manifest.files.values()]
+    shards = manifest.shards.values() if isinstance(manifest.shards, dict) else [None]
+    rates = manifest.validation_fraction, manifest.split_rate
+    return (
+        all(type(count) is int and count >= 0 for count in (*counts, *sizes, *shards))
+        and all(type(rate) in (int, float) for rate in rates)
+        and isinstance(manifest.content_hash, str)
+        and manifest.dtype in ("<u2", "<u4")
+        and sum(shards) == manifest.documents
+    )
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:

@@ -69,9 +69,10 @@ def _files_of(entry: str, field: str, bad_utf8: BadUtf8) -> _Files:
 
 
 def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], Iterator[Document]]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz")):
         return partial(read_jsonl, field=field, bad_utf8=bad_utf8)
-    if path.suffix == ".parquet":
+    if name.endswith(".parquet"):
         return partial(read_parquet, field=field, bad_utf8=bad_utf8)
     return partial(read_text, bad_utf8=bad_utf8)
 

@@ -118,13 +118,14 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most `vocab_size` ids, the same for the same texts; fewer for short texts.
 
-    ValueError if `vocab_size` leaves no room for the 256 bytes and the special tokens.
+    ValueError if `vocab_size` leaves no room for the 256 bytes and the special tokens, or is
+    beyond int32.
     """
-    least = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < least:
+    least, most = 256 + len(SPECIAL_TOKENS), 2**31 - 1  # ids are int32
+    if not least <= vocab_size <= most:
         raise ValueError(
-            f"model.vocab_size is {vocab_size}; allowed with a trained tokenizer: at least {least} "
-            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            f"model.vocab_size is {vocab_size}; allowed with a trained tokenizer: {least} (256 "
+            f"bytes and {len(SPECIAL_TOKENS)} special tokens) to {most}"
         )
     _allow_threads()
     backend = tokenizers.Tokenizer(models.BPE())

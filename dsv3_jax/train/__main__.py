@@ -68,7 +68,7 @@ def main(args: Sequence[str]) -> int | None:
 def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | None) -> int:
     # JAX comes in here, not before --help.
     from dsv3_jax.checkpoint.arrays import CheckpointError
-    from dsv3_jax.train.metrics import RunConsole
+    from dsv3_jax.train.console import RunConsole
     from dsv3_jax.train.profile import parse_steps
     from dsv3_jax.train.run import Watch, execute, prepare
 

@@ -7,8 +7,6 @@ of loss-free balancing.
 
 import json
 import math
-import signal
-import sys
 from collections import deque
 from pathlib import Path
 from types import TracebackType
@@ -57,12 +55,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:  # also what bytes that are not UTF-8 raise
             entry = None
-        if isinstance(entry, dict) and {"kind", "step"} <= set(entry):
+        if _is_entry(entry):
             entries.append(entry)
         elif number < len(lines):
             found = f"{path}, line {number}: found {line[:40]!r}"
             raise ValueError(f"{found}; allowed: a metrics entry")
     return entries
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether what all entries have, and what curves are made of, is there and of its type."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("kind"), str)
+        and all(type(value.get(name)) is int for name in ("step", "tokens"))
+        and all(
+            value.get(name) is None or type(value[name]) in (int, float)
+            for name in ("main_loss", "bits_per_byte")
+        )
+    )
 
 
 class MetricsLog:
@@ -89,25 +100,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-class RunConsole(Console):
-    """Plain text, since names of files may hold [ or :, and a clean end once nobody reads it.
-
-    ^C on `train | tee log` ends tee first: the run must save all the same.
-    """
-
-    def __init__(self) -> None:
-        # Notebooks set FORCE_COLOR, which makes a terminal of a pipe, but none that redraws.
-        live = None if sys.stdout.isatty() else False
-        super().__init__(highlight=False, markup=False, emoji=False, force_interactive=live)
-
-    def on_broken_pipe(self) -> None:
-        """Falls silent and stops a training loop, which listens for SIGTERM, or else raises."""
-        self.quiet = True
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            raise BrokenPipeError
-        signal.raise_signal(signal.SIGTERM)
 
 
 class Progress:

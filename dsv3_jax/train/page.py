@@ -14,11 +14,12 @@ from typing import Any
 from dsv3_jax.config import RunConfig
 from dsv3_jax.files import replace_file
 from dsv3_jax.train import expert_pictures, page_pictures
+from dsv3_jax.train.console import printable
 from dsv3_jax.train.drawing import short
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.page_pictures import LARGE, Picture
 from dsv3_jax.train.page_style import STYLE
-from dsv3_jax.train.report import Result, printable
+from dsv3_jax.train.report import Result
 from dsv3_jax.train.story import Facts, Tile, facts_of, sentences, state, tiles
 
 EVENTS = 200  # lines of the table; the first ones of a longer list

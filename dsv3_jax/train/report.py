@@ -5,7 +5,6 @@ per byte means that the model predicts the text better than repetition within it
 """
 
 import math
-import unicodedata
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv3_jax.files import replace_file
+from dsv3_jax.train.console import printable
 from dsv3_jax.train.drawing import (
     BLUE,
     GREEN,
@@ -118,16 +118,6 @@ def verdict(model: float, yardstick: float) -> tuple[str, str]:
     if model > yardstick:
         return f"zlib wins: the model needs {share} more bits", "yellow"
     return "a draw", ""
-
-
-def printable(text: str, encoding: str) -> str:
-    """Text that is safe to print: no character steers the terminal, none is unknown to `encoding`.
-
-    A model may write any byte. Control characters other than newline and tab appear as U+FFFD.
-    """
-    steering = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
-    shown = text.translate({ord(c): "\N{REPLACEMENT CHARACTER}" for c in steering})
-    return shown.encode(encoding, "replace").decode(encoding)
 
 
 def loss_picture(entries: list[dict[str, Any]], path: Path, zlib_bpb: float | None) -> None:

@@ -77,7 +77,7 @@ def elements(tree: nnx.Module) -> int:
 REFUSED = [
     ({"num_heads": 0}, "model.num_heads is 0; allowed: at least 1"),
     ({"num_heads": 2.0}, "model.num_heads is 2.0; allowed: whole numbers"),
-    ({"tied_head": 1}, "model.tied_head is 1; allowed: bool"),
+    ({"tied_head": 1}, "model.tied_head is 1; allowed: True, False"),
     ({"masked_score": "1"}, "model.masked_score is '1'; allowed: '-inf', '0'"),
     ({"d_model": -1}, "model.d_model is -1; allowed: at least 1"),
     ({"q_latent": 0}, "model.q_latent is 0; allowed: at least 1"),

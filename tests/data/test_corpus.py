@@ -221,11 +221,31 @@ def test_isolation_reaches_both_splits(cfg: DataConfig):
     assert build(cfg)[0].validation[0].segments_T is None
 
 
-def test_a_tokenizer_without_the_tokens_of_the_middle_is_refused(cfg: DataConfig, tmp_path: Path):
+def test_held_out_text_of_which_nothing_is_predicted_is_refused(tmp_path: Path):
+    """A tokenizer without bos: the only character of a document is its first token."""
+    byte_tokenizer(tmp_path / "plain.json")
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{c}"}}\n' for c in "abcdefghijkl"))
+    cfg = DataConfig(
+        source=str(tmp_path / "a.jsonl"),
+        tokenizer=str(tmp_path / "plain.json"),
+        validation_fraction=0.5,
+        length=4,
+    )
+    build(cfg)
+    with pytest.raises(ValueError, match=r"a.jsonl: no token of the held-out text is predicted"):
+        build(replace(cfg, isolate=True))
+
+
+def byte_tokenizer(path: Path) -> None:
+    """A tokenizer of single bytes that knows the end of a text and no other special token."""
     vocabulary = {symbol: i for i, symbol in enumerate(["</s>", *ByteLevel.alphabet()])}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.save(str(tmp_path / "plain.json"))
+    backend.save(str(path))
+
+
+def test_a_tokenizer_without_the_tokens_of_the_middle_is_refused(cfg: DataConfig, tmp_path: Path):
+    byte_tokenizer(tmp_path / "plain.json")
     plain = replace(cfg, tokenizer=str(tmp_path / "plain.json"))
     build(plain)
     with pytest.raises(ValueError, match=f"data.fim_rate is 0.1, but .* lacks {FIM_TOKENS[0]}"):

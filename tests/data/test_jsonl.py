@@ -1,5 +1,6 @@
 """Each line of a JSONL file is a document with its own name; whatever is wrong names the line."""
 
+import codecs
 import gzip
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def test_every_line_is_a_document_and_blank_lines_are_none(path: Path) -> None:
         b'{"text": "a\\nb"}\r\n\n  \n{"id": 7, "text": "\xc3\xa9\\u00e9\\ud83d\\ude00"}'
     )
     assert read(path) == [Document("a.jsonl:1", "a\nb"), Document("a.jsonl:4", "éé😀")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(path: Path) -> None:
+    path.write_bytes(codecs.BOM_UTF8 + b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert next(read_jsonl(path, "a.jsonl", "text", "reject")) == Document("a.jsonl:1", "a")
+    assert "line 2 is not utf-8 text: byte 0xff at offset 27" in refusal(path)
 
 
 def test_the_text_may_be_in_any_field(path: Path) -> None:

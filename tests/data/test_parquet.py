@@ -53,6 +53,12 @@ def test_a_column_that_is_missing_or_no_text_is_refused(path: Path) -> None:
     assert f"{path}: column 'a' is of type int64; allowed: text" in refusal(path, "a")
 
 
+def test_two_columns_of_the_name_are_refused(path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), path)
+    assert f"{path} has 2 columns 'text'; allowed: one" in refusal(path)
+
+
 def test_a_row_without_text_is_refused(path: Path) -> None:
     pq.write_table(pa.table({"text": ["x", None]}), path)
     assert f"{path} row 2: column 'text' is null; allowed: text" in refusal(path)

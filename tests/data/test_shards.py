@@ -1,5 +1,6 @@
 """Folders of tokens give back every document; unfinished, damaged and foreign ones are refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -119,6 +120,44 @@ def test_a_folder_without_manifest_is_unfinished(tmp_path: Path, tokenizer: Toke
 def test_another_manifest_is_refused(tmp_path: Path, manifest: bytes, expected: str) -> None:
     (tmp_path / MANIFEST).write_bytes(manifest)
     assert f"{tmp_path / MANIFEST} {expected}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "<f4"),
+        ("dtype", 2),
+        ("documents", "many"),
+        ("documents", 0),
+        ("tokens", 1.5),
+        ("vocab_size", None),
+        ("split_rate", "0"),
+        ("content_hash", 7),
+        ("shards", ["shard-00000.array_record"]),
+        ("shards", {"shard-00000.array_record": -1}),
+        ("files", {"tokenizer.json": {"bytes": "9", "sha256": "0"}}),
+        ("files", 3),
+    ],
+)
+def test_a_manifest_whose_numbers_are_none_is_damaged(
+    tmp_path: Path, tokenizer: Tokenizer, field: str, value: object
+) -> None:
+    write(tmp_path, tokenizer)
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes()) | {field: value}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert f"{tmp_path / MANIFEST} is damaged; write the folder again" in refusal(tmp_path)
+
+
+def test_an_index_of_other_documents_is_damaged(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Even if the manifest has its checksum."""
+    write(tmp_path, tokenizer)
+    np.save(tmp_path / "index.npy", np.zeros(3))
+    manifest = json.loads((tmp_path / MANIFEST).read_bytes())
+    data = (tmp_path / "index.npy").read_bytes()
+    sums = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["index.npy"] = sums
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert f"{tmp_path / MANIFEST} is damaged; write the folder again" in refusal(tmp_path)
 
 
 def flip(path: Path, place: int) -> None:

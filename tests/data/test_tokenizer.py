@@ -160,7 +160,7 @@ def test_vocabulary_is_filled_but_a_small_corpus_need_not() -> None:
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
     assert train_tokenizer(["aaaa"], 262).vocab_size == 262
-    with pytest.raises(ValueError, match=r"is 261; allowed.*: at least 262 \(256 bytes and 6"):
+    with pytest.raises(ValueError, match=r"is 261; allowed.*: 262 \(256 bytes and 6"):
         train_tokenizer(["aaaa"], 261)
 
 

@@ -76,7 +76,7 @@ def test_a_new_run_never_overwrites_the_curve_of_another(tmp_path):
 
 
 def test_wherever_a_kill_tears_the_file_the_whole_lines_before_it_count(tmp_path):
-    entries = [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "text": "é"}]
+    entries = [train(1), train(2) | {"text": "é"}]
     path = tmp_path / "metrics.jsonl"
     whole = written(path, entries).read_bytes()
     for size in range(len(whole)):
@@ -94,6 +94,16 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     assert "\n" not in str(error.value)
     path.write_text(f"{json.dumps(train(1))}\n{{}}\n{json.dumps(train(2))}\n")
     with pytest.raises(ValueError, match=r"line 2: found b'{}'; allowed: a metrics entry"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"step": "1"}, {"tokens": None}, {"tokens": True}, {"kind": 1}, {"main_loss": "x"}]
+)
+def test_an_entry_of_wrong_types_is_named(tmp_path, wrong):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(train(1))}\n{json.dumps(train(2) | wrong)}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*; allowed: a metrics entry$"):
         read_metrics(path)
 
 

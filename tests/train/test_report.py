@@ -10,13 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from dsv3_jax.train import report
 from dsv3_jax.train.drawing import BLUE, GREEN, GREY, ORANGE
-from dsv3_jax.train.report import Result, loss_picture, printable, summary
+from dsv3_jax.train.report import Result, loss_picture, summary
 from tests import logged
 
 RESULT = replace(
@@ -167,19 +165,6 @@ def test_a_sample_cannot_steer_the_terminal():
     assert not set("\x1b\x07\r\x9b\x7f") & set(text)
     assert "[bold]" in text
     assert "end" in text
-
-
-@given(st.text())
-def test_printable_text_survives_any_encoding(text):
-    for encoding in ("utf-8", "ascii", "latin-1"):
-        shown = printable(text, encoding)
-        shown.encode(encoding)
-        assert len(shown) == len(text)
-        assert all(c in "\n\t" or ord(c) >= 32 for c in shown)
-
-
-def test_ordinary_text_is_printed_unchanged():
-    assert printable('def f():\n\treturn "é → 日本"', "utf-8") == 'def f():\n\treturn "é → 日本"'
 
 
 def test_an_ascii_terminal_gets_a_summary_too():

@@ -105,7 +105,7 @@ def test_resume_refuses_changed_text(
 def test_resume_refuses_damaged_metrics_before_it_changes_them(
     small: SmallRun, copy: Path, capsys: pytest.CaptureFixture
 ):
-    entry = '{"kind": "train", "step": 1}\n'
+    entry = '{"kind": "train", "step": 1, "tokens": 32}\n'
     (copy / "metrics.jsonl").write_text(f"{entry}damaged\n{entry}")
     before = contents(copy)
     with pytest.raises(SystemExit) as stop:
