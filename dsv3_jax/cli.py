@@ -1,6 +1,7 @@
 """Shared by all commands: options from dataclasses; one line and exit 2 for bad input."""
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -96,6 +97,8 @@ def _one_line(boxed: str) -> str:
     rows = [row for row in rows if row and not row.startswith(("╭", "╰"))]
     rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     suggested = [row.split()[0] for row in rows[rule:] if row.startswith("--")]
+    given = " ".join(rows[:rule]).partition(": ")[2]
+    suggested.sort(key=lambda name: -difflib.SequenceMatcher(None, name, given).ratio())
     text = re.sub(r"^Error parsing (?!-)[\w.]*: ", "", " ".join(rows[:rule]))
     for said, allowed in (
         (r"invalid literal for int\(\) with base 10", "whole numbers"),

@@ -101,7 +101,13 @@ def write(cfg: DataConfig, out: Path, vocab_size: int, console: "Console") -> "M
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from dsv3_jax.data.tokenizer import check_vocab_size, load_tokenizer
+
     _check_text(cfg)
+    if cfg.tokenizer == "train":
+        check_vocab_size(vocab_size)
+    else:
+        load_tokenizer(cfg.tokenizer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with _empty(out), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         return _write(cfg, out, vocab_size, progress)
@@ -183,6 +189,10 @@ def _check_text(cfg: DataConfig) -> None:
     for entry in entries_of(cfg.source):
         if is_token_folder(Path(entry).expanduser()):
             raise ValueError(f"--source {entry} holds tokens already; allowed: text")
+        if Path(entry).expanduser().is_dir():
+            raise ValueError(
+                f"--source {entry} is a folder; allowed: files, as in '{entry}/**/*.txt'"
+            )
 
 
 @contextlib.contextmanager

@@ -164,8 +164,9 @@ def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's metrics.jsonl without what a clock measured."""
+    """The entries of a run's metrics.jsonl without what a clock measured, and without resumes."""
     entries = read_metrics(run / "metrics.jsonl")
+    entries = [entry for entry in entries if entry.get("event") != "resumed"]
     return [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
 
 

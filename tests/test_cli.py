@@ -76,6 +76,18 @@ MISTAKES = [
 ]
 
 
+def test_the_option_that_is_most_like_it_is_suggested_first(capsys: pytest.CaptureFixture):
+    @dataclass(frozen=True)
+    class Steps:
+        max_bad_steps: int = 3
+        seed: int = 0
+        steps: int = 1
+
+    with pytest.raises(SystemExit):
+        parse(Steps, Steps(), prog="python -m x", description="", args=["--step", "3"])
+    assert "perhaps you meant --steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("columns", ["20", "200"])
 @pytest.mark.parametrize(("args", "said"), MISTAKES)

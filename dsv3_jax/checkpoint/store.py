@@ -372,6 +372,8 @@ def _one_line(doing: str) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """Returns an error's message in one line, at most 400 characters long."""
+    if system := re.search(r"os_error_code='(\d+)'", str(error)):  # what the system said, by far
+        return os.strerror(int(system[1]))
     line = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
     # TensorStore goes from the outer to the inner error: the cause stands at the end.
     return line if len(line) <= 400 else f"{line[:100]} ... {line[-295:]}"

@@ -18,9 +18,8 @@ def load_config(path: Path) -> RunConfig:
     ConfigFileError for a missing file, an exception in it, or another result.
     """
     if not path.is_file():
-        raise ConfigFileError(
-            f"--config {path}: no such file; allowed: a Python file with config()"
-        )
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ConfigFileError(f"--config {path}: {found}; allowed: a Python file with config()")
     try:
         make = runpy.run_path(str(path)).get("config")
         if not callable(make):

@@ -169,7 +169,7 @@ class RunConfig:
             if phase.value % part:
                 raise ValueError(
                     f"schedule.rows_phases: {phase.value:g} rows; allowed: multiples of a "
-                    f"micro-batch, {part} rows"
+                    f"micro-batch, {part} rows (train.rows / train.microbatches)"
                 )
 
     def to_json(self) -> str:

@@ -118,8 +118,9 @@ class _Source:
         total += sum(folder.manifest.documents for folder in self.folders)
         size = sum(folder.manifest.bytes for folder in self.folders)
         size += self._survey.bytes if self._survey else 0
+        train = total - held_out
         return (
-            f"data       {self._name}: {total - held_out:,} documents to train on, "
+            f"data       {self._name}: {train:,} document{'s' * (train != 1)} to train on, "
             f"{held_out:,} held out, {size / 1e6:.1f} MB"
         )
 

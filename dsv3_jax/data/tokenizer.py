@@ -121,12 +121,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ValueError if `vocab_size` leaves no room for the 256 bytes and the special tokens, or is
     beyond int32.
     """
-    least, most = 256 + len(SPECIAL_TOKENS), 2**31 - 1  # ids are int32
-    if not least <= vocab_size <= most:
-        raise ValueError(
-            f"model.vocab_size is {vocab_size}; allowed with a trained tokenizer: {least} (256 "
-            f"bytes and {len(SPECIAL_TOKENS)} special tokens) to {most}"
-        )
+    check_vocab_size(vocab_size)
     _allow_threads()
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = _pre_tokenizer()
@@ -140,6 +135,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend, f"trained to {vocab_size} ids")
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """ValueError if no tokenizer of so many ids can be trained."""
+    least, most = 256 + len(SPECIAL_TOKENS), 2**31 - 1  # ids are int32
+    if not least <= vocab_size <= most:
+        raise ValueError(
+            f"model.vocab_size is {vocab_size}; allowed with a trained tokenizer: {least} (256 "
+            f"bytes and {len(SPECIAL_TOKENS)} special tokens) to {most}"
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

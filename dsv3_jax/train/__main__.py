@@ -56,10 +56,12 @@ def main(args: Sequence[str]) -> int | None:
         print(options.run.to_json())
         return 0
     if options.print_schedule:
-        from dsv3_jax.train.schedule_picture import draw_schedules
+        from dsv3_jax.train.schedule_picture import draw_schedules, summary
 
         with user_errors():
             draw_schedules(options.run, options.print_schedule)
+        for line in summary(options.run):
+            print(line)
         print(options.print_schedule)
         return 0
     return _train(options, *folders)

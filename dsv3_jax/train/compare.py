@@ -6,6 +6,7 @@ logging intervals and batch sizes may differ. The relative difference is to the 
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ def main(args: Sequence[str]) -> int:
     with user_errors():
         options = parse(Options, Options(), prog=PROG, description=DESCRIPTION, args=args)
         check_picture_path(options.out, "--out")
-        curves = [read_curve(wanted) for wanted in _checked(options).runs]
+        runs = _checked(options).runs
+        curves = _told_apart([read_curve(wanted) for wanted in runs], runs)
         compared = compare(curves, options.smoothing)
         draw(compared, options.out)
     print_table(compared, options.out)
@@ -87,6 +89,15 @@ def _checked(options: Options) -> Options:
     if options.smoothing is not None and options.smoothing < 1:
         raise ValueError(f"--smoothing is {options.smoothing}; allowed: at least 1 token")
     return options
+
+
+def _told_apart(curves: list[LossCurve], wanted: Sequence[str]) -> list[LossCurve]:
+    """Runs of one name in different folders are called as they were asked for."""
+    counted = Counter(curve.name for curve in curves)
+    return [
+        curve if counted[curve.name] == 1 else curve._replace(name=given)
+        for curve, given in zip(curves, wanted, strict=True)
+    ]
 
 
 def read_curve(wanted: str) -> LossCurve:

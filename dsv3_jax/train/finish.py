@@ -2,6 +2,8 @@
 
 import math
 
+from dsv3_jax.data.mixture import Mixture
+from dsv3_jax.data.packing import Rows
 from dsv3_jax.train.ema import in_device_memory
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe
@@ -13,6 +15,11 @@ from dsv3_jax.train.report import Result, loss_picture, write_summary, zlib_bits
 from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.snapshot import Snapshot
 from dsv3_jax.train.validation import text_of
+
+
+def passes(train: Rows | Mixture, consumed_rows: int) -> float | None:
+    """How often the text was gone through. None for a mixture, whose sources differ in that."""
+    return None if isinstance(train, Mixture) else consumed_rows / len(train)
 
 
 def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
@@ -51,6 +58,7 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
         validation_loss=validation.loss,
         bits_per_byte=validation.bits_per_byte,
         averaged_bits_per_byte=averaged and averaged.bits_per_byte,
+        passes=passes(corpus.train, trained.position.consumed_rows),
         zlib_bits_per_byte=zlib_bpb,
         validation_bytes=validation.bytes,
         sample_prompt=cfg.output.sample_prompt,

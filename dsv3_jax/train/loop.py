@@ -236,7 +236,8 @@ class Trainer:
         rows = [first + int(b) for b in np.flatnonzero(~metrics.row_is_finite_B)]
         # Of a few rows, if all are bad: names may have to be read from shards.
         names = dict.fromkeys(name for row in rows[:8] for name in self.corpus.train.names_of(row))
-        text = said_of(flight.position.step, main, rows, list(names), spike=is_spike)
+        total = flight.values.rows
+        text = said_of(flight.position.step, main, rows, list(names), total, spike=is_spike)
         if self.debug_nans and not is_spike:
             text += f"; {self._bad_layer(flight.batch, rows[0] - first if rows else 0)}"
         out.event(event_record(self.cfg, flight.position, "skipped", text))
@@ -245,7 +246,8 @@ class Trainer:
         if in_a_row == self.cfg.train.max_bad_steps:
             raise BadSteps(
                 f"{in_a_row} updates in a row were skipped, the last in step "
-                f"{flight.position.step}; {self._newest_checkpoint()}"
+                f"{flight.position.step} at a learning rate of {flight.values.learning_rate:g}; "
+                f"{self._newest_checkpoint()}"
             )
         return False
 

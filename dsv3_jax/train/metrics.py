@@ -133,7 +133,7 @@ class Progress:
         if self._live:
             self._live.start(refresh=True)
         else:
-            self.message(f"{self.title}: {self.total_steps - self._step} steps")
+            self.message(f"{self.title}: {self.total_steps - self._step} steps to go")
         return self
 
     def __exit__(

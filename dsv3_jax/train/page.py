@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.files import replace_file
 from dsv3_jax.train import expert_pictures, page_pictures
 from dsv3_jax.train.console import printable
@@ -159,7 +160,9 @@ def _ratio(value: float) -> str:
 
 def _recipe(cfg: RunConfig, entries: Sequence[dict]) -> str:
     pictures = page_pictures.schedules(entries, cfg)
-    return _section("Schedules", _grid(pictures, "pictures"), "dashed: as planned from the start")
+    return _section(
+        "Schedules", _grid(pictures, "pictures"), "dashed: as the newest configuration plans it"
+    )
 
 
 def _machine(entries: Sequence[dict]) -> str:
@@ -239,12 +242,12 @@ def _sample(prompt: str, text: str) -> str:
 def _configuration(cfg: RunConfig) -> str:
     rows = [
         (path, _shown(value), _shown(default))
-        for path, value, default in _pairs(cfg, RunConfig())
+        for path, value, default in _pairs(cfg, tiny_run())
         if value != default
     ]
-    changed = _table(("field", "this run", "default"), rows)
+    changed = _table(("field", "this run", "default run"), rows) if rows else ""
     whole = f"<details><summary>all of it</summary><pre>{_text(cfg.to_json())}</pre></details>"
-    return _section("Configuration", changed + whole, "what differs from the defaults")
+    return _section("Configuration", changed + whole, "what differs from the default run")
 
 
 def _pairs(one: Any, other: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:

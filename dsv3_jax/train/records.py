@@ -11,7 +11,7 @@ from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
-from dsv3_jax.train.schedules import Values
+from dsv3_jax.train.schedules import Values, never_reached
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import StepMetrics
 from dsv3_jax.train.validation import Validation
@@ -97,6 +97,7 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
         "train.balance_weight": routed and not cfg.train.balance_weight,
     }
     lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
+    lines += never_reached(cfg)
     still = int((~metrics.bias_moved_L).sum())
     if values.bias_speed and still:
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")

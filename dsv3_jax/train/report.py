@@ -27,6 +27,7 @@ from dsv3_jax.train.drawing import (
     smoothed,
     tokens_on_x,
 )
+from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.metrics import clock, strict_json
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Result:
     checkpoint: Path
     averaged_bits_per_byte: float | None = None
     """Of the averaged weights, if the run kept them"""
+    passes: float | None = None
+    """Over the training text; None for a mixture of several"""
 
 
 def zlib_bits_per_byte(data: bytes) -> float:
@@ -94,12 +97,17 @@ def _rows(result: Result) -> list[tuple[str, str, str]]:
         ("", who, style),
         *_averaged(result),
         ("validation loss", f"{result.validation_loss:.4f} nats per token", ""),
-        ("trained", f"{result.tokens:,} tokens in {result.steps:,} steps", ""),
+        ("trained", f"{result.tokens:,} tokens in {result.steps:,} steps{_passes(result)}", ""),
         ("time", f"{clock(result.seconds)}, {speed}, {share}", ""),
         ("run", str(result.run_folder), ""),
         ("checkpoint", str(result.checkpoint), ""),
         ("picture", str(result.picture), ""),
+        ("report", str(RunFolder(result.run_folder).report), ""),
     ]
+
+
+def _passes(result: Result) -> str:
+    return "" if result.passes is None else f", {result.passes:.2g} times the training text"
 
 
 def _averaged(result: Result) -> list[tuple[str, str, str]]:

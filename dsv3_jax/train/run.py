@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from dsv3_jax.train.machine import describe, matmul_peak, memory_size
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.profile import Profile
+from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.snapshot import Position, Snapshot
 from dsv3_jax.train.step import check_state, init_state
@@ -36,6 +38,7 @@ from dsv3_jax.train.writers import Writer, open_writers, packages_of
 
 BAD_STEPS = 3  # exit code
 WEIGHTS = ("params", "router_bias")  # groups of a checkpoint
+IDS = ("bos_id", "eos_id")  # the tokenizer decides them
 
 
 @dataclasses.dataclass
@@ -50,6 +53,8 @@ class Prepared:
     is_new: bool
     """The folder is this run's first; of a checkpoint only the weights are taken"""
     writers: list[Writer]
+    weights_from: Path | None = None
+    """Whose weights a new run starts from, if it does"""
 
 
 class Watch(NamedTuple):
@@ -80,22 +85,27 @@ def prepare(
         check_writable(cfg.output)
     packages_of(cfg)
     say(f"machine    {describe()}")
-    source = resume or init_from
-    kept = _own_tokenizer(cfg, resume, init_from)
-    corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
-    ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
-    cfg = replace(cfg, model=replace(cfg.model, **ids))
     check_state(cfg)
     _check_memory(cfg)
     checkpoint = None
-    if source and not (resume and _never_saved(resume)):
+    if (init_from or resume) and not (resume and _never_saved(resume)):
         groups = None if resume else WEIGHTS
-        checkpoint = store.load(source.checkpoints, groups=groups, report=say)
+        checkpoint = store.load((resume or init_from).checkpoints, groups=groups, report=say)
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
+    if checkpoint:  # before the text is read, which may take long
+        check = _check_same_run if resume else _check_same_model
+        check(cfg, checkpoint.meta)
+    kept = _tokenizer_at_hand(cfg, resume, init_from)
+    corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
+    ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
+    cfg = replace(cfg, model=replace(cfg.model, **ids))
     if checkpoint and resume:
-        _check_same(cfg, corpus, checkpoint.meta)
-    elif checkpoint:
-        _check_weights(cfg, corpus, checkpoint.meta, say)
+        _check_same_text(cfg, corpus, checkpoint.meta)
+    elif checkpoint and checkpoint.meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
+        say(
+            f"warning    data.tokenizer {cfg.data.tokenizer} is not the one that the weights were "
+            "trained with: ids mean something else"
+        )
     if resume and resume.metrics.exists():
         read_metrics(resume.metrics)
     with contextlib.nullcontext(resume) if resume else new_run(cfg.output) as run:
@@ -107,20 +117,21 @@ def prepare(
         writers = open_writers(cfg, run, done)
         if not init_from:
             _write_config(cfg, run)
-    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers)
+    weights_from = init_from and init_from.path
+    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers, weights_from)
 
 
-def _own_tokenizer(
+def _tokenizer_at_hand(
     cfg: RunConfig, resume: RunFolder | None, init_from: RunFolder | None
 ) -> Tokenizer | None:
-    """That the weights were trained with, which a new one would not fit. None where there are no
-    weights, or another one is asked for by name.
+    """That the weights were trained with, which a new one would not fit, unless another one is
+    asked for by name. None if the text decides.
     """
     if resume:
         return load_tokenizer(resume.tokenizer)
     if init_from and cfg.data.tokenizer in ("train", load_json(init_from.config).data.tokenizer):
         return load_tokenizer(init_from.tokenizer)
-    return None
+    return None if cfg.data.tokenizer == "train" else load_tokenizer(cfg.data.tokenizer)
 
 
 def _write_config(cfg: RunConfig, run: RunFolder) -> None:
@@ -189,6 +200,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         profile=Profile(*watch.profile, run.profile) if watch.profile else None,
     )
     consumed = start.position.consumed_rows * cfg.data.length
+    origin = _origin(prepared, start.position)
     prepared.checkpoint = start = None  # the trainer holds what it needs of them
     if has_weights:  # a run stopped before its first checkpoint would start from others
         trainer.save()
@@ -200,6 +212,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     with contextlib.closing(log):
         progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
+            if origin:
+                out.keep(origin)
             return _train(trainer, out, console)
 
 
@@ -210,7 +224,7 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
         with out.progress:
             trained = trainer.train(out)
     except BadSteps as error:
-        say(f"stopped: {error}; {run.path}")
+        say(f"stopped: {error}; what happened: {run.report}")
         trainer.tell_page(out)
         return BAD_STEPS
     if trained.stopped_by is not None:
@@ -233,11 +247,29 @@ def _start(prepared: Prepared, say: Callable[[str], None]) -> tuple[nnx.GraphDef
             say("           never saved: starting over")
         return graphdef, Snapshot(state, Position())
     if prepared.is_new:
-        say(f"           from the weights of step {checkpoint.step:,}")
+        say(f"           from the weights of step {checkpoint.step:,} of {prepared.weights_from}")
         return graphdef, Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
     start = snapshot.restore(checkpoint, cfg, state)
     say(f"           resumed after step {start.position.step:,}")
     return graphdef, start
+
+
+def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
+    """What the run's entries tell of how it came by its weights; None for fresh ones."""
+    cfg, checkpoint = prepared.cfg, prepared.checkpoint
+    if checkpoint is None or position.step == cfg.train.steps:  # nothing will come of it
+        return None
+    if prepared.is_new:
+        text = f"of step {checkpoint.step} of {prepared.weights_from}"
+        return event_record(cfg, position, "weights", text)
+    before = from_dict(RunConfig, checkpoint.meta["config"])
+    changed = [
+        text
+        for name in ("train", "schedule", "optimizer", "data")
+        for text in _differences(name, getattr(cfg, name), getattr(before, name))
+    ]
+    text = "; ".join([f"after step {position.step}", *changed])
+    return event_record(cfg, position, "resumed", text)
 
 
 def _never_saved(run: RunFolder) -> bool:
@@ -249,19 +281,12 @@ def _never_saved(run: RunFolder) -> bool:
     return not store.steps(run.checkpoints) and len(whole) <= 1
 
 
-def _check_weights(
-    cfg: RunConfig, corpus: Corpus, meta: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    """ValueError if the weights are of a model of another shape; a word on another tokenizer."""
+def _check_same_model(cfg: RunConfig, meta: dict[str, Any]) -> None:
+    """ValueError if weights are of a model of another shape."""
     before = from_dict(RunConfig, meta["config"])
-    differ = _differences("model", cfg.model, before.model, keep={"max_length", "bos_id", "eos_id"})
+    differ = _differences("model", cfg.model, before.model, keep={"max_length", *IDS})
     if differ:
         raise ValueError(f"--init-from: another model: {'; '.join(differ)}")
-    if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
-        say(
-            f"warning    data.tokenizer {cfg.data.tokenizer} is not the one that the weights were "
-            "trained with: ids mean something else"
-        )
 
 
 def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -> list[str]:
@@ -273,19 +298,15 @@ def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -
     ]
 
 
-def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
-    """A resumed run keeps model, tokenizer, text and seed; ValueError names what differs."""
+def _check_same_run(cfg: RunConfig, meta: dict[str, Any]) -> None:
+    """A resumed run keeps model, data and seed; ValueError names what differs."""
     before = from_dict(RunConfig, meta["config"])
-    differ = _differences("model", cfg.model, before.model)
+    differ = _differences("model", cfg.model, before.model, keep=IDS)
     differ += _differences(
         "data", cfg.data, before.data, keep={"readers", "source"}
     )  # contents count
     if cfg.train.seed != before.train.seed:
         differ.append(f"train.seed is {cfg.train.seed}, was {before.train.seed}")
-    if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
-        differ.append("the tokenizer differs")
-    if meta["data"]["content"] != corpus.content_hash:
-        differ.append(f"the text of data.source {cfg.data.source} has changed")
     if differ:
         raise ValueError(f"--resume: this is another run: {'; '.join(differ)}")
     if cfg.train.steps < meta["step"]:
@@ -293,3 +314,16 @@ def _check_same(cfg: RunConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
             f"--resume: train.steps is {cfg.train.steps}; "
             f"allowed: at least {meta['step']}, where the run stands"
         )
+
+
+def _check_same_text(cfg: RunConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
+    """ValueError if tokenizer or text of a resumed run are not what they were."""
+    source, was = cfg.data.source, from_dict(RunConfig, meta["config"]).data.source
+    differ = []
+    if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
+        differ.append("the tokenizer differs")
+    if meta["data"]["content"] != corpus.content_hash:
+        changed = f"data.source is {source}, was {was}, and holds other text"
+        differ.append(changed if source != was else f"the text of data.source {source} has changed")
+    if differ:
+        raise ValueError(f"--resume: this is another run: {'; '.join(differ)}")

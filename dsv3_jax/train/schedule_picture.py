@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.drawing import BLUE, GREY, new_figure, save_picture, tokens_on_x
-from dsv3_jax.train.schedules import Values, rows_after, values_at
+from dsv3_jax.train.schedules import Values, never_reached, rows_after, values_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +45,12 @@ def planned_updates(cfg: RunConfig) -> list[Update]:
         begin, end = _tokens_after(cfg, step), _tokens_after(cfg, step + 1)
         updates.append(Update(step, begin, end, values_at(cfg, step, begin, total)))
     return updates
+
+
+def summary(cfg: RunConfig) -> list[str]:
+    """How long the run is, and phases that it does not reach."""
+    tokens = _tokens_after(cfg, cfg.train.steps)
+    return [f"{cfg.train.steps:,} steps, {tokens:,} tokens", *never_reached(cfg)]
 
 
 def _tokens_after(cfg: RunConfig, step: int) -> int:

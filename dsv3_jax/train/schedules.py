@@ -37,6 +37,21 @@ def values_at(cfg: RunConfig, step: int, tokens: int, total_tokens: int) -> Valu
     )
 
 
+def never_reached(cfg: RunConfig) -> list[str]:
+    """A line for each list of phases of which some begin after the run's last token."""
+    total = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
+    lines = []
+    for name in ("learning_rate", "bias_speed", "mtp_weight", "rows"):
+        phases = getattr(cfg.schedule, f"{name}_phases")
+        late = sum(phase.begin >= total for phase in phases)
+        if late:
+            lines.append(
+                f"{late} of {len(phases)} schedule.{name}_phases begin after the run's end at "
+                f"{total:,} tokens"
+            )
+    return lines
+
+
 def rows_at(cfg: RunConfig, tokens: int) -> int:
     """Rows of the step after `tokens` consumed tokens: `train.rows` after the last phase."""
     for phase in cfg.schedule.rows_phases:

@@ -15,7 +15,7 @@ from dsv3_jax.train.report import Result, verdict
 
 GOOD, BAD, WARN = "good", "bad", "warn"
 TONES = {"green": GOOD, "bold red": BAD, "yellow": WARN, "": ""}
-QUIET = frozenset({"warning"})  # events that are no trouble
+QUIET = frozenset({"warning", "resumed", "weights"})  # events that are no trouble
 IDLE_SHARE = 0.1  # of a layer's mean load; below, an expert is called idle
 
 
@@ -200,7 +200,9 @@ def _trouble_tile(facts: Facts) -> Tile:
 def _progress_tile(facts: Facts) -> Tile:
     tokens = facts.result.tokens if facts.result else facts.latest("tokens")
     done = facts.result.steps if facts.result else facts.last.get("step", 0)
-    return Tile("tokens", _number(tokens, "") and short(tokens), f"in {done:,} steps")
+    passes = facts.result.passes if facts.result else None
+    below = f"in {done:,} steps" + (f", {passes:.2g} times the text" if passes else "")
+    return Tile("tokens", _number(tokens, "") and short(tokens), below)
 
 
 def _time_tile(facts: Facts) -> Tile:

@@ -66,14 +66,18 @@ def _with_newest_counted(state: SpikeState) -> SpikeState:
 
 
 def said_of(
-    step: int, loss: float, rows: Sequence[int], names: Sequence[str], *, spike: bool
+    step: int, loss: float, rows: Sequence[int], names: Sequence[str], of: int, *, spike: bool
 ) -> str:
-    """One line about an update that was not made: its step, its loss, rows and their documents."""
+    """One line about an update that was not made: its step, its loss, rows (`of` so many) and their
+    documents.
+    """
     if spike:
         return f"update {step}: a main loss of {loss:.4f} is a spike"
     numbers = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     documents = ", ".join(map(one_line, names[:3])) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
-    where = f"row {numbers} of the data ({documents})" if rows else "no single row's"
+    where = f"row{'s' * (len(rows) > 1)} {numbers} of the data ({documents})"
+    if len(rows) in (0, of):
+        where = "all rows" if rows else "no single row"
     return f"update {step}: main loss {loss:.4f}, gradient not finite in {where}"

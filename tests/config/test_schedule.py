@@ -46,7 +46,7 @@ def test_rows_grow_by_stairs_of_whole_rows(phase: Phase):
 
 
 def test_rows_of_a_stair_are_whole_micro_batches():
-    said = r"^schedule.rows_phases: 6 rows; allowed: multiples of a micro-batch, 4 rows$"
+    said = r"^schedule.rows_phases: 6 rows; allowed: multiples of a micro-batch, 4 rows"
     with pytest.raises(ValueError, match=said):
         RunConfig(
             train=TrainConfig(rows=8, microbatches=2),

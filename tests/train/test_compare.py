@@ -89,6 +89,16 @@ def test_a_taken_back_stretch_counts_once(tmp_path: Path):
 # The command
 
 
+def test_runs_of_one_name_are_called_as_they_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(write_run(Path(name))) for name in ("a/tiny", "b/tiny", "b/other")]
+    assert main(runs) == 0
+    _, _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["a/tiny", "b/tiny", "other"]
+
+
 def test_the_command_prints_a_line_a_run_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -37,7 +37,7 @@ HOSTILE = "bad\n\x1b[2J" + b"\xff".decode("utf-8", "surrogateescape") + ".txt"
 def test_a_file_of_any_name_can_be_told_of(encoding: str, monkeypatch: pytest.MonkeyPatch):
     written = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr("sys.stdout", written)
-    RunConsole().print(said_of(3, 1.0, [4], [HOSTILE], spike=False), soft_wrap=True)
+    RunConsole().print(said_of(3, 1.0, [4], [HOSTILE], 8, spike=False), soft_wrap=True)
     RunConsole().print(f"data       {HOSTILE}", soft_wrap=True)
     written.flush()
     event, found = written.buffer.getvalue().decode(encoding).split("\n", 1)

@@ -131,6 +131,7 @@ def test_the_result_is_the_whole_validation_beside_zlib_on_the_same_bytes(
     assert result["validation_loss"] == last["loss"]
     assert result["zlib_bits_per_byte"] == 8 * len(zlib.compress(held_out, 9)) / len(held_out)
     assert (result["steps"], result["tokens"]) == (6, 6 * 2 * 16)
+    assert result["passes"] == 6 * 2 / len(built.train)
 
 
 def test_a_finished_run_has_all_its_files_and_no_others(finished: Path):

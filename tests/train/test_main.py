@@ -56,6 +56,7 @@ def test_the_schedule_of_a_config_is_drawn(tmp_path: Path, capsys: pytest.Captur
     config = ROOT / "configs" / "dsv3_671b.py"
     assert main(["--config", str(config), "--print-schedule", str(tmp_path / "s.png")]) == 0
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.startswith("244,829 steps, 14,8")
     with pytest.raises(SystemExit) as stop:
         main(["--print-schedule", str(tmp_path / "s.txt")])
     assert stop.value.code == 2
@@ -285,7 +286,7 @@ BAD_FLAGS = [
     ("--model.vocab_size 261", "model.vocab_size is 261"),
     # config files
     ("--config {bad}/missing.py", "--config {bad}/missing.py: no such file"),
-    ("--config {bad}/folder", "--config {bad}/folder: no such file"),
+    ("--config {bad}/folder", "--config {bad}/folder: a folder; allowed: a Python file"),
     (
         "--config {bad}/raises.py",
         "{bad}/raises.py, line 2: ZeroDivisionError: division by zero",

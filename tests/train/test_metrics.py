@@ -160,7 +160,7 @@ def plain_lines(records: list[dict[str, Any]], total: int = 1000) -> list[str]:
 
 def test_without_a_terminal_each_record_is_one_line_under_its_header():
     title, header, *lines = plain_lines([train(10 * i) for i in range(1, 5)])
-    assert title == "tiny: 1000 steps"
+    assert title == "tiny: 1000 steps to go"
     assert len(lines) == 4
     assert lines[0].split()[:8] == "10/1000 7.490 8.250 0.8000 2.20e-04 12,346 31.2% 0.400".split()
     ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", header)]

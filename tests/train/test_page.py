@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.config import OutputConfig, Phase, RunConfig, ScheduleConfig, TrainConfig
+from dsv3_jax.config import OutputConfig, Phase, RunConfig
+from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.train import page_pictures
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.page import page_html, write_page
@@ -97,22 +98,27 @@ def test_every_part_is_there_and_in_order(page: str):
     parts += ["Speed and memory", "Tokens per second", "Waiting for data", "Peak memory"]
     parts += ["Events", "skipped rows of a.py"]
     parts += ["What it writes", "sample 5", "sample 40", "return name"]
-    parts += ["Configuration", "train.steps", "all of it", MACHINE]
+    parts += ["Configuration", "all of it", MACHINE]
     places = [text.find(part, text.find("Learning")) for part in parts]
     assert -1 not in places
     assert places == sorted(places)
 
 
-def test_only_what_differs_from_the_defaults_is_in_the_table():
+def test_only_what_differs_from_the_default_run_is_in_the_table():
     phases = (Phase(0, 100, 1.0), Phase(100, 200, 0.5, "cosine"))
-    schedule = ScheduleConfig(learning_rate_phases=phases)
-    page = html([], None, RunConfig(train=TrainConfig(steps=7), schedule=schedule))
+    run = tiny_run()
+    schedule = replace(run.schedule, learning_rate_phases=phases)
+    page = html([], None, replace(run, train=replace(run.train, steps=7), schedule=schedule))
     table = re.search(r"<table>.*?</table>", page)[0]
     assert re.findall(r"<td>(.*?)</td>", table) == [
-        *("train.steps", "7", "1000", "schedule.learning_rate_phases"),
+        *("train.steps", "7", "400", "schedule.learning_rate_phases"),
         "begin 0, end 100, value 1.0, shape constant; begin 100, end 200, value 0.5, shape cosine",
         "[]",
     ]
+
+
+def test_the_default_run_differs_in_nothing():
+    assert "<table>" not in html([], None, tiny_run())
 
 
 def test_the_page_holds_the_whole_configuration(page: str):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsv3_jax.config import Phase
 from dsv3_jax.train.records import warnings_of
 from dsv3_jax.train.schedules import values_at
 from tests.runs import SmallRun
@@ -21,6 +22,11 @@ from tests.runs import SmallRun
         ({"schedule": {"bias_speed": 0.0}}, ["schedule.bias_speed is 0"]),
         ({"train": {"balance_weight": 0.0}}, ["train.balance_weight is 0"]),
         ({"schedule": {"mtp_weight": 0.0}, "model": {"mtp_depth": 0}}, []),
+        (
+            {"schedule": {"bias_speed_phases": (Phase(0, 192, 0.1), Phase(192, 200, 0.1))}},
+            ["1 of 2 schedule.bias_speed_phases begin after the run's end at 192 tokens"],
+        ),
+        ({"schedule": {"bias_speed_phases": (Phase(0, 191, 0.1), Phase(191, 200, 0.1))}}, []),
     ],
 )
 def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):

@@ -60,10 +60,11 @@ def test_an_interrupted_meter_goes_on_as_if_nothing_had_happened():
 
 def test_a_skipped_update_is_one_line_with_rows_and_documents():
     names = ["a.py", "b.py", "c.py", "d.py", "e.py"]
-    said = said_of(7, math.nan, [12, 13], names, spike=False)
+    said = said_of(7, math.nan, [12, 13], names, 4, spike=False)
     assert said == (
-        "update 7: main loss nan, gradient not finite in row 12, 13 of the data "
+        "update 7: main loss nan, gradient not finite in rows 12, 13 of the data "
         "(a.py, b.py, c.py and 2 more)"
     )
-    assert said_of(7, 9.5, [], [], spike=True) == "update 7: a main loss of 9.5000 is a spike"
-    assert said_of(7, 9.5, [], [], spike=False).endswith("in no single row's")
+    assert said_of(7, 9.5, [], [], 4, spike=True) == "update 7: a main loss of 9.5000 is a spike"
+    assert said_of(7, 9.5, [], [], 4, spike=False).endswith("not finite in no single row")
+    assert said_of(7, 9.5, [1, 2], names, 2, spike=False).endswith("not finite in all rows")

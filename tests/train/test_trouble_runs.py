@@ -74,7 +74,8 @@ def passed(small: SmallRun, poisoned: None, tmp_path_factory: pytest.TempPathFac
 
 
 def events(run: Path) -> list[dict]:
-    return [entry for entry in read_metrics(run / "metrics.jsonl") if entry["kind"] == "event"]
+    entries = read_metrics(run / "metrics.jsonl")
+    return [e for e in entries if e["kind"] == "event" and e["event"] != "resumed"]
 
 
 def test_with_debug_nans_the_layer_is_named(
@@ -104,6 +105,19 @@ def test_weights_that_are_not_finite_end_a_run_and_are_not_saved(
     said = "the weights are not finite after update 7, at a learning rate of 0.01; the newest"
     assert f"stopped: {said} checkpoint is of step 6" in capsys.readouterr().out
     assert store.steps(copy / "checkpoints") == [4, 6]
+
+
+def test_a_resumed_run_tells_what_changed(small: SmallRun, finished: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(finished, tmp_path / "small-001"))
+    assert small.train("--resume", copy, "--train.steps", 7, "--schedule.bias-speed", 0.5) == 0
+    entries = read_metrics(copy / "metrics.jsonl")
+    (event,) = [entry for entry in entries if entry.get("event") == "resumed"]
+    assert event["step"] == 6
+    changed = "train.steps is 7, was 6; schedule.bias_speed is 0.5, was 0.001"
+    assert event["text"] == f"after step 6; {changed}"
+    page = (copy / "report.html").read_text()
+    assert changed in page
+    assert "No trouble" in page
 
 
 def spike_at(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
@@ -196,7 +210,9 @@ def test_a_run_that_starts_from_weights_takes_them_and_nothing_else(
     assert (new.meta["step"], new.meta["updates"], new.meta["consumed_rows"]) == (1, 1, 2)
     assert any((old.arrays["mu"][name] != mu).any() for name, mu in new.arrays["mu"].items())
     assert (run / "tokenizer.json").read_bytes() == (finished / "tokenizer.json").read_bytes()
-    assert "from the weights of step 6" in capsys.readouterr().out
+    assert f"from the weights of step 6 of {finished}" in capsys.readouterr().out
+    origin = next(e for e in read_metrics(run / "metrics.jsonl") if e.get("event") == "weights")
+    assert origin["text"] == f"of step 6 of {finished}"
 
 
 @pytest.mark.parametrize(
@@ -280,6 +296,6 @@ def test_three_bad_updates_in_a_row_end_the_run_and_the_last_good_checkpoint_sta
     shown = capsys.readouterr().out
     assert events(copy)[-1]["text"] in shown
     assert (
-        "stopped: 3 updates in a row were skipped, the last in step 9; the newest checkpoint is "
-        f"of step 6; {copy}"
+        "stopped: 3 updates in a row were skipped, the last in step 9 at a learning rate of 0.01; "
+        f"the newest checkpoint is of step 6; what happened: {copy}/report.html"
     ) in shown
