@@ -8,7 +8,7 @@ from pathlib import Path
 def replace_file(path: str | Path, data: bytes) -> None:
     """Writes a file so that any crash, of the machine too, leaves the old content or the new one.
 
-    OSError where that is not possible; the old content then stays.
+    OSError, which names the file, where that is not possible; the old content then stays.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -18,5 +18,8 @@ def replace_file(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none, and nobody knows the temporary name
+        raise
     finally:
         part.unlink(missing_ok=True)

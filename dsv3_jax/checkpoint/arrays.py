@@ -197,7 +197,7 @@ def _handler(orbax: Any, failures: list[Exception]) -> "ocp.PyTreeCheckpointHand
             return [array for (array,) in results]
 
     # By default every array is copied first, lest it change meanwhile (263 MB more memory for a
-    # state of 268 MB instead of 9 MB, no time); here nothing runs meanwhile.
+    # state of 268 MB instead of 9 MB, no time); here nobody writes to them meanwhile.
     handler = Handler(deepcopy_host_arrays=False)
     registry = types.create_type_handler_registry((np.ndarray, handler))
     return orbax.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)

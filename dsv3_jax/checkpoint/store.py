@@ -25,8 +25,8 @@ moment one of the two is valid. `delete` goes the other way round: marker first,
 
 Checksums are verified on every load: Orbax does not notice a flipped bit in an array.
 
-Left out: several processes, restoring to a sharding, policies on what to keep (`steps` and
-`delete` are what they need). One writer per folder; readers may come at any time.
+Left out: several processes, restoring to a sharding. One writer per folder (`saver.py` is one that
+works in the background and thins out); readers may come at any time.
 """
 
 import contextlib
@@ -372,8 +372,8 @@ def _one_line(doing: str) -> Iterator[None]:
 
 def _cause(error: Exception) -> str:
     """Returns an error's message in one line, at most 400 characters long."""
-    if system := re.search(r"os_error_code='(\d+)'", str(error)):  # what the system said, by far
-        return os.strerror(int(system[1]))
+    if system := re.search(r"(?:os_error_code='|OS error )(\d+)", str(error)):
+        return os.strerror(int(system[1]))  # in which temporary file is of no use to anybody
     line = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
     # TensorStore goes from the outer to the inner error: the cause stands at the end.
     return line if len(line) <= 400 else f"{line[:100]} ... {line[-295:]}"

@@ -119,6 +119,10 @@ class OutputConfig:
     """Validation rows on the way; the whole split at the end"""
     save_every: int = 500
     """Steps between checkpoints; one is always made at the end"""
+    keep_last: int = 0
+    """Newest checkpoints that stay; 0: all"""
+    keep_every: int = 0
+    """Steps whose multiples stay besides, for good; 0: none"""
     sample_tokens: int = 200
     """Tokens of the sample written at the end; 0 for none"""
     sample_prompt: str = 'class Reader:\n    def read(self, size):\n        """'
@@ -134,11 +138,28 @@ class OutputConfig:
         check_types("output", self)
         for name in ("log_every", "eval_every", "eval_rows", "save_every"):
             check(f"output.{name}", getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("keep_last", "keep_every"):
+            check(f"output.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        self._check_keep_every()
         check("output.sample_tokens", self.sample_tokens, self.sample_tokens >= 0, "0 or more")
         temperature = self.sample_temperature
         check("output.sample_temperature", temperature, temperature >= 0, "0 or more")
         if not self.name or "/" in self.name:
             raise ValueError(f"output.name is {self.name!r}; allowed: a name without '/'")
+
+    def _check_keep_every(self) -> None:
+        """What would keep nothing: every checkpoint stays, or none is of such a step."""
+        every = self.keep_every
+        if every and not self.keep_last:
+            raise ValueError(
+                f"output.keep_every is {every} and output.keep_last 0, which keeps all; "
+                "allowed: with an output.keep_last of at least 1"
+            )
+        if every % self.save_every:
+            raise ValueError(
+                f"output.keep_every is {every}; "
+                f"allowed: multiples of output.save_every = {self.save_every}"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 
 from dsv3_jax.data.mixture import Mixture
 from dsv3_jax.data.packing import Rows
+from dsv3_jax.files import replace_file
 from dsv3_jax.train.ema import in_device_memory
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe
@@ -46,7 +47,7 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
     entries = read_metrics(run.metrics)
     zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
     loss_picture(entries, run.picture, zlib_bpb)
-    run.sample.write_text(cfg.output.sample_prompt + text, encoding="utf-8")
+    replace_file(run.sample, (cfg.output.sample_prompt + text).encode())
     last = next((entry for entry in reversed(entries) if entry["kind"] == "train"), {})
     result = Result(
         run_folder=run.path,

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Batch, load
 from dsv3_jax.plan.cost import train_flops_per_token
 from dsv3_jax.train import ema, snapshot
+from dsv3_jax.train.checkpoints import Checkpoints
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.diagnose import first_bad_layer
 from dsv3_jax.train.folder import RunFolder
@@ -46,10 +46,13 @@ from dsv3_jax.train.validation import make_validate, spread
 
 
 class Trained(NamedTuple):
-    """How the loop ended: where it stands, and the signal that stopped it, if one did."""
+    """How the loop ended: where it stands, the signal that stopped it, if one did, and why its last
+    state could not be saved, if so.
+    """
 
     snapshot: Snapshot
     stopped_by: int | None
+    unsaved: CheckpointError | None = None
 
 
 class Flight(NamedTuple):
@@ -88,7 +91,8 @@ class Trainer:
         if cfg.optimizer.ema_decay:
             self.average = ema.on_host(start.average or self.state.params)
             self.update_average = ema.make_update(self.state.params, cfg.optimizer.ema_decay)
-        self.saved = self.position.step or None  # step 0 may not be there yet
+        data = {"content": corpus.content_hash, "tokenizer": corpus.tokenizer.content_hash}
+        self.checkpoints = Checkpoints(cfg, run, data, self.position)
         self.clock: Clock | None = None
         self.load_LE = start.load_LE  # since the last entry about experts
         self.warned, self.rewinds = False, []
@@ -111,7 +115,7 @@ class Trainer:
         self.programs[values.rows] = lowered.compile()
 
     def train(self, out: Output) -> Trained:
-        """Runs to `train.steps` or to SIGTERM or ^C; a checkpoint is there in each case.
+        """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.
 
         BadSteps after `train.max_bad_steps` updates in a row that were not made, or one that
         spoilt the weights: nothing is saved then.
@@ -122,20 +126,27 @@ class Trainer:
             try:
                 self._steps(stop, out)
             except OSError:  # the data: what was learned until here is kept
-                self.save()
+                self.checkpoints.finish(self.snapshot, out)
+                raise
+            except Exception:  # Python's own end would cut a save in flight short
+                self.checkpoints.settle(out)
                 raise
             finally:
                 self.batches.close()
             if self.position.step == self.cfg.train.steps:
                 self._tell_experts(out)
-            if self.saved != self.position.step:
-                self.save()
-        return Trained(self.snapshot, stop[0] if stop else None)
+            unsaved = None
+            try:
+                self.checkpoints.finish(self.snapshot, out)
+            except CheckpointError as error:
+                unsaved = error
+        return Trained(self.snapshot, stop[0] if stop else None, unsaved)
 
     def _steps(self, stop: list[int], out: Output) -> None:
         """To the last step or a signal, with one step in flight but for pauses and --debug-nans."""
         flight = None
         while flight or (self.position.step < self.cfg.train.steps and not stop):
+            self.checkpoints.look(out)
             before, flight = flight, None
             if self.position.step < self.cfg.train.steps and not stop:
                 flight = self._launch()
@@ -178,7 +189,7 @@ class Trainer:
         if not metrics.weights_are_finite:  # what went before the update is gone
             raise BadSteps(
                 f"the weights are not finite after update {flight.position.step}, at a learning "
-                f"rate of {flight.values.learning_rate:g}; {self._newest_checkpoint()}"
+                f"rate of {flight.values.learning_rate:g}; {self.checkpoints.newest()}"
             )
         if metrics.applied and not self.warned:
             self.warned = True
@@ -247,7 +258,7 @@ class Trainer:
             raise BadSteps(
                 f"{in_a_row} updates in a row were skipped, the last in step "
                 f"{flight.position.step} at a learning rate of {flight.values.learning_rate:g}; "
-                f"{self._newest_checkpoint()}"
+                f"{self.checkpoints.newest()}"
             )
         return False
 
@@ -263,14 +274,13 @@ class Trainer:
         Regular ones alone, since a signal may have left others: a run that was stopped and resumed
         goes back to the same place as one that was not.
         """
-        every = self.cfg.output.save_every
-        regular = [step for step in store.steps(self.run.checkpoints) if step and step % every == 0]
-        if not regular:
+        checkpoint = self.checkpoints.newest_regular(out)
+        if checkpoint is None:
             return False
-        self.rewinds = [step for step in self.rewinds if step == regular[-1]] + regular[-1:]
+        back = checkpoint.step
+        self.rewinds = [step for step in self.rewinds if step == back] + [back]
         if len(self.rewinds) > self.cfg.train.max_bad_steps:
-            raise BadSteps(f"went back to step {regular[-1]} {len(self.rewinds) - 1} times in vain")
-        checkpoint = store.load(self.run.checkpoints, regular[-1])
+            raise BadSteps(f"went back to step {back} {len(self.rewinds) - 1} times in vain")
         restored = snapshot.restore(checkpoint, self.cfg, self.state)
         self.state = restored.state
         self.position = restored.position._replace(
@@ -285,10 +295,6 @@ class Trainer:
         text = f"back to the weights of step {self.position.step}, on with later data"
         out.event(event_record(self.cfg, self.position, "rewound", text))
         return True
-
-    def _newest_checkpoint(self) -> str:
-        steps = store.steps(self.run.checkpoints)
-        return f"the newest checkpoint is of step {steps[-1]}" if steps else "no checkpoint yet"
 
     # --- validations and checkpoints -------------------------------------------------------------
 
@@ -319,11 +325,7 @@ class Trainer:
             self._due(self.position, self.cfg.output.save_every)
             and not self.position.skipped_in_a_row
         ):
-            try:
-                self.save()
-            except CheckpointError as error:  # a full disk, for one; the weights are still here
-                text = f"not saved, training goes on: {error}; {self._newest_checkpoint()}"
-                out.event(event_record(self.cfg, self.position, "not saved", text))
+            self.checkpoints.hand_over(self.snapshot, out)
 
     def _tell_experts(self, out: Output) -> None:
         """Loads since the last time, and biases."""
@@ -341,13 +343,8 @@ class Trainer:
             out.message(f"report.html not written: {error}")
 
     def save(self) -> None:
-        """One checkpoint of this run."""
-        snapshot.save(self.run.checkpoints, self.cfg, self.snapshot, self._data())
-        self.saved = self.position.step
-
-    def _data(self) -> dict[str, str]:
-        tokenizer = self.corpus.tokenizer.content_hash
-        return {"content": self.corpus.content_hash, "tokenizer": tokenizer}
+        """One checkpoint of this run. CheckpointError if it cannot be written."""
+        self.checkpoints.save(self.snapshot)
 
 
 @contextlib.contextmanager

@@ -231,10 +231,14 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
         name = signal.Signals(trained.stopped_by).name
         at = trained.snapshot.position.step
         trainer.tell_page(out)
+        if trained.unsaved:
+            raise trained.unsaved
         say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
         return 128 + trained.stopped_by
     say("           validating on all held-out text, sampling")
     summary(finish(trainer, trained.snapshot, out), console)
+    if trained.unsaved:  # what takes less room may have been written all the same
+        raise trained.unsaved
     return 0
 
 

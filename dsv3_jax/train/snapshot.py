@@ -4,10 +4,10 @@ Masters, moments and router biases go by layer name, beside them where the run s
 """
 
 import json
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -46,32 +46,49 @@ class Snapshot(NamedTuple):
     """Token copies per expert that no entry of the metrics has told yet"""
 
 
-def save(folder: Path, cfg: RunConfig, snapshot: Snapshot, data: dict[str, str]) -> Path:
-    """Writes one checkpoint. `data` identifies tokenizer and documents."""
+def contents(
+    cfg: RunConfig, snapshot: Snapshot, data: dict[str, str]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
+    """A checkpoint's arrays and meta, for `store.save`. `data` identifies tokenizer and documents.
+
+    The arrays share no memory with the state, which may be donated to the next step.
+    """
     dense = cfg.model.num_dense_layers
-    state, position = snapshot.state, snapshot.position
+    state, average = jax.tree.map(_apart, (snapshot.state, snapshot.average))
     arrays = {
         "params": to_layers(state.params, dense),
         "router_bias": to_layers(state.biases, dense),
         "mu": to_layers(tree_get(state.optimizer, "mu"), dense),
         "nu": to_layers(tree_get(state.optimizer, "nu"), dense),
     }
-    if snapshot.average is not None:
-        arrays["average"] = to_layers(snapshot.average, dense)
+    if average is not None:
+        arrays["average"] = to_layers(average, dense)
     if snapshot.load_LE is not None:
         arrays["experts"] = {"load_LE": snapshot.load_LE}
     meta = {
         "config": json.loads(cfg.to_json()),
-        **position._asdict(),
+        **snapshot.position._asdict(),
         "spike": snapshot.spike,
         "updates": int(tree_get(state.optimizer, "count")),
         "data": data,
     }
-    return store.save(folder, position.step, arrays, meta)
+    return arrays, meta
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """An array whose host view is no view of `x`: where NumPy can see `x`'s own buffer, a copy.
+
+    XLA:CPU does not reuse a buffer while NumPy looks at it: the next step would find new memory
+    for the whole state. So a copy on its side costs no more than a view, and is no matter of luck.
+    """
+    platforms = {device.platform for device in x.devices()}
+    if platforms.isdisjoint({"cpu"}) and x.sharding.memory_kind == "device":
+        return x  # its host view is a copy
+    return jax.device_put(x, x.sharding, may_alias=False)
 
 
 def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
-    """What `save` wrote, in the shape of a fresh `state`. ValueError if it does not fit."""
+    """What was taken apart, in the shape of a fresh `state`. ValueError if it does not fit."""
     dense = cfg.model.num_dense_layers
 
     def part(group: str, like: nnx.State) -> nnx.State:

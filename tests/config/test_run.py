@@ -61,6 +61,18 @@ from tests.shapes import TINY_YARN, tiny_model
             "schedule.learning_rate is nan; allowed: finite numbers",
         ),
         (lambda: OutputConfig(save_every=0), "output.save_every is 0; allowed: at least 1"),
+        (lambda: OutputConfig(keep_last=-1), "output.keep_last is -1; allowed: 0 or more"),
+        (
+            lambda: OutputConfig(keep_every=500),
+            (
+                "output.keep_every is 500 and output.keep_last 0, which keeps all; "
+                "allowed: with an output.keep_last of at least 1"
+            ),
+        ),
+        (
+            lambda: OutputConfig(keep_last=1, keep_every=700, save_every=500),
+            "output.keep_every is 700; allowed: multiples of output.save_every = 500",
+        ),
         (lambda: OutputConfig(name="a/b"), "output.name is 'a/b'; allowed: a name without '/'"),
         (
             lambda: RunConfig(data=DataConfig(length=8192)),

@@ -62,7 +62,9 @@ def finished(run: subprocess.Popen) -> None:
 def test_a_killed_and_resumed_run_has_the_curve_of_the_uninterrupted_one(
     small: SmallRun, tmp_path: Path, kills: int
 ):
-    """With fill-in-the-middle, a batch ramp over a quarter of the steps, averaged weights."""
+    """With fill-in-the-middle, a batch ramp over a quarter of the steps, averaged weights, and few
+    checkpoints kept.
+    """
     cfg = small.cfg
     cfg = replace(
         cfg,
@@ -71,7 +73,13 @@ def test_a_killed_and_resumed_run_has_the_curve_of_the_uninterrupted_one(
         optimizer=replace(cfg.optimizer, ema_decay=0.9),
         schedule=replace(cfg.schedule, rows_phases=(Phase(0, STEPS * 4, 1),)),
         output=replace(
-            cfg.output, log_every=1, eval_every=STEPS, save_every=STEPS // 20, sample_tokens=0
+            cfg.output,
+            log_every=1,
+            eval_every=STEPS,
+            save_every=STEPS // 20,
+            keep_last=2,
+            keep_every=STEPS // 4,
+            sample_tokens=0,
         ),
     )
     write_config(tmp_path / "long.py", cfg)
@@ -91,6 +99,9 @@ def test_a_killed_and_resumed_run_has_the_curve_of_the_uninterrupted_one(
 
     whole = tmp_path / "whole" / "small-001"
     assert timeless(run) == timeless(whole)
+    for path in (run, whole):
+        left = sorted(path.name for path in (path / "checkpoints").iterdir())
+        assert left == [f"step_{step:08d}" for step in (30, 60, 90, 114, 120)]
     last = store.load(whole / "checkpoints", STEPS)
     last.meta["config"]["output"]["folder"] = str(folder)
     store.save(whole / "checkpoints", STEPS, last.arrays, last.meta)

@@ -1,5 +1,6 @@
 """Training itself: what a run records and leaves behind, exact resume, clean stops."""
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config.run import RunConfig, from_dict
 from dsv3_jax.data import corpus
 from dsv3_jax.train import loop
@@ -282,24 +282,62 @@ def test_a_finished_run_resumed_again_trains_and_changes_nothing(
     assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 
 
+def full_disk(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    """There is no room for the arrays of these steps."""
+    write = store.write_arrays
+
+    def write_arrays(folder: Path, groups: dict) -> None:
+        if any(folder.parent.name.startswith(f"step_{step:08d}") for step in steps):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, groups)
+
+    patch.setattr(store, "write_arrays", write_arrays)
+
+
+def no_room(step: int, folder: Path, left: str) -> str:
+    """What is said then."""
+    full = "[Errno 28] No space left on device"
+    return f"cannot write checkpoint of step {step} in {folder}: {full}; {left}"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["last", "signal"])
 def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_was_saved(
     small: SmallRun,
     copy: Path,
+    stopped: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
     store.delete(copy / "checkpoints", 6)
-    monkeypatch.setattr(store, "save", full_disk)
+    (copy / "result.json").unlink()
+    full_disk(monkeypatch, 5, 6)
+    if stopped:
+        send_at_step(monkeypatch, 5, signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         small.train("--resume", copy)
     assert stop.value.code == 2
-    message = "error: cannot write checkpoint of step 6: No space left on device\n"
-    assert capsys.readouterr().err == message
-    assert store.steps(copy / "checkpoints") == [4]
+    said = no_room(5 if stopped else 6, copy / "checkpoints", "the newest checkpoint is of step 4")
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["step_00000004"]
+    assert (
+        copy / "result.json"
+    ).exists() is not stopped  # what was trained is measured all the same
 
 
-def full_disk(folder: Path, step: int, *args: object) -> None:
-    raise CheckpointError(f"cannot write checkpoint of step {step}: No space left on device")
+def test_a_disk_too_full_for_the_first_checkpoint_of_other_weights_is_one_line(
+    small: SmallRun,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    full_disk(monkeypatch, 0)
+    with pytest.raises(SystemExit) as stop:
+        small.train("--init-from", finished, "--output.folder", tmp_path)
+    assert stop.value.code == 2
+    folder = tmp_path / "small-001" / "checkpoints"
+    assert capsys.readouterr().err == f"error: {no_room(0, folder, 'no checkpoint yet')}\n"
+    assert not list(folder.iterdir())
 
 
 def test_a_disk_that_is_full_on_the_way_is_told_and_training_goes_on(
@@ -309,25 +347,16 @@ def test_a_disk_that_is_full_on_the_way_is_told_and_training_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
-    save = store.save
-    monkeypatch.setattr(
-        store,
-        "save",
-        lambda folder, step, *args: (full_disk if step == 4 else save)(folder, step, *args),
-    )
+    full_disk(monkeypatch, 4)
     often = ("--output.save_every", 2, "--output.folder", tmp_path)
     assert small.train("--config", small.config, *often) == 0
     run = tmp_path / "small-001"
     assert store.steps(run / "checkpoints") == [2, 6]
     (event,) = entries(run, "event")
-    said = (
-        "not saved, training goes on: cannot write checkpoint of step 4: No space left on device; "
-        "the newest checkpoint is of step 2"
-    )
+    said = no_room(4, run / "checkpoints", "the newest checkpoint is of step 2; training goes on")
     assert (event["step"], event["event"], event["text"]) == (4, "not saved", said)
-    assert said in capsys.readouterr().out
-    last, same = (entries(path, "train")[-1] for path in (run, finished))
-    assert last["main_loss"] == same["main_loss"]
+    assert f"\nnot saved: {said}\n" in capsys.readouterr().out
+    assert [e for e in timeless(run) if e["kind"] != "event"] == timeless(finished)
 
 
 # --- parts ---

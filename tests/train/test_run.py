@@ -39,7 +39,7 @@ def stored(small: SmallRun) -> Path:
     for step in (3, 4):
         position = Position(step, 2 * step)
         now = snapshot.Snapshot(state, position)
-        snapshot.save(prepared.run.checkpoints, cfg, now, data)
+        store.save(prepared.run.checkpoints, step, *snapshot.contents(cfg, now, data))
     return prepared.run.path
 
 

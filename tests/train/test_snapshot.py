@@ -1,5 +1,7 @@
 """A run's state through a checkpoint: every bit, and where the run stood."""
 
+import copy
+import ctypes
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,9 @@ from optax.tree_utils import tree_set
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import DataConfig, RunConfig
 from dsv3_jax.model.router import RouterBias
+from dsv3_jax.train import ema
 from dsv3_jax.train.optimizer import adamw
-from dsv3_jax.train.snapshot import Position, Snapshot, restore, save, weights_of
+from dsv3_jax.train.snapshot import Position, Snapshot, contents, restore, weights_of
 from dsv3_jax.train.step import TrainState
 from dsv3_jax.train.trouble import SpikeState
 from tests.runs import random_state, with_model
@@ -40,12 +43,16 @@ def distinct_state(cfg: RunConfig) -> TrainState:
     return TrainState(params, biases, optimizer)
 
 
+def save(folder: Path, cfg: RunConfig, snapshot: Snapshot) -> None:
+    store.save(folder, snapshot.position.step, *contents(cfg, snapshot, DATA))
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "float32"])
 def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments: str):
     cfg = replace(CFG, optimizer=replace(CFG.optimizer, moment_dtype=moments))
     state = distinct_state(cfg)
     average, spike = weights("float32", 3)[0], SpikeState(3, 1.5, 0.25, 6, 1.25)
-    save(tmp_path, cfg, Snapshot(state, POSITION, average, spike), DATA)
+    save(tmp_path, cfg, Snapshot(state, POSITION, average, spike))
     fresh = jax.tree.map(jnp.zeros_like, state)
     restored = restore(store.load(tmp_path), cfg, fresh)
     assert (restored.position, restored.spike) == (POSITION, spike)
@@ -58,7 +65,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments:
 
 def test_weights_alone_leave_optimiser_and_position_fresh(tmp_path: Path):
     state = distinct_state(CFG)
-    save(tmp_path, CFG, Snapshot(state, POSITION), DATA)
+    save(tmp_path, CFG, Snapshot(state, POSITION))
     fresh = jax.tree.map(jnp.zeros_like, state)
     taken = weights_of(store.load(tmp_path), CFG, fresh)
     same = jax.tree.map(np.array_equal, taken, state)
@@ -67,7 +74,7 @@ def test_weights_alone_leave_optimiser_and_position_fresh(tmp_path: Path):
 
 
 def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_path: Path):
-    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION), DATA)
+    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION))
     checkpoint = store.load(tmp_path)
     assert checkpoint.step == 7
     assert checkpoint.meta["step"] == 7
@@ -87,7 +94,7 @@ def test_a_checkpoint_holds_everything_by_name_and_what_identifies_the_run(tmp_p
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
-    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION), DATA)
+    save(tmp_path, CFG, Snapshot(distinct_state(CFG), POSITION))
     checkpoint = store.load(tmp_path)
     for changes, said in (
         ({"num_layers": 4}, "lacks tensors of this model"),
@@ -97,3 +104,36 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
         other = with_model(CFG, **changes)
         with pytest.raises(ValueError, match=said):
             restore(checkpoint, other, random_state(other)[1])
+
+
+def leaves(snapshot: Snapshot) -> list[jax.Array]:
+    return jax.tree.leaves((snapshot.state, snapshot.average))
+
+
+def test_what_a_checkpoint_is_made_of_outlives_the_state_it_was_taken_from():
+    """Overwrites every buffer of the state, as a later step may that the state was donated to."""
+    average = jax.tree.map(jnp.copy, weights("float32", 3)[0])
+    state = jax.tree.map(jnp.copy, distinct_state(CFG))
+    taken = Snapshot(state, POSITION, ema.on_host(average))
+    arrays, meta = contents(CFG, taken, DATA)
+    kept = copy.deepcopy(arrays)
+    for leaf in leaves(taken):
+        ctypes.memset(leaf.unsafe_buffer_pointer(), 0x2A, leaf.nbytes)
+    for leaf in leaves(taken):
+        assert set(np.asarray(leaf).tobytes()) == {0x2A}
+    for group, named in arrays.items():
+        for name, array in named.items():
+            assert array.tobytes() == kept[group][name].tobytes(), f"{group}/{name}"
+    assert arrays.keys() == {"params", "router_bias", "mu", "nu", "average"}
+    assert meta["updates"] == 3
+
+
+def test_taking_a_checkpoint_leaves_the_state_to_be_donated():
+    """A view that NumPy holds makes XLA:CPU find new memory instead, for the whole state."""
+    state = jax.tree.map(jnp.copy, distinct_state(CFG))
+    arrays, _ = contents(CFG, Snapshot(state, POSITION), DATA)
+    leaf = jax.tree.leaves(state)[0]
+    place = leaf.unsafe_buffer_pointer()
+    after = jax.jit(lambda x: x + 1, donate_argnums=0)(leaf)
+    assert after.unsafe_buffer_pointer() == place
+    assert arrays

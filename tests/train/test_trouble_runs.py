@@ -1,6 +1,9 @@
-"""Whole runs in trouble: gradients that are not finite, spikes, and what the runs do about them."""
+"""Whole runs in trouble: gradients that are not finite, spikes, damaged checkpoints, and what
+the runs do about them.
+"""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,15 @@ from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.train import loss, trouble
 from dsv3_jax.train.metrics import read_metrics
-from tests.runs import PROGRAMS, SmallRun, assert_same_checkpoint, contents, write_config
+from tests.runs import (
+    PROGRAMS,
+    SmallRun,
+    assert_same_checkpoint,
+    contents,
+    send_at_step,
+    timeless,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +248,39 @@ def test_mistakes_are_one_line(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_run_that_keeps_one_checkpoint_goes_on_from_it_and_never_from_a_damaged_one(
+    small: SmallRun,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """The newest regular one, of step 2 and 4, is kept besides: a spike may send the run there."""
+    run = tmp_path / "small-001"
+    folder = run / "checkpoints"
+    keep = ("--output.save_every", 2, "--output.keep_last", 1)
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, signal.SIGTERM)
+        start = ("--config", small.config, "--output.folder", tmp_path)
+        assert small.train(*start, *keep) == 143
+    assert store.steps(folder) == [2, 3]
+    (folder / "step_00000003" / "manifest.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 5, signal.SIGTERM)
+        assert small.train("--resume", run) == 143
+    shown = capsys.readouterr().out
+    assert f"checkpoint skipped: checkpoint {folder / 'step_00000003'}: CRC-32" in shown
+    assert "resumed after step 2\n" in shown
+    assert store.steps(folder) == [4, 5]
+    assert small.train("--resume", run) == 0
+    assert store.steps(folder) == [6]
+    assert timeless(run) == timeless(finished)
+    checkpoint, same = (store.load(path / "checkpoints") for path in (run, finished))
+    checkpoint.meta["config"] = same.meta["config"]
+    store.save(folder, 6, checkpoint.arrays, checkpoint.meta)
+    assert_same_checkpoint(run, finished, 6)
 
 
 @pytest.mark.slow
