@@ -12,9 +12,18 @@ _HOMES = {
     "DeepSeekV3": "dsv3_jax.model.transformer",
     "ModelConfig": "dsv3_jax.config",
     "RunConfig": "dsv3_jax.config",
+    "load_pretrained": "dsv3_jax.checkpoint.hf",
+    "save_pretrained": "dsv3_jax.checkpoint.hf",
 }
 
-__all__ = ["DeepSeekV3", "ModelConfig", "RunConfig", "__version__"]
+__all__ = [
+    "DeepSeekV3",
+    "ModelConfig",
+    "RunConfig",
+    "__version__",
+    "load_pretrained",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> object:

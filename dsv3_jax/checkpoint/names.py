@@ -2,48 +2,99 @@
 
 `layers.5.mla.w_o_HU_D` is that tensor of layer 5, counted from the first layer of the model,
 whether it sits in a stack of dense or of MoE layers; `mtp.0.…` belongs to the first MTP module.
+A `Blocked` weight is two arrays, `<name>.values` and `<name>.scales`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+
+from dsv3_jax.quant.fp8 import Blocked, abstract_blocked
 
 
 def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
     """Host arrays by layer name; stacks come apart."""
     named = {}
     for path, variable in nnx.to_flat_state(state):
-        array = np.asarray(jax.device_get(variable[...]))
-        names = _layer_names(path, array.shape, num_dense_layers)
-        if names:
-            named |= zip(names, array, strict=True)
-        else:
-            named[".".join(map(str, path))] = array
+        for part, array in _parts(variable.get_value()).items():
+            array = np.asarray(jax.device_get(array))
+            names = _layer_names(path, array.shape, num_dense_layers)
+            if names:
+                named |= {name + part: x for name, x in zip(names, array, strict=True)}
+            else:
+                named[_name(path) + part] = array
     return named
 
 
 def from_layers(
     like: nnx.State, named: Mapping[str, np.ndarray], num_dense_layers: int
 ) -> nnx.State:
-    """`like`'s structure with the named values.
+    """`like`'s structure and dtypes with the named values; FP8 is expanded where `like` has arrays.
 
     ValueError for missing, left-over or misshapen tensors.
     """
-    wanted = to_layers(
-        jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), like), num_dense_layers
-    )
-    _check_names(wanted, named)
+    _check_names(shapes(like, num_dense_layers), named)
     restored = {}
     for path, variable in nnx.to_flat_state(like):
-        names = _layer_names(path, variable.shape, num_dense_layers)
+        held = variable.get_value()
+        names = _layer_names(path, held.shape, num_dense_layers)
         if names:
-            value = np.stack([named[name] for name in names])
+            layers = [_found(held, name, named) for name in names]
+            value = jax.tree.map(lambda *x: np.stack(x), *layers)
         else:
-            value = named[".".join(map(str, path))]
-        restored[path] = variable.replace(jax.numpy.asarray(value, variable.dtype))
+            value = _found(held, _name(path), named)
+        value = jax.tree.map(lambda x, to: jax.numpy.asarray(x, to.dtype), value, held)
+        restored[path] = variable.replace(value)
     return nnx.from_flat_state(restored)
+
+
+def shapes(like: nnx.State, num_dense_layers: int) -> dict[str, tuple[int, ...]]:
+    """What `to_layers` of a state, abstract or not, would hold."""
+    hollow = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), like)
+    return {name: array.shape for name, array in to_layers(hollow, num_dense_layers).items()}
+
+
+def as_stored(like: nnx.State, named: Mapping[str, Any], num_dense_layers: int) -> nnx.State:
+    """`like` with abstract values in the dtypes of `named`: a `Blocked` where that has FP8."""
+
+    def changed(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        name = (_layer_names(path, variable.shape, num_dense_layers) or [_name(path)])[0]
+        if f"{name}.values" in named:
+            return variable.replace(abstract_blocked(variable.shape))
+        if name not in named:
+            return variable
+        return variable.replace(jax.ShapeDtypeStruct(variable.shape, named[name].dtype))
+
+    return nnx.map_state(changed, like)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _parts(value: jax.Array | Blocked) -> dict[str, jax.Array]:
+    """What is added to a name -> array."""
+    if isinstance(value, Blocked):
+        return {".values": value.values, ".scales": value.scales}
+    return {"": value}
+
+
+def _found(
+    held: jax.Array | Blocked, name: str, named: Mapping[str, np.ndarray]
+) -> np.ndarray | Blocked:
+    """A named weight, in FP8 only if `held` is."""
+    if name in named:
+        return named[name]
+    blocked = Blocked(named[f"{name}.values"], named[f"{name}.scales"])
+    return blocked if isinstance(held, Blocked) else np.asarray(_expanded(blocked))
+
+
+@jax.jit
+def _expanded(blocked: Blocked) -> jax.Array:
+    return blocked.dequantize()
 
 
 def _layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
@@ -54,16 +105,18 @@ def _layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> 
     return [".".join((f"layers.{first + i}", *map(str, path[1:]))) for i in range(shape[0])]
 
 
-def _check_names(wanted: Mapping[str, np.ndarray], named: Mapping[str, np.ndarray]) -> None:
+def _check_names(wanted: Mapping[str, tuple[int, ...]], named: Mapping[str, np.ndarray]) -> None:
+    # A weight that is wanted as an array may be there in FP8.
+    source = {n: n if n in named else f"{n}.values" for n in wanted}
+    used = {*source.values(), *(f"{n}.scales" for n, s in source.items() if s != n)}
     for problem, names in (
-        ("lacks tensors of this model", set(wanted) - set(named)),
-        ("holds tensors that this model has not", set(named) - set(wanted)),
+        ("lacks tensors of this model", {n for n, s in source.items() if s not in named}),
+        ("holds tensors that this model has not", set(named) - used),
     ):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(f"checkpoint {problem}, {len(names)} in all: {shown}")
-    for name, array in wanted.items():
-        if named[name].shape != array.shape:
-            raise ValueError(
-                f"checkpoint: {name} has shape {named[name].shape}; the model needs {array.shape}"
-            )
+    for name, shape in wanted.items():
+        found = named[source[name]].shape
+        if found != shape:
+            raise ValueError(f"checkpoint: {name} has shape {found}; the model needs {shape}")

@@ -155,6 +155,13 @@ def steps(folder: Path) -> list[int]:
     return sorted(_committed(folder))
 
 
+def described(folder: Path, step: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns group -> name -> shape, dtype and CRC-32, without reading an array."""
+    path = _require(folder, _committed(folder), step)
+    with _one_line(f"checkpoint {path}"):
+        return json.loads((path / "manifest.json").read_bytes())["arrays"]
+
+
 def delete(folder: Path, step: int) -> None:
     """Deletes a committed step, marker first: a kill midway leaves nothing that looks valid."""
     _require(folder, _committed(folder), step)

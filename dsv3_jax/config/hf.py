@@ -1,4 +1,9 @@
-"""Hugging Face `config.json` in and out: a table of names, and the values we insist on."""
+"""Hugging Face `config.json` in and out: a table of names, and the values we insist on.
+
+Covered are DeepSeek-V3, -R1 and -V3.1, Moonlight, Kimi-K2 and what transformers'
+`DeepseekV3ForCausalLM` saves. Whatever would make another function of the same weights is refused
+by name; a field without effect must be listed as such.
+"""
 
 from typing import Any
 
@@ -32,8 +37,10 @@ OPTIONAL = {
     "bos_token_id": ("bos_id", 0),
     "eos_token_id": ("eos_id", 1),
 }
+# null where other folders have a number: no groups, no shared expert.
+NULLS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # the same function, by Kimi-K2's own model card
 REQUIRED_VALUES = {
-    "model_type": ("deepseek_v3", "kimi_k2"),
     "hidden_act": ("silu",),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
@@ -41,60 +48,113 @@ REQUIRED_VALUES = {
     "moe_layer_freq": (1,),
     "attention_bias": (False,),
     "attention_dropout": (0, 0.0),
-    "rope_interleave": (True,),
+    "rope_interleave": (True,),  # pairs 2j, 2j + 1, as every release stores them
     "pretraining_tp": (1,),
 }
 ROPE_FIELDS = frozenset(
     "type rope_type rope_theta factor beta_fast beta_slow mscale mscale_all_dim "
     "original_max_position_embeddings".split()
 )
-# No effect on the function computed, or redundant with a field above.
+QUANTIZATION_VALUES = {
+    "quant_method": ("fp8",),
+    "weight_block_size": ([128, 128],),
+    "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None),
+    # V3.1: the scales, float32 all the same, are powers of two.
+    "scale_fmt": ("ue8m0", "float", None),
+    "expert_dtype": ("fp8", None),
+    "dequantize": (False, None),
+}
+# Which tensors are FP8 is read off the tensors themselves.
+QUANTIZATION_INERT = frozenset("ignored_layers modules_to_convert modules_to_not_convert".split())
+# Looked at elsewhere in this file.
+OTHERS = frozenset(
+    "model_type num_key_value_heads quantization_config rope_parameters rope_scaling "
+    "rope_theta".split()
+)
+# No effect on the function computed, or redundant with a field above. From `add_cross_attention`
+# on: what transformers 4 writes of every model, about generation and other architectures.
 INERT = frozenset(
-    "_name_or_path architectures auto_map aux_loss_alpha chunk_size_feed_forward dtype ep_size "
-    "head_dim id2label initializer_range is_encoder_decoder label2id num_key_value_heads "
-    "output_attentions output_hidden_states pad_token_id problem_type qk_head_dim "
-    "quantization_config return_dict rope_parameters rope_scaling rope_theta seq_aux torch_dtype "
-    "transformers_version unsloth_fixed use_cache".split()
+    "_attn_implementation _name_or_path architectures auto_map aux_loss_alpha dtype ep_size "
+    "head_dim initializer_range output_router_logits pad_token_id qk_head_dim seq_aux torch_dtype "
+    "transformers_version unsloth_fixed use_cache "
+    "add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward "
+    "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
+    "forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id "
+    "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams "
+    "num_return_sequences output_attentions output_hidden_states output_scores prefix problem_type "
+    "pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate "
+    "sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+    "tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16".split()
 )
 
 
 def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of a parsed `config.json`; ValueError for what cannot be honoured."""
-    missing = sorted(set(FIELDS) - set(hf))
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    known = set(FIELDS) | set(OPTIONAL) | set(REQUIRED_VALUES) | INERT
-    unknown = sorted(set(hf) - known)
-    if unknown:
-        raise ValueError(f"config.json has fields this model does not know: {', '.join(unknown)}")
+    """ModelConfig of a parsed `config.json`; ValueError for what cannot be honoured.
+
+    The model type comes first: a file of another family is not told what it lacks of this one.
+    """
+    _check_value("model_type", hf.get("model_type"), MODEL_TYPES)
+    _check_fields(hf)
     for name, allowed in REQUIRED_VALUES.items():
-        if hf.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"config.json: {name} is {hf[name]!r}; supported: {' or '.join(map(repr, allowed))}"
-            )
+        _check_value(name, hf.get(name, allowed[0]), allowed)
     heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
     if kv_heads not in (None, heads):
         raise ValueError(
             f"config.json: num_key_value_heads is {kv_heads}; supported: {heads}, as many as heads"
         )
+    _check_quantization(hf.get("quantization_config"))
     values = {ours: hf[theirs] for theirs, ours in FIELDS.items()}
+    for theirs, number in NULLS.items():
+        if hf[theirs] is None:
+            values[FIELDS[theirs]] = number
     for theirs, (ours, default) in OPTIONAL.items():
         value = hf.get(theirs)
         values[ours] = default if value is None else value
     return ModelConfig(**values, **_rope_from_hf(hf))
 
 
+def _check_value(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        shown = " or ".join(repr(a) for a in allowed if a is not None)
+        raise ValueError(f"config.json: {name} is {value!r}; supported: {shown}")
+
+
+def _check_fields(hf: dict[str, Any]) -> None:
+    missing = sorted(set(FIELDS) - set(hf))
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    unknown = sorted(set(hf) - set(FIELDS) - set(OPTIONAL) - set(REQUIRED_VALUES) - INERT - OTHERS)
+    if unknown:
+        raise ValueError(f"config.json has fields this model does not know: {', '.join(unknown)}")
+
+
+def _check_quantization(quantization: dict[str, Any] | None) -> None:
+    """FP8 in blocks of 128 x 128, or nothing."""
+    if quantization is None:
+        return
+    where = "quantization_config"
+    for name, allowed in QUANTIZATION_VALUES.items():
+        _check_value(f"{where}.{name}", quantization.get(name), allowed)
+    unknown = sorted(set(quantization) - set(QUANTIZATION_VALUES) - QUANTIZATION_INERT)
+    if unknown:
+        raise ValueError(f"config.json: {where} has unsupported {', '.join(unknown)}")
+
+
 def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """From `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters` for both."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    rope = {name: value for name, value in rope.items() if value is not None}
     theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta, "yarn": YarnConfig(factor=1.0)}
     if kind != "yarn":
         raise ValueError(f"config.json: rope scaling type is {kind!r}; supported: 'yarn' or none")
-    if "factor" not in rope:
-        raise ValueError("config.json: rope_scaling lacks factor")
+    for name in ("factor", "original_max_position_embeddings"):
+        if name not in rope:
+            raise ValueError(f"config.json: rope_scaling lacks {name}")
     unknown = sorted(set(rope) - ROPE_FIELDS)
     if unknown:
         raise ValueError(f"config.json: rope scaling has unsupported {', '.join(unknown)}")
@@ -105,8 +165,9 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         beta_slow=rope.get("beta_slow", defaults.beta_slow),
         mscale=rope.get("mscale", defaults.mscale),
         mscale_all_dim=rope.get("mscale_all_dim", 0.0),
-        original_length=rope.get("original_max_position_embeddings", defaults.original_length),
+        original_length=rope["original_max_position_embeddings"],
     )
+    _check_mscale(rope)
     if hf["max_position_embeddings"] <= yarn.original_length:
         raise ValueError(
             f"config.json: max_position_embeddings is {hf['max_position_embeddings']} with YaRN "
@@ -115,12 +176,30 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "yarn": yarn}
 
 
+def _check_mscale(rope: dict[str, Any]) -> None:
+    """Of other pairs DeepSeek's code and transformers make different multipliers."""
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not (mscale if all_dim else mscale in (None, 1)):
+        raise ValueError(
+            f"config.json: rope scaling has mscale {mscale} and mscale_all_dim {all_dim}, which "
+            "released codes read differently; supported: both, or mscale 1 alone"
+        )
+
+
 def model_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """`config.json` of a model; YaRN is written only where it is active."""
-    hf = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    """`config.json` of a model; YaRN is written only where it is active.
+
+    ValueError for what the format has no field for.
+    """
+    if model.latent_rms_eps != ModelConfig.latent_rms_eps:
+        raise ValueError(
+            f"model.latent_rms_eps is {model.latent_rms_eps}; "
+            f"allowed in a config.json, which has no such field: {ModelConfig.latent_rms_eps}"
+        )
+    hf = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPES[0]}
     hf |= {theirs: getattr(model, ours) for theirs, ours in FIELDS.items()}
     hf |= {theirs: getattr(model, ours) for theirs, (ours, _) in OPTIONAL.items()}
-    hf |= {name: allowed[0] for name, allowed in REQUIRED_VALUES.items() if name != "model_type"}
+    hf |= {name: allowed[0] for name, allowed in REQUIRED_VALUES.items()}
     yarn = model.yarn
     scaling = {
         "type": "yarn",
@@ -131,6 +210,8 @@ def model_to_hf(model: ModelConfig) -> dict[str, Any]:
         "mscale_all_dim": yarn.mscale_all_dim,
         "original_max_position_embeddings": yarn.original_length,
     }
+    if model.yarn_active:
+        _check_mscale(scaling)
     return hf | {
         "num_key_value_heads": model.num_heads,
         "rope_theta": model.rope_theta,

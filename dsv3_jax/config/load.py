@@ -4,7 +4,10 @@ import json
 import runpy
 import traceback
 from pathlib import Path
+from typing import Any
 
+from dsv3_jax.config.data import DataConfig
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.run import RunConfig, from_dict
 
 
@@ -39,11 +42,24 @@ def load_config(path: Path) -> RunConfig:
 
 
 def load_json(path: Path) -> RunConfig:
-    """The configuration written beside a run."""
+    """The configuration written beside a run, or `imported_run` of Hugging Face's `config.json`."""
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if is_hf_config(content):
+            return imported_run(ModelConfig.from_hf(content))
+        return from_dict(RunConfig, content)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ConfigFileError(f"{path}: not a readable configuration: {error}") from error
+
+
+def is_hf_config(content: Any) -> bool:
+    """Whether a parsed `config.json` is Hugging Face's, which names a model_type."""
+    return isinstance(content, dict) and "model_type" in content
+
+
+def imported_run(model: ModelConfig) -> RunConfig:
+    """The default run of a model that comes from elsewhere."""
+    return RunConfig(model, DataConfig(length=min(DataConfig.length, model.max_length)))
 
 
 def _where_and_what(path: Path, error: BaseException) -> str:

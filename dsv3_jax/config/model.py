@@ -107,7 +107,7 @@ class ModelConfig:
     gate_scale: float = 2.5
     """Factor on the normalised gates (routed_scaling_factor)"""
     masked_score: Literal["-inf", "0"] = "-inf"
-    """Score of experts in dropped groups; transformers uses 0, for parity with it"""
+    """Score of experts in dropped groups; 0 is for parity with transformers 4"""
     balance_indicator: Literal["scores", "routed"] = "scores"
     """What the balance loss counts: top K of the plain scores (Eq. 18), or the routing itself"""
     mtp_depth: int = 1
@@ -121,7 +121,9 @@ class ModelConfig:
     yarn: YarnConfig = field(default_factory=YarnConfig)
     """Context extension, active beyond yarn.original_length"""
     rms_eps: float = 1e-6
-    """Epsilon of every RMSNorm"""
+    """Epsilon of every RMSNorm but those on the latents"""
+    latent_rms_eps: float = 1e-6
+    """Epsilon of the norms on the latents: 1e-6 in released code, whatever rms_eps is"""
     init_std: float = 0.006
     """Standard deviation of the initial weights"""
     bos_id: int = 0
@@ -146,7 +148,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.rope_dim is {self.rope_dim}; allowed: even sizes (rotation pairs)"
             )
-        for name in ("rope_theta", "rms_eps", "init_std", "gate_scale"):
+        for name in ("rope_theta", "rms_eps", "latent_rms_eps", "init_std", "gate_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}; allowed: positive numbers"

@@ -1,4 +1,4 @@
-"""Byte-level BPE under DeepSeek's pre-tokenisation rules (report 4.1), or any `tokenizer.json`.
+"""Byte-level BPE under DeepSeek's pre-tokenisation rules (report 4.1), or a tokenizer from a file.
 
 A trained tokenizer starts with all 256 bytes, so it represents every text. Its six special tokens
 take the lowest ids: begin of sentence 0, end of sentence 1 and padding 2 as in the published
@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.data.cache import cache_folder, hash_texts, store
+from dsv3_jax.data.tiktoken import read_tiktoken
 from dsv3_jax.files import replace_file
 
 SPECIAL_TOKENS = (
@@ -148,11 +149,14 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
+    """The tokenizer of a `tokenizer.json`, or of a `tiktoken.model` with the files beside it.
 
     ValueError if the file is missing, unreadable or no tokenizer, or if no token is known to end a
     text.
     """
+    if Path(path).suffix == ".model":
+        byte_chars = sorted(_byte_alphabet(), key=_byte_alphabet().__getitem__)
+        return Tokenizer(read_tiktoken(Path(path), byte_chars), str(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -167,6 +171,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer {path} is no tokenizer.json: {reason}") from None
     return Tokenizer(backend, str(path))
+
+
+def find_tokenizer(folder: str | Path) -> Path | None:
+    """The tokenizer file of a folder, as `load_tokenizer` takes it; None if there is none."""
+    files = (Path(folder) / name for name in ("tokenizer.json", "tiktoken.model"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def cached_tokenizer(

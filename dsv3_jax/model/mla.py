@@ -82,7 +82,7 @@ class MLA(nnx.Module):
         """What the cache holds: c_kv [B, T, C] after its norm, k_R [B, T, R] after rotation."""
         kv_BT_CR = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
         c_kv_BTC, k_rope_BTR = jnp.split(kv_BT_CR, [self.cfg.kv_latent], axis=-1)
-        c_kv_BTC = rms_norm(c_kv_BTC, self.kv_norm_C[...], self.cfg.rms_eps)
+        c_kv_BTC = rms_norm(c_kv_BTC, self.kv_norm_C[...], self.cfg.latent_rms_eps)
         return c_kv_BTC, rotate(k_rope_BTR[:, :, None], rope_BTR)[:, :, 0]
 
     def _queries(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +91,7 @@ class MLA(nnx.Module):
             q_BT_HNR = linear(x_BTD, self.w_q_D_HNR[...])
         else:
             c_q_BTQ = checkpoint_name(linear(x_BTD, self.w_dq_DQ[...]), "mla_q_latent")
-            c_q_BTQ = rms_norm(c_q_BTQ, self.q_norm_Q[...], self.cfg.rms_eps)
+            c_q_BTQ = rms_norm(c_q_BTQ, self.q_norm_Q[...], self.cfg.latent_rms_eps)
             q_BT_HNR = linear(c_q_BTQ, self.w_uq_Q_HNR[...])
         q_BTH_NR = q_BT_HNR.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTH_NR, [self.cfg.nope_dim], axis=-1)

@@ -5,11 +5,17 @@ Operands enter the product in the activations' dtype and accumulate in at least 
 may be wider than the activations (float32 masters under bfloat16 activations): they are cast on
 the way in, and their gradient leaves in the weights' own dtype without ever having been rounded
 to the activations'.
+
+A weight may be a `Blocked`: it is expanded to the activations' dtype before the product, and no
+gradient goes to it.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from dsv3_jax.quant.fp8 import Blocked
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -22,9 +28,13 @@ def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=wide(a.dtype))
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, w_DF: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w_DF: jax.Array | Blocked) -> jax.Array:
     """x [..., D] times w [D, F] -> [..., F] in x's dtype."""
+    return _linear(x, _constant(w_DF, x.dtype) if isinstance(w_DF, Blocked) else w_DF)
+
+
+@jax.custom_vjp
+def _linear(x, w_DF):
     return _linear_fwd(x, w_DF)[0]
 
 
@@ -41,20 +51,31 @@ def _linear_bwd(residuals, dy):
     return dx_XD.reshape(x.shape), dw_DF
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _constant(w: Blocked, dtype: jnp.dtype) -> jax.Array:
+    return lax.stop_gradient(w.dequantize(dtype))
 
 
 def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-@jax.custom_vjp
-def grouped_linear(x_XD: jax.Array, w_EDF: jax.Array, expert_x: jax.Array) -> jax.Array:
+def grouped_linear(x_XD: jax.Array, w_EDF: jax.Array | Blocked, expert_x: jax.Array) -> jax.Array:
     """Every block of rows times the weight of its own expert.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
     each. -> [X, F] in x's dtype.
     """
+    if isinstance(w_EDF, Blocked):  # only experts in use are expanded: one a block of rows
+        w_xDF = _constant(w_EDF[expert_x], x_XD.dtype)
+        return _grouped(x_XD, w_xDF, jnp.arange(expert_x.size, dtype=expert_x.dtype))
+    return _grouped(x_XD, w_EDF, expert_x)
+
+
+@jax.custom_vjp
+def _grouped(x_XD, w_EDF, expert_x):
     return _grouped_fwd(x_XD, w_EDF, expert_x)[0]
 
 
@@ -82,4 +103,4 @@ def _grouped_bwd(residuals, dy_XF):
     return _rows(dx_xMD), dw_EDF, None
 
 
-grouped_linear.defvjp(_grouped_fwd, _grouped_bwd)
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)

@@ -23,7 +23,9 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
+        from dsv3_jax.data.tokenizer import find_tokenizer  # brings NumPy, not for --help
+
+        return find_tokenizer(self.path) or self.path / "tokenizer.json"
 
     @property
     def metrics(self) -> Path:

@@ -15,6 +15,9 @@ from flax import nnx
 from rich.console import Console
 
 from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint.hf import load_pretrained
+from dsv3_jax.checkpoint.hf_folder import is_hf_folder
+from dsv3_jax.checkpoint.run_model import as_checkpoint, check_trained
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_json
 from dsv3_jax.config.run import from_dict
@@ -85,12 +88,13 @@ def prepare(
         check_writable(cfg.output)
     packages_of(cfg)
     say(f"machine    {describe()}")
+    if resume:
+        check_trained(resume.path)
     check_state(cfg)
     _check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
-        groups = None if resume else WEIGHTS
-        checkpoint = store.load((resume or init_from).checkpoints, groups=groups, report=say)
+        checkpoint = _load(resume or init_from, None if resume else WEIGHTS, say)
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if checkpoint:  # before the text is read, which may take long
         check = _check_same_run if resume else _check_same_model
@@ -119,6 +123,15 @@ def prepare(
             _write_config(cfg, run)
     weights_from = init_from and init_from.path
     return Prepared(cfg, run, corpus, checkpoint, resume is None, writers, weights_from)
+
+
+def _load(
+    source: RunFolder, groups: Collection[str] | None, say: Callable[[str], None]
+) -> store.Checkpoint:
+    """The newest checkpoint of a run, or a Hugging Face model as one; FP8 weights are expanded."""
+    if is_hf_folder(source.path):
+        return as_checkpoint(load_pretrained(source.path), source.path)
+    return store.load(source.checkpoints, groups=groups, report=say)
 
 
 def _tokenizer_at_hand(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.checkpoint.names import from_layers, to_layers
+from dsv3_jax.checkpoint.names import as_stored, from_layers, to_layers
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.router import RouterBias
+from dsv3_jax.quant.fp8 import Blocked, grid
 from tests.shapes import random_model, tiny_model
 
 DEEP = tiny_model(num_layers=5, num_dense_layers=2, mtp_depth=2)
@@ -109,3 +110,50 @@ def test_another_split_of_dense_and_moe_layers_is_refused():
         from_layers(
             params_of(tiny_model(num_layers=5, mtp_depth=2)), to_layers(params_of(DEEP), 2), 1
         )
+
+
+def in_fp8(cfg: ModelConfig) -> nnx.State:
+    """Parameters of which the experts' are in FP8."""
+
+    def convert(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        if not str(path[-1]).endswith(("EDF", "EFD")):
+            return variable
+        draw = np.random.default_rng(len(str(path)))
+        values = draw.standard_normal(variable.shape).astype(jnp.float8_e4m3fn)
+        scales = 1 + draw.random(grid(variable.shape)).astype(np.float32)
+        return variable.replace(Blocked(jnp.asarray(values), jnp.asarray(scales)))
+
+    return nnx.map_state(convert, params_of(cfg))
+
+
+def test_a_weight_in_fp8_is_two_arrays_and_comes_back():
+    state = in_fp8(DEEP)
+    named = to_layers(state, 2)
+    assert named["layers.3.moe.w_up_EDF.values"].dtype == jnp.float8_e4m3fn
+    assert named["mtp.1.block.moe.w_up_EDF.scales"].shape == (8, 1, 1)
+    assert "layers.3.moe.w_up_EDF" not in named
+    like = as_stored(jax.eval_shape(lambda: params_of(DEEP)), named, 2)
+    restored = from_layers(like, named, 2)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert new.dtype == old.dtype
+        assert np.array_equal(new, old)
+
+
+def test_a_weight_in_fp8_is_expanded_for_a_model_of_arrays():
+    state = in_fp8(DEEP)
+    restored = from_layers(params_of(DEEP), to_layers(state, 2), 2)
+    up = ("moe", "w_up_EDF")
+    for stack, path in (("moe_layers", up), ("mtp", (1, "block", *up))):
+        new, old = restored[stack], state[stack]
+        for key in path:
+            new, old = new[key], old[key]
+        assert new.dtype == jnp.float32
+        assert np.array_equal(new[...], old[...].dequantize())
+
+
+def test_scales_without_values_are_left_over():
+    named = to_layers(in_fp8(DEEP), 2)
+    del named["layers.3.moe.w_up_EDF.values"]
+    with pytest.raises(ValueError, match=r"lacks tensors .* 1 in all: layers\.3\.moe\.w_up_EDF$"):
+        from_layers(params_of(DEEP), named, 2)

@@ -7,66 +7,10 @@ import pytest
 
 from dsv3_jax.config import ModelConfig, YarnConfig
 from dsv3_jax.config.presets import PRESETS, dsv3_671b
+from tests.config.hf_releases import RELEASES
 from tests.shapes import TINY_YARN, tiny_model
 
-RELEASED = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "aux_loss_alpha": 0.001,
-    "seq_aux": True,
-    "num_nextn_predict_layers": 1,
-    "vocab_size": 129280,
-    "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-06,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "torch_dtype": "bfloat16",
-    "ep_size": 1,
-    "pretraining_tp": 1,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-    },
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    },
-}
+RELEASED = RELEASES["DeepSeek-V3"]
 
 
 def without(*names: str) -> dict:
@@ -129,6 +73,32 @@ def test_entries_that_files_may_leave_out_have_the_format_s_defaults():
     assert cfg == replace(ModelConfig.from_hf(RELEASED), mtp_depth=0)
 
 
+def test_null_means_no_groups_and_no_shared_expert():
+    cfg = ModelConfig.from_hf(
+        RELEASED | {"n_group": None, "topk_group": None, "n_shared_experts": None}
+    )
+    assert (cfg.num_groups, cfg.num_kept_groups, cfg.num_shared_experts) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("mscale", [{}, {"mscale": 1}, {"mscale": 1, "mscale_all_dim": 0}])
+def test_a_multiplier_on_which_released_codes_agree_is_read(mscale: dict):
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096} | mscale
+    yarn = ModelConfig.from_hf(RELEASED | {"rope_scaling": scaling}).yarn
+    assert (yarn.mscale, yarn.mscale_all_dim) == (1, 0)
+
+
+def test_the_eps_of_the_latents_is_no_field_and_never_lost():
+    """Released code gives these two norms their default, whatever `rms_norm_eps` is."""
+    assert ModelConfig.from_hf(RELEASED | {"rms_norm_eps": 0.5}).latent_rms_eps == 1e-6
+    with pytest.raises(ValueError, match=r"model\.latent_rms_eps is 1e-05; allowed in a config"):
+        tiny_model(latent_rms_eps=1e-5).to_hf()
+
+
+def test_what_we_would_misread_is_not_written():
+    with pytest.raises(ValueError, match=r"mscale 0\.7 and mscale_all_dim 0"):
+        tiny_model(yarn=replace(TINY_YARN, mscale=0.7, mscale_all_dim=0)).to_hf()
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
@@ -144,6 +114,18 @@ def test_entries_that_files_may_leave_out_have_the_format_s_defaults():
         (
             RELEASED | {"model_type": "llama"},
             "config.json: model_type is 'llama'; supported: 'deepseek_v3' or 'kimi_k2'",
+        ),
+        (
+            {"model_type": "llama", "hidden_size": 4096, "mlp_bias": False},
+            "config.json: model_type is 'llama'; supported: 'deepseek_v3' or 'kimi_k2'",
+        ),
+        (
+            without("model_type"),
+            "config.json: model_type is None; supported: 'deepseek_v3' or 'kimi_k2'",
+        ),
+        (
+            RELEASED | {"rope_interleave": False},
+            "config.json: rope_interleave is False; supported: True",
         ),
         (
             RELEASED | {"attention_bias": True},
@@ -171,6 +153,59 @@ def test_entries_that_files_may_leave_out_have_the_format_s_defaults():
         (
             RELEASED | {"rope_scaling": RELEASED["rope_scaling"] | {"attention_factor": 0.5}},
             "config.json: rope scaling has unsupported attention_factor",
+        ),
+        (
+            RELEASED | {"rope_scaling": {"type": "yarn", "factor": 40}},
+            "config.json: rope_scaling lacks original_max_position_embeddings",
+        ),
+        *(
+            (
+                RELEASED | {"rope_scaling": RELEASED["rope_scaling"] | mscales},
+                (
+                    f"config.json: rope scaling has mscale {mscales['mscale']} and mscale_all_dim "
+                    f"{mscales['mscale_all_dim']}, which released codes read differently; "
+                    "supported: both, or mscale 1 alone"
+                ),
+            )
+            for mscales in (
+                {"mscale": 0.707, "mscale_all_dim": None},
+                {"mscale": 0.707, "mscale_all_dim": 0},
+                {"mscale": None, "mscale_all_dim": 1.0},
+                {"mscale": 0, "mscale_all_dim": None},
+            )
+        ),
+        (
+            RELEASED | {"quantization_config": {"quant_method": "compressed-tensors"}},
+            (
+                "config.json: quantization_config.quant_method is 'compressed-tensors'; "
+                "supported: 'fp8'"
+            ),
+        ),
+        *(
+            (
+                RELEASED | {"quantization_config": RELEASED["quantization_config"] | {name: value}},
+                f"config.json: quantization_config{message}",
+            )
+            for name, value, message in (
+                ("fmt", "e5m2", ".fmt is 'e5m2'; supported: 'e4m3'"),
+                ("weight_block_size", None, ".weight_block_size is None; supported: [128, 128]"),
+                (
+                    "weight_block_size",
+                    [64, 64],
+                    ".weight_block_size is [64, 64]; supported: [128, 128]",
+                ),
+                (
+                    "activation_scheme",
+                    "static",
+                    ".activation_scheme is 'static'; supported: 'dynamic'",
+                ),
+                (
+                    "scale_fmt",
+                    "e8m0fnu",
+                    ".scale_fmt is 'e8m0fnu'; supported: 'ue8m0' or 'float'",
+                ),
+                ("kv_cache_scheme", {}, " has unsupported kv_cache_scheme"),
+            )
         ),
         (RELEASED | {"hidden_size": "7168"}, "model.d_model is '7168'; allowed: whole numbers"),
         (

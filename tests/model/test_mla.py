@@ -14,9 +14,10 @@ from tests.shapes import TINY_YARN, compiled, normal, random_part, tiny_model
 from tests.tolerances import BFLOAT16, FLOAT64, assert_close
 
 B, T = 2, 7
+# An epsilon that is felt, and that is not the one of the other norms.
 VARIANTS = {
-    "query latent": tiny_model(),
-    "direct query": tiny_model(q_latent=None),
+    "query latent": tiny_model(latent_rms_eps=0.1),
+    "direct query": tiny_model(q_latent=None, latent_rms_eps=0.1),
     "query latent, YaRN": tiny_model(yarn=TINY_YARN),
     "direct query, YaRN": tiny_model(q_latent=None, yarn=TINY_YARN),
 }
@@ -52,9 +53,8 @@ def turn(x_R: np.ndarray, position: int, cfg: ModelConfig) -> np.ndarray:
 def latents_by_loop(mla: MLA, x_TD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """c_kv and k_R of one row, position by position."""
     cfg, w = mla.cfg, np.asarray(mla.w_dkv_D_CR[...])
-    c_kv = [
-        norm(x @ w[:, : cfg.kv_latent], np.asarray(mla.kv_norm_C[...]), cfg.rms_eps) for x in x_TD
-    ]
+    gain, eps = np.asarray(mla.kv_norm_C[...]), cfg.latent_rms_eps
+    c_kv = [norm(x @ w[:, : cfg.kv_latent], gain, eps) for x in x_TD]
     k_rope = [turn(x @ w[:, cfg.kv_latent :], t, cfg) for t, x in enumerate(x_TD)]
     return np.array(c_kv), np.array(k_rope)
 
@@ -69,7 +69,7 @@ def mla_by_loop(mla: MLA, x_TD: np.ndarray) -> np.ndarray:
         queries = x_TD @ np.asarray(mla.w_q_D_HNR[...])
     else:
         gain = np.asarray(mla.q_norm_Q[...])
-        c_q = [norm(x @ np.asarray(mla.w_dq_DQ[...]), gain, cfg.rms_eps) for x in x_TD]
+        c_q = [norm(x @ np.asarray(mla.w_dq_DQ[...]), gain, cfg.latent_rms_eps) for x in x_TD]
         queries = np.array(c_q) @ np.asarray(mla.w_uq_Q_HNR[...])
     out = np.zeros_like(x_TD)
     for h in range(cfg.num_heads):

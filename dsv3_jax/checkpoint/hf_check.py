@@ -1,0 +1,113 @@
+"""Whether a folder's tensors are those of the model its configuration names."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.checkpoint.hf_folder import HFFolder
+from dsv3_jax.checkpoint.hf_table import SCALES, Copy, Entry, leftover
+from dsv3_jax.checkpoint.tensor_file import CODES, DTYPES, Tensor
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.quant.fp8 import grid
+
+FP8 = DTYPES["F8_E4M3"]
+PLAIN = tuple(DTYPES[code] for code in ("BF16", "F16", "F32"))
+_CHUNK = 2**24  # bytes compared at a time
+
+
+class Differences(NamedTuple):
+    """Between the table and a folder's names."""
+
+    missing: list[str]
+    unknown: list[str]
+
+
+def differences(
+    folder: HFFolder, cfg: ModelConfig, table: Sequence[Entry], repeated: Sequence[Copy]
+) -> Differences:
+    """Names that the model needs and the folder lacks, and the reverse. Copies may be absent."""
+    known = {entry.hf for entry in table} | {copy.hf for copy in repeated}
+    stored = folder.tensors
+    linears = (e.hf for e in table if e.kind == "linear" and e.hf in stored)
+    scales = {name + SCALES for name in linears if is_fp8(stored[name])}
+    missing = sorted(({e.hf for e in table} | scales) - set(stored))
+    # Transformers writes tensors without elements for shared experts that a model has not.
+    filled = [name for name, tensor in stored.items() if tensor.spec.size]
+    return Differences(missing, leftover(filled, known | scales, cfg))
+
+
+def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth: int) -> None:
+    """ValueError lists what is missing or unknown: the first few and the count."""
+    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
+    if mtp and not any(name.startswith(mtp) for name in folder.tensors):
+        raise ValueError(
+            f"{folder.path}: config.json has num_nextn_predict_layers {mtp_depth}, but there is no "
+            f"tensor {mtp[0]}*; --skip-mtp (skip_mtp=True) takes the main model alone"
+        )
+    for what, names in (("lacks tensors", found.missing), ("has unknown tensors", found.unknown)):
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(f"{folder.path} {what}, {len(names)} in all: {shown}")
+
+
+def check_tensors(folder: HFFolder, table: Sequence[Entry], repeated: Sequence[Copy]) -> None:
+    """ValueError for a shape, a dtype, scales or a copy that do not fit. Reads scales, copies."""
+    for entry in table:
+        tensor = folder.tensors[entry.hf]
+        allowed = (*PLAIN, FP8) if entry.kind == "linear" else PLAIN
+        _check_spec(entry.hf, tensor, entry.shape, allowed)
+        if is_fp8(tensor):
+            scales = folder.tensors[entry.hf + SCALES]
+            _check_spec(entry.hf + SCALES, scales, grid(entry.shape), (DTYPES["F32"],))
+            if not np.isfinite(scales.read()).all():
+                raise ValueError(f"{scales.file}: {entry.hf + SCALES} holds NaN or infinity")
+    for copy in repeated:
+        if copy.hf in folder.tensors:
+            _check_copy(copy, folder.tensors[copy.hf], folder.tensors[copy.of])
+
+
+def is_fp8(tensor: Tensor) -> bool:
+    return tensor.spec.dtype == FP8
+
+
+def _check_spec(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[np.dtype, ...]
+) -> None:
+    if tensor.spec.shape != shape:
+        raise ValueError(
+            f"{tensor.file}: {name} has shape {list(tensor.spec.shape)}; the model needs "
+            f"{list(shape)}"
+        )
+    if tensor.spec.dtype not in dtypes:
+        raise ValueError(
+            f"{tensor.file}: {name} has dtype {CODES[tensor.spec.dtype]}; allowed: "
+            f"{', '.join(CODES[dtype] for dtype in dtypes)}"
+        )
+
+
+def _check_copy(copy: Copy, repeated: Tensor, main: Tensor) -> None:
+    """Bit for bit where dtypes agree, else by value."""
+    one, two = repeated.read(), main.read()
+    same = one.shape == two.shape and one.dtype in PLAIN
+    if same:
+        rows = max(1, _CHUNK // max(1, one[:1].nbytes))
+        starts = range(0, len(one), rows)
+        same = all(_equal(one[i : i + rows], two[i : i + rows]) for i in starts)
+    if not same:
+        raise ValueError(
+            f"{repeated.file}: {copy.hf} ({repeated.spec}) differs from {copy.of} ({main.spec}), "
+            "of which it must be a copy"
+        )
+
+
+def _equal(one: np.ndarray, two: np.ndarray) -> bool:
+    if one.dtype == two.dtype:
+        return np.array_equal(_bits(one), _bits(two))
+    wide = jnp.promote_types(one.dtype, two.dtype)
+    return np.array_equal(one.astype(wide), two.astype(wide))
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).view(np.uint8)

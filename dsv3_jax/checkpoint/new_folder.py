@@ -1,0 +1,84 @@
+"""A folder that appears under its name when it is complete, and not before."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which takes that name when the block ends.
+
+    After an error inside the block it is removed, and what stood under `path` stands there still.
+    ValueError if `path` is in use: an empty folder is not, and with `overwrite` a folder with a
+    model's config.json is replaced whole. OSError if fewer than `size` bytes are free.
+    """
+    path = path.resolve()
+    check_free_name(path, overwrite)
+    parent = path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    check_disk(parent, size)
+    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        _publish(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free_name(path: Path, overwrite: bool) -> None:
+    """ValueError if `new_folder` could not take this name."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; allowed: a new folder")
+    held = sorted(entry.name for entry in path.iterdir())
+    if not held:
+        return
+    if "config.json" not in held:
+        raise ValueError(f"{path} holds {held[0]} and no model; allowed: a new or an empty folder")
+    if not overwrite:
+        raise ValueError(f"{path} holds a model already; --overwrite replaces it")
+
+
+def check_disk(folder: Path, size: int) -> None:
+    """OSError if a disk has less room than `size` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"not enough disk for {size / 1e9:,.2f} GB: {free / 1e9:,.2f} GB free in {folder}"
+        )
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """The old folder steps aside first, since a folder is not renamed onto one with content."""
+    aside = temporary.with_suffix(".old")
+    if path.exists():
+        os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        if aside.exists():
+            os.rename(aside, path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for entry in folder.rglob("*"):
+        _sync(entry)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""`python -m dsv3_jax.convert`: checkpoints from and to Hugging Face's format, and a look at them.
+
+`import` makes a folder like a run's, which `train --init-from` and `generate` take; `export` goes
+the other way; `inspect` reads names and sizes only. Values and scales of FP8 weights are carried
+untouched where FP8 is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dsv3_jax.cli import parse, run, user_errors
+
+PROG = "python -m dsv3_jax.convert"
+DESCRIPTION = """Checkpoints from and to Hugging Face's format.
+
+Every tensor is accounted for: one that is missing, left over or misshapen is an error that names
+it. A folder appears under its name when it is complete.
+"""
+Switch = tyro.conf.FlagCreatePairsOff
+HFDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="HFDIR")]
+Checkpoint = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Dir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class Import:
+    """A Hugging Face folder to one of ours, for train --init-from and generate."""
+
+    source: HFDir
+    """Hugging Face folder: config.json, safetensors, tokenizer.json"""
+    out: Out
+    """Folder to write; new or empty"""
+    skip_mtp: Annotated[bool, Switch] = False
+    """Take the main model alone"""
+    keep_fp8: Annotated[bool, Switch] = False
+    """Keep FP8 weights as they are; otherwise they are expanded to bfloat16"""
+    overwrite: Annotated[bool, Switch] = False
+    """Replace a model in OUT"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A run's or an imported model to a Hugging Face folder, in bfloat16 or FP8."""
+
+    source: Checkpoint
+    """Folder of a run or an imported model, or a Hugging Face folder"""
+    out: Out
+    """Folder to write; new or empty"""
+    fp8: Annotated[bool, Switch] = False
+    """Linears in 128x128 blocks of FP8, as released: untouched where SOURCE has them"""
+    scale: Literal["float32", "pow2"] = "float32"
+    """Of weights that are quantised here; pow2 as in DeepSeek-V3.1"""
+    ema: Annotated[bool, Switch] = False
+    """The averaged weights"""
+    step: int | None = None
+    """Of a run's checkpoints; default: the newest"""
+    overwrite: Annotated[bool, Switch] = False
+    """Replace a model in OUT"""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What a folder holds: configuration, tensors, dtypes, bytes, what is missing or unknown."""
+
+    source: Dir
+    """Hugging Face folder or a run's"""
+
+
+Command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main(args: Sequence[str]) -> int | None:
+    """The command. SystemExit 2 for the user's mistakes."""
+    command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
+    with user_errors():
+        if isinstance(command, Import):
+            print(import_folder(command))
+        elif isinstance(command, Export):
+            print(export_folder(command))
+        else:
+            from dsv3_jax.checkpoint.inspection import inspect
+
+            for line in inspect(command.source):
+                print(line)
+
+
+def import_folder(command: Import) -> str:
+    """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
+    from dsv3_jax.checkpoint.hf import load_pretrained
+    from dsv3_jax.checkpoint.new_folder import check_free_name
+    from dsv3_jax.checkpoint.run_model import write_model
+
+    _check_apart(command.source, command.out)
+    check_free_name(command.out, command.overwrite)  # before a model is read in vain
+    model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
+    write_model(model, command.source, command.out, overwrite=command.overwrite)
+    return f"{command.out}: imported; train from it with --init-from {command.out}"
+
+
+def export_folder(command: Export) -> str:
+    """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
+    from dsv3_jax.checkpoint.hf import load_pretrained, save_pretrained
+    from dsv3_jax.checkpoint.hf_folder import is_hf_folder
+    from dsv3_jax.checkpoint.new_folder import check_free_name
+    from dsv3_jax.checkpoint.run_model import read_model
+
+    _check_apart(command.source, command.out)
+    check_free_name(command.out, command.overwrite)
+    if is_hf_folder(command.source):
+        if command.ema or command.step is not None:
+            raise ValueError(f"{command.source} is of Hugging Face: --ema and --step are for runs")
+        model, what = load_pretrained(command.source, keep_fp8=command.fp8), "the model"
+    else:
+        model, _, step = read_model(command.source, command.step, command.ema)
+        what = f"step {step:,}"
+    save_pretrained(
+        model,
+        command.out,
+        command.fp8,
+        dtype="bfloat16",
+        scale=command.scale,
+        tokenizer_from=command.source,
+        overwrite=command.overwrite,
+    )
+    return f"{command.out}: exported {what} of {command.source}"
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """ValueError if replacing OUT would remove what is read."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"OUT {out} holds the source {source}; allowed: another folder")
+
+
+if __name__ == "__main__":
+    run(main)

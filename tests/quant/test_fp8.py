@@ -1,0 +1,176 @@
+"""Blocks and scales against a loop over blocks in NumPy, bit for bit; weights in FP8 in a model."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3_jax.inference.cache import empty_cache
+from dsv3_jax.inference.generate import decode
+from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.quant.fp8 import Blocked, grid, quantize
+from dsv3_jax.quant.gemm import grouped_linear, linear
+from tests.shapes import compiled, normal, random_model, random_tokens, tiny_model
+from tests.tolerances import FLOAT32, assert_close
+
+E4M3 = ml_dtypes.float8_e4m3fn
+TINY = np.finfo(np.float32).tiny
+RAGGED = [((128, 128), (200, 300)), ((128, 128), (5, 7)), ((1, 128), (3, 129)), ((4, 3), (2, 9, 8))]
+
+
+def quantize_by_loop(x: np.ndarray, block: tuple[int, int], pow2: bool) -> tuple:
+    """Values and scales of a matrix, one block at a time."""
+    values, scales = np.zeros(x.shape, E4M3), np.zeros(grid(x.shape, block), np.float32)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            at = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            amax = np.abs(x[at]).max()
+            scale = max(amax * np.float32(1 / 448), TINY) if amax else np.float32(1)
+            if pow2 and amax:
+                mantissa, exponent = np.frexp(max(float(amax) / 448, TINY))  # in [0.5, 1)
+                scale = np.float32(2.0 ** (exponent - (mantissa == 0.5)))
+            scales[i, j] = scale
+            values[at] = np.clip(x[at] / scale, -448, 448).astype(E4M3)
+    return values, scales
+
+
+def dequantize_by_loop(values: np.ndarray, scales: np.ndarray, block: tuple[int, int]):
+    """One element at a time, of a matrix."""
+    wide = values.astype(np.float32)
+    return np.array(
+        [[wide[i, j] * scales[i // block[0], j // block[1]] for j in range(wide.shape[1])]
+         for i in range(wide.shape[0])]
+    )  # fmt: skip
+
+
+def matrices(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+@pytest.mark.parametrize("scale", ["float32", "pow2"])
+@pytest.mark.parametrize(("block", "shape"), RAGGED)
+def test_quantize_is_the_loop_over_blocks(block, shape, scale: str):
+    """Magnitudes from 2^-40 to 2^40, so that no two blocks could share a scale by luck."""
+    draw = np.random.default_rng(0)
+    x = (draw.standard_normal(shape) * 2.0 ** draw.integers(-40, 40, shape)).astype(np.float32)
+    run = compiled(quantize, static_argnames=("block", "scale"))
+    blocked = run(jnp.asarray(x), block=block, scale=scale)
+    assert (blocked.shape, blocked.dtype, blocked.block) == (shape, E4M3, block)
+    assert blocked.scales.shape == grid(shape, block)
+    for i, matrix in enumerate(matrices(x)):
+        values, scales = quantize_by_loop(matrix, block, scale == "pow2")
+        assert np.array_equal(matrices(np.asarray(blocked.scales))[i], scales)
+        assert np.array_equal(matrices(np.asarray(blocked.values))[i], values)
+
+
+@pytest.mark.parametrize(("block", "shape"), RAGGED)
+def test_dequantize_is_the_loop_over_elements(block, shape):
+    values = np.asarray(normal(0, *shape)).astype(E4M3)
+    scales = np.abs(np.asarray(normal(1, *grid(shape, block)))).astype(np.float32)
+    blocked = Blocked(jnp.asarray(values), jnp.asarray(scales), block)
+    expected = [dequantize_by_loop(*pair, block) for pair in zip(matrices(values), matrices(scales),
+                                                                 strict=True)]  # fmt: skip
+    actual = compiled(lambda b: (b.dequantize(), b.dequantize(jnp.bfloat16)))(blocked)
+    assert np.array_equal(actual[0], np.reshape(expected, shape))
+    rounded = np.reshape(expected, shape).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(actual[1].view(jnp.uint16), rounded.view(np.uint16))
+
+
+def test_every_e4m3_number_comes_back_from_every_power_of_two_scale():
+    """448 in each block makes the scale exact, so quantising again changes no bit."""
+    codes = np.arange(256, dtype=np.uint8).view(E4M3)
+    finite = codes[np.isfinite(codes.astype(np.float32))]
+    x = finite.astype(np.float32)[None] * np.float32(2.0) ** np.arange(-100, 100, 7)[:, None]
+    blocked = quantize(jnp.asarray(x, jnp.float32), (1, 256), scale="pow2")
+    assert np.array_equal(np.asarray(blocked.values).view(np.uint8),
+                          np.broadcast_to(finite.view(np.uint8), x.shape))  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["float32", "pow2"])
+def test_edges_of_the_range(scale: str):
+    """Zeros: scale 1. Tiny: normal scale. NaN, infinity: in their place alone. Large: finite."""
+    x = np.ones((5, 4), np.float32)
+    x[0], x[1], x[2, 1], x[3, 2], x[4] = 0, 2e-38, np.nan, np.inf, 3e38
+    blocked = quantize(jnp.asarray(x), (1, 4), scale=scale)
+    scales, back = np.asarray(blocked.scales)[:, 0], np.asarray(blocked.dequantize())
+    assert scales[0] == 1
+    assert not back[0].any()
+    assert scales[1] == TINY
+    assert scales[2] == scales[3] == quantize(jnp.ones((1, 4)), (1, 4), scale=scale).scales[0, 0]
+    assert np.argwhere(np.isnan(back)).tolist() == [[2, 1], [3, 2]]
+    assert np.isfinite(back[4]).all()
+    if scale == "pow2":
+        assert (np.asarray(blocked.scales).view(np.int32) & 0x7FFFFF == 0).all()
+
+
+def test_other_formats_and_scales_are_refused():
+    with pytest.raises(ValueError, match="fmt is 'e5m2'; allowed: 'e4m3'"):
+        quantize(jnp.ones((2, 2)), fmt="e5m2")
+    with pytest.raises(ValueError, match="scale is 'int'; allowed: 'float32', 'pow2'"):
+        quantize(jnp.ones((2, 2)), scale="int")
+
+
+def test_products_with_a_blocked_weight_are_those_with_the_expanded_one(strict_dtypes):
+    """Outputs and gradients of the activations."""
+    w = blocked_normal(0, 4, 130, 7)
+    x, dy = (normal(i, 6, size).astype(jnp.bfloat16) for i, size in ((1, 130), (2, 7)))
+    expert_x = jnp.asarray([2, 0, 2], jnp.int32)
+
+    def run(x, w, dy):
+        plain = w.dequantize(jnp.bfloat16)
+        outcomes = []
+        for weight in (w, plain):
+            one, pull_one = jax.vjp(lambda x, w=weight[1]: linear(x, w), x)
+            all_, pull_all = jax.vjp(lambda x, w=weight: grouped_linear(x, w, expert_x), x)
+            outcomes.append((one, all_, pull_one(dy), pull_all(dy)))
+        return outcomes
+
+    actual, expected = compiled(run)(x, w, dy)
+    assert actual[0].dtype == actual[1].dtype == jnp.bfloat16
+    assert_close(actual, expected, 0.0)
+
+
+def blocked_normal(seed: int, *shape: int) -> Blocked:
+    values = np.asarray(normal(seed, *shape)).astype(E4M3)
+    scales = 0.1 + np.asarray(normal(seed + 1, *grid(shape)), np.float32) ** 2
+    return Blocked(jnp.asarray(values), jnp.asarray(scales))
+
+
+def with_blocked_linears(model: DeepSeekV3) -> DeepSeekV3:
+    """The model with random linears in FP8: attention, feed-forward, experts."""
+
+    def convert(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        is_linear = path[0] in ("dense_layers", "moe_layers") and str(path[-1]).startswith("w_")
+        if not is_linear or "router" in path:
+            return variable
+        return variable.replace(blocked_normal(len(str(path)), *variable.shape))
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, nnx.map_state(convert, state))
+
+
+def expanded(model: DeepSeekV3) -> DeepSeekV3:
+    return jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, Blocked) else x,
+        model,
+        is_leaf=lambda x: isinstance(x, Blocked),
+    )
+
+
+def test_a_model_of_blocked_linears_computes_what_the_expanded_one_does():
+    """Under jit and the scans over stacked layers, naive and absorbed."""
+    cfg = tiny_model(d_model=130, mtp_depth=0)
+    model = with_blocked_linears(random_model(cfg))
+    assert isinstance(model.moe_layers.moe.w_up_EDF[...], Blocked)
+    cache = empty_cache(cfg, 2, 3, jnp.float32)
+
+    def run(model, tokens_BT):
+        plain = expanded(model)
+        decoded = (decode(m, tokens_BT[:, 0], jnp.int32(0), cache)[0] for m in (model, plain))
+        return (model(tokens_BT), plain(tokens_BT), *decoded)
+
+    naive, expected, absorbed, also_expected = compiled(run)(model, random_tokens(cfg, 2, 6))
+    assert_close(naive, expected, FLOAT32)
+    assert_close(absorbed, also_expected, FLOAT32)
