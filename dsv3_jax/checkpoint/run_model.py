@@ -5,10 +5,11 @@ weights and router biases and no optimiser: a run may start from it and cannot b
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
@@ -24,6 +25,7 @@ from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.quant.fp8 import Blocked
 
 CHECKPOINTS = "checkpoints"
 
@@ -41,9 +43,11 @@ def read_model(
     step: int | None = None,
     average: bool = False,
     report: Callable[[str], None] = print,
+    dtype: Any = None,
 ) -> RunModel:
-    """The weights of a step (default: the newest), or their average, in the dtypes they are in.
+    """The weights of a step (default: the newest), or their average.
 
+    They are in `dtype`, or as stored; FP8 and the router biases are as stored in any case.
     CheckpointError or ValueError, one line, for what is not there or does not fit.
     """
     weights = "average" if average else "params"
@@ -54,10 +58,22 @@ def read_model(
     dense = cfg.model.num_dense_layers
     named = checkpoint.arrays
     states = (
-        from_layers(as_stored(like, named[group], dense), named[group], dense)
-        for like, group in ((params, weights), (biases, "router_bias"))
+        from_layers(_held(like, named[group], dense, to), named[group], dense)
+        for like, group, to in ((params, weights, dtype), (biases, "router_bias", None))
     )
     return RunModel(nnx.merge(graphdef, *states), cfg, checkpoint.step)
+
+
+def _held(like: nnx.State, named: Mapping[str, Any], dense: int, dtype: Any) -> nnx.State:
+    """`like` in the dtypes in which its values are to be held."""
+    stored = as_stored(like, named, dense)
+    if dtype is None:
+        return stored
+
+    def cast(value: jax.ShapeDtypeStruct | Blocked) -> jax.ShapeDtypeStruct | Blocked:
+        return value if isinstance(value, Blocked) else jax.ShapeDtypeStruct(value.shape, dtype)
+
+    return nnx.map_state(lambda path, x: x.replace(cast(x.get_value())), stored)
 
 
 def write_model(model: DeepSeekV3, source: Path, out: Path, *, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
-from dsv3_jax.quant.gemm import linear, wide_einsum
+from dsv3_jax.quant.gemm import few_rows_einsum, linear, wide_einsum
 
 
 class MLA(nnx.Module):
@@ -40,8 +40,18 @@ class MLA(nnx.Module):
         self, x_BTD: jax.Array, rope_BTR: jax.Array, segments_BT: jax.Array | None = None
     ) -> jax.Array:
         """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope_BTR` from `rope_table`."""
+        return self.naive(x_BTD, rope_BTR, *self.latents(x_BTD, rope_BTR), segments_BT)
+
+    def naive(
+        self,
+        x_BTD: jax.Array,
+        rope_BTR: jax.Array,
+        c_kv_BSC: jax.Array,
+        k_rope_BSR: jax.Array,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """The same with the rows' own latents given, for who wants to keep them."""
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
-        c_kv_BSC, k_rope_BSR = self.latents(x_BTD, rope_BTR)
         kv_BSH_NU = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
         k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [self.cfg.nope_dim], axis=-1)
         k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], q_rope_BTHR.shape)
@@ -54,29 +64,50 @@ class MLA(nnx.Module):
         self,
         x_BTD: jax.Array,
         rope_BTR: jax.Array,
-        c_kv_BSC: jax.Array,
-        k_rope_BSR: jax.Array,
+        own: tuple[jax.Array, jax.Array],
+        cached: tuple[jax.Array, jax.Array],
         seen_BTS: jax.Array,
+        expansion: tuple[jax.Array, jax.Array],
     ) -> jax.Array:
-        """T queries over S cached latents, their own among them: [B, T, D] -> [B, T, D].
+        """T queries over S cached latents and then the queries' own: [B, T, D] -> [B, T, D].
 
-        `seen` is the mask, bool [B, T, S].
+        Own latents stand apart, so that the cache is only read and can be written in place when
+        all is done. `own` and `cached` are as `latents` returns them, `seen` is the mask, bool
+        [B, T, S + T], and the weights are those of the method `expansion`.
         """
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
-        w_ukv_CH_NU = (
-            self.w_ukv_C_HNU[...]
-            .astype(x_BTD.dtype)
-            .reshape(-1, self.cfg.num_heads, self.cfg.nope_dim + self.cfg.v_dim)
+        w_uk_HNC, w_uv_HCU = expansion
+        q_BTHC = _per_head(q_nope_BTHN, w_uk_HNC)
+        b, t, h, c = q_BTHC.shape
+        # Heads and queries as rows of one matrix: the cache enters both products as it lies.
+        q_BXC, q_rope_BXR = q_BTHC.reshape(b, t * h, c), q_rope_BTHR.reshape(b, t * h, -1)
+        score_BXS = jnp.concatenate(
+            [
+                wide_einsum("bxc,bsc->bxs", q_BXC, c_kv_BSC)
+                + wide_einsum("bxr,bsr->bxs", q_rope_BXR, k_rope_BSR)
+                for c_kv_BSC, k_rope_BSR in (cached, own)
+            ],
+            -1,
         )
-        w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CH_NU, [self.cfg.nope_dim], axis=-1)
-        q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, w_uk_CHN)
-        score_BHTS = wide_einsum("bthc,bsc->bhts", q_BTHC, c_kv_BSC)
-        score_BHTS += wide_einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR)
-        score_BHTS = jnp.where(seen_BTS[:, None], score_BHTS * softmax_scale(self.cfg), -jnp.inf)
-        p_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(x_BTD.dtype)
-        z_BTHC = jnp.einsum("bhts,bsc->bthc", p_BHTS, c_kv_BSC)
-        o_BTHU = jnp.einsum("bthc,chu->bthu", z_BTHC, w_uv_CHU)
+        score_BTHS = score_BXS.reshape(b, t, h, -1) * softmax_scale(self.cfg)
+        p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], score_BTHS, -jnp.inf), axis=-1)
+        p_BXS = p_BTHS.astype(x_BTD.dtype).reshape(b, t * h, -1)
+        p_cached_BXS, p_own_BXT = jnp.split(p_BXS, [cached[0].shape[1]], axis=-1)
+        z_BXC = wide_einsum("bxs,bsc->bxc", p_cached_BXS, cached[0])
+        z_BXC += wide_einsum("bxs,bsc->bxc", p_own_BXT, own[0])
+        z_BTHC = z_BXC.astype(x_BTD.dtype).reshape(b, t, h, c)
+        o_BTHU = _per_head(z_BTHC, w_uv_HCU)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
+
+    def expansion(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """w_ukv as the absorbed form takes it: w_uk [H, N, C] and w_uv [H, C, U], in `dtype`.
+
+        Who decodes many tokens makes them once.
+        """
+        w_ukv_C_HNU = self.w_ukv_C_HNU[...].astype(dtype)
+        w_ukv_CH_NU = w_ukv_C_HNU.reshape(w_ukv_C_HNU.shape[0], self.cfg.num_heads, -1)
+        w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CH_NU, [self.cfg.nope_dim], axis=-1)
+        return w_uk_CHN.transpose(1, 2, 0), w_uv_CHU.transpose(1, 0, 2)
 
     def latents(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the cache holds: c_kv [B, T, C] after its norm, k_R [B, T, R] after rotation."""
@@ -96,3 +127,11 @@ class MLA(nnx.Module):
         q_BTH_NR = q_BT_HNR.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTH_NR, [self.cfg.nope_dim], axis=-1)
         return q_nope_BTHN, rotate(q_rope_BTHR, rope_BTR)
+
+
+def _per_head(x_BTHN: jax.Array, w_HNC: jax.Array) -> jax.Array:
+    """Each head's part of x times its own matrix: [B, T, H, N] -> [B, T, H, C]."""
+    b, t, h, n = x_BTHN.shape
+    x_HXN = x_BTHN.reshape(b * t, h, n).swapaxes(0, 1)
+    y_HXC = few_rows_einsum("hxn,hnc->hxc", x_HXN, w_HNC).astype(x_BTHN.dtype)
+    return y_HXC.swapaxes(0, 1).reshape(b, t, h, -1)

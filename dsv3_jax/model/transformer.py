@@ -15,7 +15,7 @@ from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
-from dsv3_jax.quant.gemm import wide_einsum
+from dsv3_jax.quant.gemm import few_rows_einsum
 
 
 class DeepSeekV3(nnx.Module):
@@ -41,7 +41,9 @@ class DeepSeekV3(nnx.Module):
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """Output head on normed hidden states, at least float32."""
-        return wide_einsum("btd,dv->btv", h_BTD, self.head().astype(h_BTD.dtype))
+        h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
+        logits_XV = few_rows_einsum("xd,dv->xv", h_XD, self.head().astype(h_BTD.dtype))
+        return logits_XV.reshape(*h_BTD.shape[:2], -1)
 
     def head(self) -> jax.Array:
         return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]

@@ -1,12 +1,13 @@
 """What the model writes: a text that continues the run's prompt."""
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.inference.generate import sample
+from dsv3_jax.inference.generate import Clock, continued
+from dsv3_jax.inference.sampling import sampling
+from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.train.step import TrainState
 
 
@@ -17,10 +18,11 @@ def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corp
     room = min(cfg.output.sample_tokens, cfg.model.max_length - len(ids))
     if room < 1:
         return ""
-    model = nnx.merge(graphdef, state.params, state.biases)
-    key = jax.random.key(cfg.train.seed)
-    temperature = jnp.float32(cfg.output.sample_temperature)
-    sampled = sample(model, jnp.asarray([ids], jnp.int32), key, room, temperature)[0].tolist()
-    if tokenizer.eos_id in sampled:
-        sampled = sampled[: sampled.index(tokenizer.eos_id)]
-    return tokenizer.decode(sampled)
+    weights = lay_out(nnx.merge(graphdef, state.params, state.biases))
+    how = sampling(cfg.train.seed, cfg.output.sample_temperature)
+    written = []
+    for token_B in continued(weights, np.array([ids]), room, how, Clock()):
+        if token_B[0] == tokenizer.eos_id:
+            break
+        written.append(int(token_B[0]))
+    return tokenizer.decode(written)

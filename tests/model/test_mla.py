@@ -13,7 +13,7 @@ from dsv3_jax.model.yarn import frequencies, rope_table, softmax_scale
 from tests.shapes import TINY_YARN, compiled, normal, random_part, tiny_model
 from tests.tolerances import BFLOAT16, FLOAT64, assert_close
 
-B, T = 2, 7
+B, T, CACHED = 2, 7, 3
 # An epsilon that is felt, and that is not the one of the other norms.
 VARIANTS = {
     "query latent": tiny_model(latent_rms_eps=0.1),
@@ -35,9 +35,28 @@ def make(cfg: ModelConfig, dtype=jnp.float64) -> tuple[MLA, jax.Array, jax.Array
 
 
 def absorbed(mla: MLA, x: jax.Array, rope: jax.Array) -> jax.Array:
-    """The absorbed form over a whole row."""
-    seen_BTS = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None], (B, T, T))
-    return mla.absorbed(x, rope, *mla.latents(x, rope), seen_BTS)
+    """The absorbed form over a whole row, the first tokens of which are cached."""
+    c_kv, k_rope = mla.latents(x, rope)
+    seen_BTS = jnp.broadcast_to(jnp.tri(T, dtype=bool)[None, CACHED:], (B, T - CACHED, T))
+    rest = mla.absorbed(
+        x[:, CACHED:],
+        rope[:, CACHED:],
+        (c_kv[:, CACHED:], k_rope[:, CACHED:]),
+        (c_kv[:, :CACHED], k_rope[:, :CACHED]),
+        seen_BTS,
+        mla.expansion(x.dtype),
+    )
+    none = c_kv[:, :0], k_rope[:, :0]
+    own = c_kv[:, :CACHED], k_rope[:, :CACHED]
+    first = mla.absorbed(
+        x[:, :CACHED],
+        rope[:, :CACHED],
+        own,
+        none,
+        jnp.broadcast_to(jnp.tri(CACHED, dtype=bool)[None], (B, CACHED, CACHED)),
+        mla.expansion(x.dtype),
+    )
+    return jnp.concatenate([first, rest], 1)
 
 
 def norm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
@@ -135,13 +154,15 @@ def test_decoding_step_by_step_equals_the_whole_row(x64, strict_dtypes):
 
     @compiled
     def step(t):
-        seen_S = jnp.arange(T) <= t
-        cache = [
+        seen_S = jnp.arange(T) < t
+        cached = [
             jnp.where(seen_S[None, :, None], a, b) for a, b in zip(latents, garbage, strict=True)
         ]
         x_B1D = jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
         rope_1 = rope_table(cfg, t[None, None], x.dtype)
-        return mla.absorbed(x_B1D, rope_1, *cache, jnp.broadcast_to(seen_S[None, None], (B, 1, T)))
+        seen_BTS = jnp.broadcast_to(jnp.append(seen_S, True)[None, None], (B, 1, T + 1))
+        own = mla.latents(x_B1D, rope_1)
+        return mla.absorbed(x_B1D, rope_1, own, cached, seen_BTS, mla.expansion(x.dtype))
 
     decoded = jnp.concatenate([step(jnp.asarray(t)) for t in range(T)], 1)
     assert_close(decoded, compiled(mla)(x, rope), FLOAT64)

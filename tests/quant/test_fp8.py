@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.inference.cache import empty_cache
+from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.generate import decode
+from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.fp8 import Blocked, grid, quantize
 from dsv3_jax.quant.gemm import grouped_linear, linear
@@ -164,11 +165,13 @@ def test_a_model_of_blocked_linears_computes_what_the_expanded_one_does():
     cfg = tiny_model(d_model=130, mtp_depth=0)
     model = with_blocked_linears(random_model(cfg))
     assert isinstance(model.moe_layers.moe.w_up_EDF[...], Blocked)
-    cache = empty_cache(cfg, 2, 3, jnp.float32)
+    empty = Cache(*(jnp.zeros((2, 3, size)) for size in (cfg.kv_latent, cfg.rope_dim)))
+    cache = (empty,) * cfg.num_layers
 
     def run(model, tokens_BT):
         plain = expanded(model)
-        decoded = (decode(m, tokens_BT[:, 0], jnp.int32(0), cache)[0] for m in (model, plain))
+        pair = (lay_out(m) for m in (model, plain))
+        decoded = (decode(w, tokens_BT[:, 0], jnp.int32(0), cache)[0] for w in pair)
         return (model(tokens_BT), plain(tokens_BT), *decoded)
 
     naive, expected, absorbed, also_expected = compiled(run)(model, random_tokens(cfg, 2, 6))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax.quant.gemm import grouped_linear, linear, wide, wide_einsum
+from tests.jaxprs import equations
 from tests.shapes import compiled, normal
-from tests.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
 
 D, F, E = 5, 7, 4
 
@@ -95,3 +96,13 @@ def test_products_are_rounded_once_at_the_end(strict_dtypes, case):
 def test_accumulation_is_at_least_float32(x64, dtype: str, expected: str):
     a = jnp.ones((2, 2), dtype)
     assert wide(a.dtype) == wide_einsum("ij,jk->ik", a, a).dtype == jnp.dtype(expected)
+
+
+@pytest.mark.parametrize(("dtype", "multiplied"), [(jnp.bfloat16, 2), (jnp.float32, 1)])
+def test_one_row_of_bfloat16_is_multiplied_as_two_and_is_the_same(dtype, multiplied: int):
+    x_XD, w_DF = normal(0, 1, 24, dtype=dtype), normal(1, 24, 16, dtype=dtype)
+    (dot,) = (eqn for eqn in equations(linear, x_XD, w_DF) if eqn.primitive.name == "dot_general")
+    assert dot.outvars[0].aval.shape == (multiplied, 16)
+    y_XF = linear(x_XD, w_DF)
+    assert y_XF.shape == (1, 16)
+    assert_close(y_XF, linear(jnp.concatenate([x_XD] * 3), w_DF)[:1], BFLOAT16)

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import RunConfig
@@ -24,8 +22,9 @@ def test_a_sample_ends_where_the_model_ends_the_text(
     small: SmallRun, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ):
     ids = corpus.tokenizer.encode("spam").tolist()
-    drawn = jnp.asarray([[*ids, corpus.tokenizer.eos_id, *ids]])
-    monkeypatch.setattr(samples_module, "sample", lambda *args: drawn)
+    drawn = [[token] for token in (*ids, corpus.tokenizer.eos_id, *ids)]
+    monkeypatch.setattr(samples_module, "continued", lambda *args: drawn)
+    monkeypatch.setattr(samples_module, "lay_out", lambda model: None)
     monkeypatch.setattr(samples_module.nnx, "merge", lambda *parts: None)
     state = TrainState(None, None, None)
     assert continuation(None, state, small.cfg, corpus) == "spam"
@@ -51,11 +50,12 @@ def test_a_sample_follows_bos_and_prompt_and_ends_at_the_longest_sequence(
 ):
     seen = []
 
-    def sample(model, prompt_BT, key, num_tokens, temperature):
-        seen.append((prompt_BT, num_tokens, float(temperature)))
-        return jnp.asarray([corpus.tokenizer.encode("spam")])
+    def continued(weights, prompt_BT, num_tokens, how, clock):
+        seen.append((prompt_BT, num_tokens, float(how.temperature)))
+        return [[token] for token in corpus.tokenizer.encode("spam")]
 
-    monkeypatch.setattr(samples_module, "sample", sample)
+    monkeypatch.setattr(samples_module, "continued", continued)
+    monkeypatch.setattr(samples_module, "lay_out", lambda model: None)
     monkeypatch.setattr(samples_module.nnx, "merge", lambda *parts: None)
     changes = {"sample_prompt": prompt, "sample_tokens": wanted, "sample_temperature": 0.25}
     output = replace(small.cfg.output, **changes)
@@ -65,7 +65,7 @@ def test_a_sample_follows_bos_and_prompt_and_ends_at_the_longest_sequence(
     if asked:
         ((prompt_BT, num_tokens, heat),) = seen
         ids = [corpus.tokenizer.bos_id, *corpus.tokenizer.encode(prompt).tolist()]
-        assert jax.device_get(prompt_BT).tolist() == [ids]
+        assert prompt_BT.tolist() == [ids]
         assert num_tokens == asked
         assert heat == 0.25
     else:

@@ -1,0 +1,120 @@
+"""A model and its tokenizer from a folder: a run's, an imported model's, or Hugging Face's."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from dsv3_jax.checkpoint.hf import load_pretrained
+from dsv3_jax.checkpoint.run_model import read_model
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.load import is_hf_config, load_json
+from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsv3_jax.model.transformer import DeepSeekV3
+
+
+class OpenedModel(NamedTuple):
+    """What `open_model` returns."""
+
+    model: DeepSeekV3
+    tokenizer: Tokenizer
+    cfg: ModelConfig
+    step: int | None
+    """Of the run; None for a Hugging Face folder"""
+
+
+class Place(NamedTuple):
+    """A folder with config.json, and the step that a path within it names."""
+
+    folder: Path
+    step: int | None
+    is_hf: bool
+
+
+def open_model(
+    path: str | Path, *, dtype: Any = None, step: int | None = None, average: bool = False
+) -> OpenedModel:
+    """The model of a run's folder, of its `checkpoints` or of one `step_...` in it, or of a Hugging
+    Face folder (without its MTP modules).
+
+    Args:
+        dtype: of the weights; None is bfloat16 for a run's float32 masters, and what is stored for
+            a Hugging Face folder. FP8 stays FP8 in a run's folder, and is expanded in the other.
+        step: of a run; None takes the newest that is undamaged.
+        average: take the run's moving average of the weights.
+
+    ValueError or OSError, one line, for what is missing, damaged, or not to be had together.
+    """
+    place = find(Path(path))
+    tokenizer_path = find_tokenizer(place.folder)
+    if tokenizer_path is None:
+        raise ValueError(
+            f"{place.folder}: neither tokenizer.json nor tiktoken.model, without which ids are no "
+            "text"
+        )
+    tokenizer = load_tokenizer(tokenizer_path)
+    if place.is_hf:
+        if step is not None or average:
+            raise ValueError(f"{place.folder}: a Hugging Face folder has no steps and no average")
+        opened = OpenedModel(*_pretrained(place.folder, dtype, tokenizer), None)
+    else:
+        opened = _of_run(place, tokenizer, dtype, step, average)
+    if tokenizer.vocab_size > opened.cfg.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path} has ids up to {tokenizer.vocab_size - 1}; "
+            f"allowed: below the model's vocab_size = {opened.cfg.vocab_size}"
+        )
+    return opened
+
+
+def find(path: Path) -> Place:
+    """ValueError if there is no model's configuration, in the folder or above its checkpoints."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; {NEEDED}")
+    path = path.resolve()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            break
+    else:
+        raise ValueError(f"{path}: no config.json there; {NEEDED}")
+    name = path.name.removeprefix("step_").removesuffix(".old")
+    within = folder != path and path.name.startswith("step_") and name.isdecimal()
+    if folder != path and not (within or path.name == "checkpoints"):
+        raise ValueError(f"{path}: no config.json there; {NEEDED}")
+    return Place(folder, int(name) if within else None, _is_hf(folder / "config.json"))
+
+
+NEEDED = "needed: a run's folder, or a Hugging Face one"
+
+
+def _is_hf(config: Path) -> bool:
+    try:
+        return is_hf_config(json.loads(config.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from None
+
+
+def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
+    model = load_pretrained(folder, dtype, skip_mtp=True, progress=sys.stderr.isatty())
+    return model, tokenizer, model.cfg
+
+
+def _of_run(
+    place: Place, tokenizer: Tokenizer, dtype: Any, step: int | None, average: bool
+) -> OpenedModel:
+    if None not in (step, place.step) and step != place.step:
+        raise ValueError(f"{place.folder}: step {step} and step {place.step}; allowed: one of them")
+    step = place.step if step is None else step
+    cfg = load_json(place.folder / "config.json")
+    if average and cfg.optimizer.ema_decay == 0:
+        raise ValueError(
+            f"{place.folder}: the run keeps no average of its weights (optimizer.ema_decay is 0)"
+        )
+    model, cfg, step = read_model(place.folder, step, average, _to_stderr, dtype or jnp.bfloat16)
+    return OpenedModel(model, tokenizer, cfg.model, step)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,118 @@
+"""One folder is opened as what it is: a run, its checkpoints, one step of it, or Hugging Face's."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.checkpoint.model_folder import open_model
+from dsv3_jax.checkpoint.run_model import read_model
+from dsv3_jax.config import YarnConfig
+from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.model.transformer import DeepSeekV3
+from tests.checkpoint.hf_folders import random_tensors, write_folder
+from tests.checkpoint.run_folders import CFG, write_run
+from tests.shapes import random_model
+
+HF = replace(
+    CFG.model, mtp_depth=1, init_std=0.006, yarn=YarnConfig(factor=1.0), bos_id=0, eos_id=1
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run", 5, 7, average=True)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_folder(tmp_path_factory.mktemp("hf") / "hf", HF, random_tensors(HF, fp8=False))
+    train_tokenizer(["some text"], 262).save(path / "tokenizer.json")
+    return path
+
+
+def head(model: DeepSeekV3) -> np.ndarray:
+    return np.asarray(model.head_DV[...], np.float32)
+
+
+def expected(step: int, factor: float = 1, dtype: jnp.dtype = jnp.bfloat16) -> np.ndarray:
+    drawn = factor * random_model(CFG.model, seed=step).head_DV[...]
+    return np.asarray(drawn.astype(dtype), np.float32)
+
+
+def test_a_run_gives_its_newest_step_in_bfloat16_and_the_router_bias_in_float32(run: Path):
+    opened = open_model(run)
+    assert opened.step == 7
+    assert opened.cfg == CFG.model
+    assert opened.tokenizer.decode(opened.tokenizer.encode("some")) == "some"
+    moe = opened.model.moe_layers.moe
+    assert moe.w_gate_EDF.dtype == opened.model.head_DV.dtype == jnp.bfloat16
+    assert moe.router.bias_E.dtype == jnp.float32
+    assert np.array_equal(head(opened.model), expected(7))
+
+
+@pytest.mark.parametrize("within", ["", "checkpoints", "checkpoints/step_00000005"])
+def test_a_step_is_taken_by_option_or_by_its_folder(run: Path, within: str):
+    opened = open_model(run / within, step=5, dtype="float32")
+    assert opened.step == 5
+    assert np.array_equal(head(opened.model), expected(5, dtype=jnp.float32))
+    assert open_model(run / "checkpoints/step_00000005").step == 5
+
+
+def test_the_average_is_taken_where_the_run_keeps_one(run: Path, tmp_path: Path):
+    assert np.array_equal(head(open_model(run, average=True).model), expected(7, 2))
+    with pytest.raises(ValueError, match=r"keeps no average .* \(optimizer.ema_decay is 0\)"):
+        open_model(write_run(tmp_path / "plain"), average=True)
+
+
+def test_a_damaged_newest_step_is_told_and_the_one_before_it_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = write_run(tmp_path / "run", 1, 2)
+    (run / "checkpoints/step_00000002/manifest.json").write_text("{}")
+    assert open_model(run).step == 1
+    assert "step_00000002: CRC-32 of manifest.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"step_00000002: CRC-32 of manifest.json"):
+        open_model(run, step=2)
+
+
+def test_weights_are_read_as_stored_unless_a_dtype_is_asked_for(run: Path):
+    assert read_model(run, 5).model.head_DV.dtype == jnp.float32
+
+
+def test_a_hugging_face_folder_is_opened_as_stored_and_without_mtp(hf: Path):
+    opened = open_model(hf)
+    assert (opened.step, opened.cfg.mtp_depth, len(opened.model.mtp)) == (None, 0, 0)
+    assert opened.model.head_DV.dtype == jnp.bfloat16
+    assert opened.tokenizer.vocab_size == 262
+    for how in ({"step": 3}, {"average": True}):
+        with pytest.raises(ValueError, match="a Hugging Face folder has no steps and no average"):
+            open_model(hf, **how)
+
+
+def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/config.json").write_text("{")
+    (tmp_path / "odd/tokenizer.json").write_text("{")
+    bare = write_run(tmp_path / "bare", 1)
+    (bare / "tokenizer.json").unlink()
+    large = write_run(tmp_path / "large", 1)
+    many = "".join(map(chr, range(0x100, 0x200)))
+    train_tokenizer([many * 3], 400).save(large / "tokenizer.json")
+    for path, how, said in (
+        (tmp_path / "gone", {}, "gone: no such folder; needed: a run's folder, or"),
+        (tmp_path / "empty", {}, "empty: no config.json there; needed"),
+        (run / "checkpoints/step_00000005/arrays", {}, "arrays: no config.json there; needed"),
+        (tmp_path / "odd", {}, "config.json is not JSON"),
+        (bare, {}, "bare: neither tokenizer.json nor tiktoken.model"),
+        (large, {}, "allowed: below the model's vocab_size = 300"),
+        (run, {"step": 6}, "no checkpoint of step 6 in .*: found steps"),
+        (run / "checkpoints/step_00000005", {"step": 7}, "step 7 and step 5; allowed: one of them"),
+        (write_run(tmp_path / "new"), {}, "no checkpoint in .*: found no such folder"),
+    ):
+        with pytest.raises((ValueError, OSError), match=said) as error:
+            open_model(path, **how)
+        assert "\n" not in str(error.value)
