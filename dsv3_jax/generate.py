@@ -78,7 +78,8 @@ def main(args: Sequence[str]) -> int | None:
                 f"allowed: below model.max_length = {cfg.max_length}"
             )
     text, clock = TextStream(tokenizer.token_bytes, options.stop), Clock()
-    written, ended = _write(weights, ids, options.max_tokens, how, text, clock)
+    ends = {cfg.eos_id, tokenizer.eos_id}  # of a chat model they may differ: a turn, a text
+    written, ended = _write(weights, ids, options.max_tokens, how, text, clock, ends)
     print(_summary(len(ids), written, clock, ended), file=sys.stderr)
 
 
@@ -120,8 +121,11 @@ def _write(
     how: "Sampling",
     text: "TextStream",
     clock: "Clock",
+    ends: set[int],
 ) -> tuple[int, str]:
-    """Writes the text to stdout as it comes. Returns the number of its tokens, and its end."""
+    """Writes the text to stdout as it comes, up to one of the ids in `ends`. Returns the number of
+    its tokens, and what ended it.
+    """
     import numpy as np
 
     from dsv3_jax.inference.generate import continued
@@ -131,7 +135,7 @@ def _write(
     if room < max_tokens:
         max_tokens, ended = room, "model.max_length"
     for token_B in continued(weights, np.array([ids]), max_tokens, how, clock):
-        if token_B[0] == cfg.eos_id:
+        if int(token_B[0]) in ends:
             ended = "the end of the text"
             break
         written += 1

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dsv3_jax import generate as generate_command
 from dsv3_jax.generate import main
 from dsv3_jax.inference import generate
 from tests.checkpoint.run_folders import write_run
@@ -71,6 +73,20 @@ def forced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
             yield [token]
 
     monkeypatch.setattr(generate, "continued", continued)
+
+
+def test_text_ends_with_the_tokenizers_end_token_where_the_model_has_another(
+    run, capsys, monkeypatch
+):
+    def chat_model(options: object, load=generate_command._load) -> tuple:
+        weights, tokenizer = load(options)
+        weights.rest.cfg = replace(weights.rest.cfg, eos_id=9)
+        return weights, tokenizer
+
+    monkeypatch.setattr(generate_command, "_load", chat_model)
+    forced(monkeypatch, "ab")
+    text, said = write(capsys, run, "--prompt", "")
+    assert (text, said.partition("; ended by ")[2]) == ("ab", "the end of the text")
 
 
 def test_text_ends_with_the_end_token_a_stop_string_or_the_longest_sequence(
