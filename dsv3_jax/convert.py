@@ -55,6 +55,8 @@ class Export:
     """Linears in 128x128 blocks of FP8, as released: untouched where SOURCE has them"""
     scale: Literal["float32", "pow2"] = "float32"
     """Of weights that are quantised here; pow2 as in DeepSeek-V3.1"""
+    skip_mtp: Annotated[bool, Switch] = False
+    """Take the main model of a Hugging Face folder alone"""
     ema: Annotated[bool, Switch] = False
     """The averaged weights"""
     step: int | None = None
@@ -118,7 +120,10 @@ def export_folder(command: Export) -> str:
     if is_hf_folder(command.source):
         if command.ema or command.step is not None:
             raise ValueError(f"{command.source} is of Hugging Face: --ema and --step are for runs")
-        model, what = load_pretrained(command.source, keep_fp8=command.fp8), "the model"
+        what = "the model"
+        model = load_pretrained(command.source, keep_fp8=command.fp8, skip_mtp=command.skip_mtp)
+    elif command.skip_mtp:
+        raise ValueError(f"{command.source} is a run: --skip-mtp is for Hugging Face folders")
     else:
         model, _, step = read_model(command.source, command.step, command.ema)
         what = f"step {step:,}"

@@ -1,8 +1,9 @@
 """`python -m dsv3_jax.generate`: a model of ours, or a Hugging Face folder's, continues a text."""
 
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +13,7 @@ import tyro
 from dsv3_jax.cli import parse, run, user_errors
 
 if TYPE_CHECKING:
-    from dsv3_jax.data.tokenizer import Tokenizer
+    from dsv3_jax.checkpoint.model_folder import OpenedModel
     from dsv3_jax.inference.generate import Clock
     from dsv3_jax.inference.sampling import Sampling
     from dsv3_jax.inference.text import TextStream
@@ -58,6 +59,8 @@ def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     default = Options(checkpoint=tyro.MISSING)
     options = parse(Options, default, prog=PROG, description=DESCRIPTION, args=args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have every character
+        sys.stdout.reconfigure(errors="replace")
     with user_errors():
         if options.max_tokens < 1:
             raise ValueError(f"--max-tokens is {options.max_tokens}; allowed: 1 or more")
@@ -69,8 +72,8 @@ def main(args: Sequence[str]) -> int | None:
 
         how = sampling(options.seed, options.temperature, options.top_p)
         TextStream((), options.stop)
-        weights, tokenizer = _load(options)
-        cfg = weights.rest.cfg
+        weights, opened = _load(options)
+        cfg, tokenizer = opened.cfg, opened.tokenizer
         ids = [cfg.bos_id, *tokenizer.encode(prompt).tolist()]
         if len(ids) >= cfg.max_length:
             raise ValueError(
@@ -78,8 +81,7 @@ def main(args: Sequence[str]) -> int | None:
                 f"allowed: below model.max_length = {cfg.max_length}"
             )
     text, clock = TextStream(tokenizer.token_bytes, options.stop), Clock()
-    ends = {cfg.eos_id, tokenizer.eos_id}  # of a chat model they may differ: a turn, a text
-    written, ended = _write(weights, ids, options.max_tokens, how, text, clock, ends)
+    written, ended = _write(weights, ids, options.max_tokens, how, text, clock, opened.end_ids)
     print(_summary(len(ids), written, clock, ended), file=sys.stderr)
 
 
@@ -101,8 +103,8 @@ def _prompt(options: Options) -> str:
         ) from None
 
 
-def _load(options: Options) -> tuple["Weights", "Tokenizer"]:
-    """The model's weights, laid out once the model itself is let go, and its tokenizer."""
+def _load(options: Options) -> tuple["Weights", "OpenedModel"]:
+    """The model's weights laid out, and what was opened without its model."""
     from dsv3_jax.checkpoint.model_folder import open_model
     from dsv3_jax.inference.weights import lay_out
 
@@ -111,7 +113,7 @@ def _load(options: Options) -> tuple["Weights", "Tokenizer"]:
     )
     step = "" if opened.step is None else f", step {opened.step:,}"
     print(f"{options.checkpoint}{step}", file=sys.stderr)
-    return lay_out(opened.model), opened.tokenizer
+    return lay_out(opened.model), opened._replace(model=None)
 
 
 def _write(
@@ -121,9 +123,9 @@ def _write(
     how: "Sampling",
     text: "TextStream",
     clock: "Clock",
-    ends: set[int],
+    end_ids: Collection[int],
 ) -> tuple[int, str]:
-    """Writes the text to stdout as it comes, up to one of the ids in `ends`. Returns the number of
+    """Writes the text to stdout as it comes, up to one of `end_ids`. Returns the number of
     its tokens, and what ended it.
     """
     import numpy as np
@@ -135,7 +137,7 @@ def _write(
     if room < max_tokens:
         max_tokens, ended = room, "model.max_length"
     for token_B in continued(weights, np.array([ids]), max_tokens, how, clock):
-        if int(token_B[0]) in ends:
+        if int(token_B[0]) in end_ids:
             ended = "the end of the text"
             break
         written += 1

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsv3_jax.checkpoint import new_folder, store
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.convert import main
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.generate import main as generate
+from dsv3_jax.model.router import RouterBias
 from dsv3_jax.train import __main__ as training
 from dsv3_jax.train.run import prepare
+from dsv3_jax.train.snapshot import weights_of
+from dsv3_jax.train.step import TrainState
 from tests.checkpoint.hf_folders import (
     BF16,
     F32,
@@ -27,9 +32,11 @@ from tests.checkpoint.hf_folders import (
     random_bits,
     random_tensors,
     read_folder,
+    save,
     write_folder,
 )
 from tests.runs import jax_option
+from tests.shapes import random_model
 
 # One dense and one MoE layer, and MTP.
 CFG = replace(SMALL, num_layers=2, mtp_depth=1)
@@ -232,7 +239,8 @@ def prepared(tmp_path: Path, weights: Path, *flags: str):
 def test_a_run_starts_from_either_folder(tmp_path: Path, kind: str, monkeypatch):
     """With its configuration, its tokenizer and, expanded, its very weights."""
     cfg = replace(CFG, vocab_size=300)
-    source = write_folder(tmp_path / "hf", cfg, random_tensors(cfg, fp8=True))
+    tensors = random_tensors(cfg, fp8=True)
+    source = write_folder(tmp_path / "hf", cfg, tensors)
     tokenizer = train_tokenizer(["some text " * 9], 300)
     tokenizer.save(source / "tokenizer.json")
     if kind != "hugging face":
@@ -244,6 +252,42 @@ def test_a_run_starts_from_either_folder(tmp_path: Path, kind: str, monkeypatch)
     assert made.corpus.tokenizer.content_hash == tokenizer.content_hash
     assert made.checkpoint.meta["data"]["tokenizer"] == tokenizer.content_hash
     assert {"params", "router_bias"} == set(made.checkpoint.arrays)
+    graphdef, params, biases = nnx.split(random_model(cfg), nnx.Param, RouterBias)
+    begun = weights_of(made.checkpoint, made.cfg, TrainState(params, biases, ()))
+    model = nnx.merge(graphdef, begun.params, begun.biases)
+    expected = {name: x.astype(F32) for name, x in expanded(tensors, F32).items()}
+    assert_same_tensors(save(model, tmp_path / "again", dtype="float32"), expected)
+
+
+def test_a_folder_that_lacks_its_mtp_modules_is_taken_without_them(tmp_path: Path, capsys):
+    """As transformers writes it."""
+    cfg = replace(CFG, vocab_size=300)
+    without = random_tensors(replace(cfg, mtp_depth=0), fp8=False)
+    source = write_folder(tmp_path / "hf", cfg, without)
+    train_tokenizer(["some text " * 9], 300).save(source / "tokenizer.json")
+    said = refused(capsys, "export", source, tmp_path / "out")
+    assert "there is no tensor model.layers.2.*; --skip-mtp" in said
+    assert not run("export", source, tmp_path / "out", "--skip-mtp")
+    assert_same_tensors(read_folder(tmp_path / "out"), without)
+    with pytest.raises(ValueError, match=r"train: --model\.mtp-depth 0"):
+        prepared(tmp_path, source)
+    assert prepared(tmp_path, source, "--model.mtp-depth=0").cfg.model.mtp_depth == 0
+
+
+def test_a_hugging_face_folder_writes_the_same_text_imported_or_not(tmp_path: Path, capsys):
+    cfg = replace(CFG, vocab_size=300)
+    source = write_folder(tmp_path / "hf", cfg, random_tensors(cfg, fp8=True))
+    train_tokenizer(["some text " * 9], 300).save(source / "tokenizer.json")
+    run("import", source, tmp_path / "ours", "--keep-fp8")
+    capsys.readouterr()
+    texts = []
+    for path in (source, tmp_path / "ours"):
+        flags = ["--prompt", "some", "--max-tokens", "3", "--dtype", "float32"]
+        assert not generate(["--checkpoint", str(path), *flags])
+        text, said = capsys.readouterr()
+        assert "; written 3" in said
+        texts.append(text)
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("kind", ["imported", "hugging face"])

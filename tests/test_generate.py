@@ -1,16 +1,17 @@
 """The command: text on stdout as it comes, all else on stderr, one line for what cannot work."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dsv3_jax import generate as generate_command
+from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.generate import main
 from dsv3_jax.inference import generate
 from tests.checkpoint.run_folders import write_run
@@ -61,8 +62,6 @@ def test_the_prompt_comes_from_the_option_a_file_or_stdin(run, capsys, tmp_path,
 
 def forced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """The model writes this text, a byte a token, and ends it. Ids 0-5 are special tokens."""
-    from dsv3_jax.data.tokenizer import train_tokenizer
-
     table = train_tokenizer(["some text"], 262).token_bytes
     ids = [table.index(bytes([byte])) for byte in text.encode()]
 
@@ -75,18 +74,23 @@ def forced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(generate, "continued", continued)
 
 
-def test_text_ends_with_the_tokenizers_end_token_where_the_model_has_another(
-    run, capsys, monkeypatch
-):
-    def chat_model(options: object, load=generate_command._load) -> tuple:
-        weights, tokenizer = load(options)
-        weights.rest.cfg = replace(weights.rest.cfg, eos_id=9)
-        return weights, tokenizer
+def test_a_turn_ends_a_text_too(run, capsys, monkeypatch, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    table = train_tokenizer(["some text"], 262).token_bytes
+    forced(monkeypatch, "ab!c")
+    for ends in (table.index(b"!"), [7, table.index(b"!")]):
+        (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        text, said = write(capsys, copy, "--prompt", "")
+        assert (text, said.partition("; ended by ")[2]) == ("ab", "the end of the text")
 
-    monkeypatch.setattr(generate_command, "_load", chat_model)
-    forced(monkeypatch, "ab")
-    text, said = write(capsys, run, "--prompt", "")
-    assert (text, said.partition("; ended by ")[2]) == ("ab", "the end of the text")
+
+def test_a_terminal_that_lacks_characters_gets_the_text_all_the_same(run, capfd, monkeypatch):
+    forced(monkeypatch, "a€")
+    written = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    main(["--checkpoint", str(run), "--prompt", ""])
+    written.flush()
+    assert written.buffer.getvalue() == b"a?\n"
 
 
 def test_text_ends_with_the_end_token_a_stop_string_or_the_longest_sequence(

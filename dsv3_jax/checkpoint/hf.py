@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "tiktoken.model",
+    "generation_config.json",
 )
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -223,7 +224,7 @@ def save_pretrained(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer that are there."""
+    """Copies what belongs to text that is there: a tokenizer's files, and which ids end a turn."""
     files = [source / name for name in TOKENIZER_FILES]
     for file in files + sorted(source.glob("tokenization_*.py")):  # beside a tiktoken.model
         if file.is_file():

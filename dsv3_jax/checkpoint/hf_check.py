@@ -35,7 +35,7 @@ def differences(
     missing = sorted(({e.hf for e in table} | scales) - set(stored))
     # Transformers writes tensors without elements for shared experts that a model has not.
     filled = [name for name, tensor in stored.items() if tensor.spec.size]
-    return Differences(missing, leftover(filled, known | scales, cfg))
+    return Differences(missing, leftover(filled, known | scales))
 
 
 def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth: int) -> None:
@@ -44,7 +44,8 @@ def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth
     if mtp and not any(name.startswith(mtp) for name in folder.tensors):
         raise ValueError(
             f"{folder.path}: config.json has num_nextn_predict_layers {mtp_depth}, but there is no "
-            f"tensor {mtp[0]}*; --skip-mtp (skip_mtp=True) takes the main model alone"
+            f"tensor {mtp[0]}*; --skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the "
+            "main model alone"
         )
     for what, names in (("lacks tensors", found.missing), ("has unknown tensors", found.unknown)):
         if names:

@@ -72,11 +72,6 @@ class Entry(NamedTuple):
     def transposed(self) -> bool:
         return self.kind in ("matrix", "linear")
 
-    @property
-    def ours(self) -> str:
-        """What messages call our side."""
-        return ".".join(map(str, (*self.path, *self.index)))
-
 
 class Copy(NamedTuple):
     """One more tensor of theirs that equals `of`. Released ones are written as well as read."""
@@ -116,7 +111,7 @@ def copies(cfg: ModelConfig) -> list[Copy]:
     return repeated
 
 
-def leftover(names: Iterable[str], known: Iterable[str], cfg: ModelConfig) -> list[str]:
+def leftover(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Names that no row accounts for, sorted; buffers that follow from the configuration are
     none of them.
     """

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from dsv3_jax.config.load import is_hf_config, load_json
 from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
+_NEEDED = "needed: a run's folder, or a Hugging Face one"
+
 
 class OpenedModel(NamedTuple):
     """What `open_model` returns."""
@@ -23,6 +26,8 @@ class OpenedModel(NamedTuple):
     cfg: ModelConfig
     step: int | None
     """Of the run; None for a Hugging Face folder"""
+    end_ids: frozenset[int] = frozenset()
+    """Those that end a text or, of a chat model, a turn"""
 
 
 class Place(NamedTuple):
@@ -66,27 +71,36 @@ def open_model(
             f"{tokenizer_path} has ids up to {tokenizer.vocab_size - 1}; "
             f"allowed: below the model's vocab_size = {opened.cfg.vocab_size}"
         )
-    return opened
+    return opened._replace(end_ids=_end_ids(place.folder, opened))
+
+
+def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
+    """Of the configuration, the tokenizer, and generation_config.json, which may have several."""
+    known = {opened.cfg.eos_id, opened.tokenizer.eos_id}
+    try:
+        found = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
+    except FileNotFoundError:
+        found = []
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'generation_config.json'}: no eos_token_id in it") from None
+    return frozenset(known | set(found if isinstance(found, list) else [found]))
 
 
 def find(path: Path) -> Place:
     """ValueError if there is no model's configuration, in the folder or above its checkpoints."""
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; {NEEDED}")
+        raise ValueError(f"{path}: no such folder; {_NEEDED}")
     path = path.resolve()
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.json").is_file():
             break
     else:
-        raise ValueError(f"{path}: no config.json there; {NEEDED}")
+        raise ValueError(f"{path}: no config.json there; {_NEEDED}")
     name = path.name.removeprefix("step_").removesuffix(".old")
     within = folder != path and path.name.startswith("step_") and name.isdecimal()
     if folder != path and not (within or path.name == "checkpoints"):
-        raise ValueError(f"{path}: no config.json there; {NEEDED}")
+        raise ValueError(f"{path}: no config.json there; {_NEEDED}")
     return Place(folder, int(name) if within else None, _is_hf(folder / "config.json"))
-
-
-NEEDED = "needed: a run's folder, or a Hugging Face one"
 
 
 def _is_hf(config: Path) -> bool:
@@ -98,7 +112,10 @@ def _is_hf(config: Path) -> bool:
 
 def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
     model = load_pretrained(folder, dtype, skip_mtp=True, progress=sys.stderr.isatty())
-    return model, tokenizer, model.cfg
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    ids = {name: i for name, i in ids.items() if stated.get(f"{name[:3]}_token_id") is None}
+    return model, tokenizer, replace(model.cfg, **ids)
 
 
 def _of_run(

@@ -2,10 +2,17 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+# What we write, and what tokenizers of the family bring along.
+_OF_A_MODEL = re.compile(
+    r"checkpoints|(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
+    r"|special_tokens_map\.json|.*\.jinja|tiktoken\.model|tokenization_.*\.py"
+)
 
 
 @contextlib.contextmanager
@@ -13,13 +20,14 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes that name when the block ends.
 
     After an error inside the block it is removed, and what stood under `path` stands there still.
-    ValueError if `path` is in use: an empty folder is not, and with `overwrite` a folder with a
-    model's config.json is replaced whole. OSError if fewer than `size` bytes are free.
+    ValueError if `path` is in use: an empty folder is not, and with `overwrite` a folder that holds
+    a model and nothing else is replaced whole. OSError if fewer than `size` bytes are free.
     """
     path = path.resolve()
-    check_free_name(path, overwrite)
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
+    _settle(path)
+    check_free_name(path, overwrite)
     check_disk(parent, size)
     temporary = parent / f".{path.name}.{secrets.token_hex(4)}.part"
     temporary.mkdir()
@@ -43,7 +51,13 @@ def check_free_name(path: Path, overwrite: bool) -> None:
     if "config.json" not in held:
         raise ValueError(f"{path} holds {held[0]} and no model; allowed: a new or an empty folder")
     if not overwrite:
-        raise ValueError(f"{path} holds a model already; --overwrite replaces it")
+        raise ValueError(f"{path} holds a model already; --overwrite (overwrite=True) replaces it")
+    others = [name for name in held if not _OF_A_MODEL.fullmatch(name)]
+    if others:
+        raise ValueError(
+            f"{path} holds {others[0]}, which is no part of a model; allowed to overwrite: what "
+            "convert and save_pretrained write"
+        )
 
 
 def check_disk(folder: Path, size: int) -> None:
@@ -55,12 +69,25 @@ def check_disk(folder: Path, size: int) -> None:
         )
 
 
+def _settle(path: Path) -> None:
+    """Ends what a killed process began: an old folder takes its name back where no new one has it;
+    what else it left is removed.
+    """
+    for aside in sorted(path.parent.glob(f".{path.name}.*.old")):
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, path)
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        shutil.rmtree(part)
+
+
 def _publish(temporary: Path, path: Path) -> None:
     """The old folder steps aside first, since a folder is not renamed onto one with content."""
     aside = temporary.with_suffix(".old")
-    if path.exists():
-        os.rename(path, aside)
     try:
+        if path.exists():
+            os.rename(path, aside)
         os.rename(temporary, path)
     except BaseException:
         if aside.exists():

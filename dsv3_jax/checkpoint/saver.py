@@ -27,15 +27,17 @@ class Saver:
     def __init__(
         self, folder: Path, retention: Retention = KEEP_ALL, loaded: int | None = None
     ) -> None:
-        """`loaded`: the step that was read from the folder, if one was. It was the newest that
-        could be, so the later ones are damaged: they count for nothing.
+        """`loaded`: the newest step that could be read from the folder, 0 if none could; the later
+        ones are damaged and count for nothing. None: nobody tried, and all count.
         """
         self.folder, self._retention = folder, retention
-        self.committed = loaded
+        self.committed = loaded or None
         """The step that was saved last, or loaded"""
         self.undeleted = ""
         """What was to be deleted and could not be, in one line"""
-        self._damaged = {step for step in store.steps(folder) if step > (loaded or 0)}
+        self._damaged: set[int] = set()
+        if loaded is not None:
+            self._damaged = {step for step in store.steps(folder) if step > loaded}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -100,10 +102,10 @@ class Saver:
 
     def _thin_out(self, written: int) -> None:
         """Deletes what need not stay. Where that fails the checkpoint is there all the same."""
-        usable = set(self._usable())
-        kept = self._retention.kept(usable, written)
-        gone = usable - kept | (self._damaged if self._retention.last else set())
         try:
+            usable = set(self._usable())
+            kept = self._retention.kept(usable, written)
+            gone = usable - kept | (self._damaged if self._retention.last else set())
             for step in sorted(gone):
                 store.delete(self.folder, step)
                 self._damaged.discard(step)

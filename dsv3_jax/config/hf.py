@@ -191,11 +191,13 @@ def model_to_hf(model: ModelConfig) -> dict[str, Any]:
 
     ValueError for what the format has no field for.
     """
-    if model.latent_rms_eps != ModelConfig.latent_rms_eps:
-        raise ValueError(
-            f"model.latent_rms_eps is {model.latent_rms_eps}; "
-            f"allowed in a config.json, which has no such field: {ModelConfig.latent_rms_eps}"
-        )
+    for name in ("latent_rms_eps", "masked_score"):
+        value, only = getattr(model, name), getattr(ModelConfig, name)
+        if value != only:
+            raise ValueError(
+                f"model.{name} is {value}; "
+                f"allowed in a config.json, which has no such field: {only}"
+            )
     hf = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": MODEL_TYPES[0]}
     hf |= {theirs: getattr(model, ours) for theirs, ours in FIELDS.items()}
     hf |= {theirs: getattr(model, ours) for theirs, (ours, _) in OPTIONAL.items()}

@@ -80,22 +80,22 @@ class MLA(nnx.Module):
         q_BTHC = _per_head(q_nope_BTHN, w_uk_HNC)
         b, t, h, c = q_BTHC.shape
         # Heads and queries as rows of one matrix: the cache enters both products as it lies.
-        q_BXC, q_rope_BXR = q_BTHC.reshape(b, t * h, c), q_rope_BTHR.reshape(b, t * h, -1)
-        score_BXS = jnp.concatenate(
+        q_B_TH_C, q_rope_B_TH_R = q_BTHC.reshape(b, t * h, c), q_rope_BTHR.reshape(b, t * h, -1)
+        score_B_TH_S = jnp.concatenate(
             [
-                wide_einsum("bxc,bsc->bxs", q_BXC, c_kv_BSC)
-                + wide_einsum("bxr,bsr->bxs", q_rope_BXR, k_rope_BSR)
+                wide_einsum("bxc,bsc->bxs", q_B_TH_C, c_kv_BSC)
+                + wide_einsum("bxr,bsr->bxs", q_rope_B_TH_R, k_rope_BSR)
                 for c_kv_BSC, k_rope_BSR in (cached, own)
             ],
             -1,
         )
-        score_BTHS = score_BXS.reshape(b, t, h, -1) * softmax_scale(self.cfg)
+        score_BTHS = score_B_TH_S.reshape(b, t, h, -1) * softmax_scale(self.cfg)
         p_BTHS = jax.nn.softmax(jnp.where(seen_BTS[:, :, None], score_BTHS, -jnp.inf), axis=-1)
-        p_BXS = p_BTHS.astype(x_BTD.dtype).reshape(b, t * h, -1)
-        p_cached_BXS, p_own_BXT = jnp.split(p_BXS, [cached[0].shape[1]], axis=-1)
-        z_BXC = wide_einsum("bxs,bsc->bxc", p_cached_BXS, cached[0])
-        z_BXC += wide_einsum("bxs,bsc->bxc", p_own_BXT, own[0])
-        z_BTHC = z_BXC.astype(x_BTD.dtype).reshape(b, t, h, c)
+        p_B_TH_S = p_BTHS.astype(x_BTD.dtype).reshape(b, t * h, -1)
+        p_cached_B_TH_S, p_own_B_TH_T = jnp.split(p_B_TH_S, [cached[0].shape[1]], axis=-1)
+        z_B_TH_C = wide_einsum("bxs,bsc->bxc", p_cached_B_TH_S, cached[0])
+        z_B_TH_C += wide_einsum("bxs,bsc->bxc", p_own_B_TH_T, own[0])
+        z_BTHC = z_B_TH_C.astype(x_BTD.dtype).reshape(b, t, h, c)
         o_BTHU = _per_head(z_BTHC, w_uv_HCU)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 

@@ -23,8 +23,7 @@ class Checkpoints:
         self.cfg, self.data, self.folder = cfg, data, run.checkpoints
         output = cfg.output
         retention = Retention(output.keep_last, output.keep_every, output.save_every)
-        # Nothing was loaded where a run starts with step 0, which may not be saved yet.
-        self._saver = Saver(run.checkpoints, retention, loaded=start.step or None)
+        self._saver = Saver(run.checkpoints, retention, loaded=start.step)
         self._handed_over = start
 
     def hand_over(self, snapshot: Snapshot, out: Output) -> None:
@@ -54,6 +53,10 @@ class Checkpoints:
         if self._saver.undeleted:
             self._tell(out, "not deleted", self._saver.undeleted)
             self._saver.undeleted = ""
+
+    def close(self) -> None:
+        """Waits for a save in flight, whatever comes of it."""
+        self._saver.steps()
 
     def look(self, out: Output) -> None:
         """Settles what has ended; does not wait."""

@@ -128,11 +128,12 @@ class Trainer:
             except OSError:  # the data: what was learned until here is kept
                 self.checkpoints.finish(self.snapshot, out)
                 raise
-            except Exception:  # Python's own end would cut a save in flight short
+            except Exception:
                 self.checkpoints.settle(out)
                 raise
             finally:
                 self.batches.close()
+                self.checkpoints.close()  # while the run's folder is still held, a second ^C or not
             if self.position.step == self.cfg.train.steps:
                 self._tell_experts(out)
             unsaved = None

@@ -94,7 +94,7 @@ def prepare(
     _check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
-        checkpoint = _load(resume or init_from, None if resume else WEIGHTS, say)
+        checkpoint = _load(cfg, resume or init_from, None if resume else WEIGHTS, say)
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if checkpoint:  # before the text is read, which may take long
         check = _check_same_run if resume else _check_same_model
@@ -126,11 +126,18 @@ def prepare(
 
 
 def _load(
-    source: RunFolder, groups: Collection[str] | None, say: Callable[[str], None]
+    cfg: RunConfig,
+    source: RunFolder,
+    groups: Collection[str] | None,
+    say: Callable[[str], None],
 ) -> store.Checkpoint:
-    """The newest checkpoint of a run, or a Hugging Face model as one; FP8 weights are expanded."""
+    """The newest checkpoint of a run, or a Hugging Face model as one, expanded as exactly as the
+    masters can hold it.
+    """
     if is_hf_folder(source.path):
-        return as_checkpoint(load_pretrained(source.path), source.path)
+        skip_mtp = not cfg.model.mtp_depth
+        model = load_pretrained(source.path, dtype="float32", skip_mtp=skip_mtp)
+        return as_checkpoint(model, source.path)
     return store.load(source.checkpoints, groups=groups, report=say)
 
 

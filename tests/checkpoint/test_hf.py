@@ -40,8 +40,6 @@ from tests.checkpoint.hf_folders import (
 from tests.runs import jax_option
 
 SMALL_TENSORS = random_tensors(SMALL, fp8=True)
-NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate.weight"
-O_PROJ = "model.layers.2.self_attn.o_proj.weight"
 MTP_EMBED = "model.layers.3.embed_tokens.weight"
 MTP_HEAD = "model.layers.3.shared_head.head.weight"
 

@@ -45,6 +45,30 @@ def gate(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], 
     opened.release(10)
 
 
+def test_without_a_word_on_what_was_loaded_every_step_counts(saved: Path):
+    saver = Saver(saved, Retention(last=2))
+    start(saver, 3)
+    saver.wait()
+    assert (saver.steps(), store.steps(saved)) == ([2, 3], [2, 3])
+
+
+def test_what_cannot_be_thinned_out_is_saved_all_the_same(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saver, steps = Saver(saved, ONE, loaded=2), store.steps
+
+    def unreadable(folder: Path) -> list[int]:
+        raise CheckpointError(f"cannot read {folder}")
+
+    monkeypatch.setattr(store, "steps", unreadable)
+    start(saver, 3)
+    saver.wait()
+    assert saver.committed == 3
+    assert saver.undeleted == f"cannot read {saved}"
+    monkeypatch.setattr(store, "steps", steps)
+    assert saver.steps() == [1, 2, 3]
+
+
 def test_a_save_runs_beside_its_caller_and_the_next_one_waits_for_it(
     saved: Path, gate: Callable[[], None]
 ):

@@ -92,6 +92,8 @@ def test_the_eps_of_the_latents_is_no_field_and_never_lost():
     assert ModelConfig.from_hf(RELEASED | {"rms_norm_eps": 0.5}).latent_rms_eps == 1e-6
     with pytest.raises(ValueError, match=r"model\.latent_rms_eps is 1e-05; allowed in a config"):
         tiny_model(latent_rms_eps=1e-5).to_hf()
+    with pytest.raises(ValueError, match=r"model\.masked_score is 0; allowed in a config"):
+        tiny_model(masked_score="0").to_hf()
 
 
 def test_what_we_would_misread_is_not_written():

@@ -160,6 +160,17 @@ def test_greedy_text_is_that_of_full_forward_passes_whatever_the_lengths(
     assert np.mean(clear) > 0.4
 
 
+@pytest.mark.slow
+def test_greedy_text_in_float64_is_that_of_full_forward_passes_to_the_last_id(x64: None):
+    """Where nothing is unclear."""
+    model = random_model(TWO, jnp.float64)
+    forward, prompt_BT = compiled(model), np.asarray(random_tokens(TINY, ROWS, 5))
+    found_BT = text(lay_out(model), prompt_BT, NEW)
+    whole_BT = np.concatenate([prompt_BT, found_BT], 1)
+    expected_BT = np.asarray(forward(whole_BT))[:, 4:-1].argmax(-1)
+    assert np.array_equal(found_BT, expected_BT)
+
+
 def test_a_cache_has_room_for_the_text_and_not_for_twice_as_much():
     assert [slots(n, 50) for n in (1, 8, 9, 16, 17, 32, 33, 50)] == [8, 8, 16, 16, 32, 32, 50, 50]
 

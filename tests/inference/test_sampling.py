@@ -99,6 +99,7 @@ def test_seed_and_position_decide_what_is_drawn():
         ({"temperature": float("nan")}, "temperature is nan; allowed: 0 or more"),
         ({"temperature": float("inf")}, "temperature is inf; allowed: 0 or more"),
         ({"top_p": 0.0}, "top-p is 0.0; allowed: above 0, at most 1"),
+        ({"top_p": 1e-50}, "top-p is 1e-50; allowed: above 0, at most 1"),
         ({"top_p": 1.1}, "top-p is 1.1; allowed: above 0, at most 1"),
         ({"seed": -1}, "seed is -1; allowed: 0 to"),
     ],
