@@ -45,14 +45,16 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """A run's or an imported model to a Hugging Face folder, in bfloat16 or FP8."""
+    """A run's or an imported model to a Hugging Face folder, in bfloat16, float32 or FP8."""
 
     source: Checkpoint
     """Folder of a run or an imported model, or a Hugging Face folder"""
     out: Out
     """Folder to write; new or empty"""
     fp8: Annotated[bool, Switch] = False
-    """Linears in 128x128 blocks of FP8, as released: untouched where SOURCE has them"""
+    """Linears in 128x128 blocks of FP8, as released: untouched where CKPT has them"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of all else"""
     scale: Literal["float32", "pow2"] = "float32"
     """Of weights that are quantised here; pow2 as in DeepSeek-V3.1"""
     skip_mtp: Annotated[bool, Switch] = False
@@ -131,7 +133,7 @@ def export_folder(command: Export) -> str:
         model,
         command.out,
         command.fp8,
-        dtype="bfloat16",
+        dtype=command.dtype,
         scale=command.scale,
         tokenizer_from=command.source,
         overwrite=command.overwrite,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.train.console import printable
 
 if TYPE_CHECKING:
     from dsv3_jax.checkpoint.model_folder import OpenedModel
@@ -141,11 +142,16 @@ def _write(
             ended = "the end of the text"
             break
         written += 1
-        print(text.add(int(token_B[0])), end="", flush=True)
+        print(_shown(text.add(int(token_B[0]))), end="", flush=True)
         if text.stopped:
             break
-    print(text.finish(), flush=True)
+    print(_shown(text.finish()), flush=True)
     return written, "a stop string" if text.stopped else ended
+
+
+def _shown(text: str) -> str:
+    """Text that cannot steer a terminal, if it goes to one."""
+    return printable(text, sys.stdout.encoding) if sys.stdout.isatty() else text
 
 
 def _summary(prompt: int, written: int, clock: "Clock", ended: str) -> str:

@@ -214,7 +214,7 @@ def test_inspect_tells_of_a_model_that_is_not_supported(tmp_path: Path, capsys):
 
 def test_inspect_tells_what_a_run_holds(trained: Path, imported: Path, capsys):
     text = inspected(capsys, trained)
-    assert "a run; steps saved: 3, 4\n" in text
+    assert "a run; checkpoints of steps: 3, 4\n" in text
     assert all(f"bytes; {group}\n" in text for group in ("params", "router_bias", "mu", "average"))
     assert text.endswith("missing    none\nunknown    none\n")
     text = inspected(capsys, imported)

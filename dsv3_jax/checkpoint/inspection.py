@@ -60,7 +60,7 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
 def _run_lines(path: Path) -> Iterator[str]:
     cfg = load_json(path / "config.json").model
     steps = store.steps(path / CHECKPOINTS)
-    yield f"folder     {path}: a run; steps saved: {', '.join(map(str, steps)) or 'none'}"
+    yield f"folder     {path}: a run; checkpoints of steps: {', '.join(map(str, steps)) or 'none'}"
     yield _model_line(cfg)
     if not steps:
         return

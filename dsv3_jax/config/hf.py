@@ -111,6 +111,11 @@ def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
             values[FIELDS[theirs]] = number
     for theirs, (ours, default) in OPTIONAL.items():
         value = hf.get(theirs)
+        if isinstance(value, list):
+            raise ValueError(
+                f"config.json: {theirs} is {value}; supported: one (others of a kind stand in "
+                "generation_config.json)"
+            )
         values[ours] = default if value is None else value
     return ModelConfig(**values, **_rope_from_hf(hf))
 

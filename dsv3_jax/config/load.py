@@ -9,6 +9,7 @@ from typing import Any
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.run import RunConfig, from_dict
+from dsv3_jax.config.schedule import ScheduleConfig
 
 
 class ConfigFileError(ValueError):
@@ -59,7 +60,9 @@ def is_hf_config(content: Any) -> bool:
 
 def imported_run(model: ModelConfig) -> RunConfig:
     """The default run of a model that comes from elsewhere."""
-    return RunConfig(model, DataConfig(length=min(DataConfig.length, model.max_length)))
+    data = DataConfig(length=min(DataConfig.length, model.max_length))
+    # The report's 2,000 steps of warm-up would be longer than the default run.
+    return RunConfig(model, data, schedule=ScheduleConfig(warmup_steps=50))
 
 
 def _where_and_what(path: Path, error: BaseException) -> str:

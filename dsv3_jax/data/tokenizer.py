@@ -9,9 +9,10 @@ ends is in `split_tokens`.
 
 import functools
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ SPECIAL_TOKENS = (
 )
 FIM_TOKENS = SPECIAL_TOKENS[3:]
 """Before the prefix, before the suffix, before the middle"""
+_SETTINGS = "tokenizer_config.json"
 _BOS_NAMES = (SPECIAL_TOKENS[0], "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 _EOS_NAMES = (SPECIAL_TOKENS[1], "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 # Part of the cache key: raise it with any change of the rules below.
@@ -63,7 +65,14 @@ class Tokenizer:
         token_bytes: exact bytes of each id; none for special tokens and for ids without a token.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, name: str) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        name: str,
+        bos: Sequence[str] = (),
+        eos: Sequence[str] = (),
+    ) -> None:
+        """`bos`, `eos`: tokens that are known to begin and end a text; else usual names count."""
         _allow_threads()
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -72,12 +81,13 @@ class Tokenizer:
             backend.model.dropout = None  # the same text gives the same ids, always
         self._backend = backend
         self.name = name
-        self.eos_id = _first_id(backend, _EOS_NAMES)
+        self.eos_id = _first_id(backend, (*eos, *_EOS_NAMES))
         if self.eos_id is None:
             raise ValueError(
-                f"tokenizer {name} has no end-of-sentence token; looked for {', '.join(_EOS_NAMES)}"
+                f"tokenizer {name} has no end-of-sentence token; looked for "
+                f"{', '.join(_EOS_NAMES)}, and for eos_token in {_SETTINGS} beside it"
             )
-        bos_id = _first_id(backend, _BOS_NAMES)
+        bos_id = _first_id(backend, (*bos, *_BOS_NAMES))
         self.bos_id = self.eos_id if bos_id is None else bos_id
         self.token_bytes = _token_bytes(backend, {self.bos_id, self.eos_id})
         self.vocab_size = len(self.token_bytes)
@@ -170,7 +180,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer {path} is no tokenizer.json: {reason}") from None
-    return Tokenizer(backend, str(path))
+    return Tokenizer(backend, str(path), *_stated(Path(path).parent))
+
+
+def _stated(folder: Path) -> Iterator[list[str]]:
+    """The bos and the eos token of transformers' settings beside a tokenizer, where they are."""
+    try:
+        settings = json.loads((folder / _SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        settings = {}
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name) if isinstance(settings, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        yield [token] if isinstance(token, str) else []
 
 
 def find_tokenizer(folder: str | Path) -> Path | None:

@@ -98,6 +98,9 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     }
     lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
     lines += never_reached(cfg)
+    warm, steps = cfg.schedule.warmup_steps, cfg.train.steps
+    if warm > steps:
+        lines.append(f"the warm-up of {warm:,} steps is longer than the run of {steps:,}")
     still = int((~metrics.bias_moved_L).sum())
     if values.bias_speed and still:
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")

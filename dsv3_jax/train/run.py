@@ -15,7 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.hf import load_pretrained
+from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.checkpoint.run_model import as_checkpoint, check_trained
 from dsv3_jax.config import RunConfig
@@ -116,7 +116,9 @@ def prepare(
         if resume:
             store.clean(run.checkpoints)
         else:
-            corpus.tokenizer.save(run.tokenizer)
+            if init_from and kept and kept.name == str(init_from.tokenizer):
+                copy_tokenizer(init_from.path, run.path)  # a chat template, for one
+            corpus.tokenizer.save(run.path / "tokenizer.json")
         done = (checkpoint.step if checkpoint else 0) if resume else None
         writers = open_writers(cfg, run, done)
         if not init_from:

@@ -305,3 +305,16 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "cache_folder", lambda override: None)
     tokenizer = cached_tokenizer(TEXTS, 280)
     assert tokenizer.content_hash == train_tokenizer(TEXTS, 280).content_hash
+
+
+@pytest.mark.parametrize("stated", ["<end>", {"content": "<end>"}])
+def test_settings_beside_a_tokenizer_say_what_ends_a_text(tmp_path: Path, stated: object) -> None:
+    word_level({"<unk>": 0, "<begin>": 1, "<end>": 2, "x": 3}).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(ValueError, match=r"and for eos_token in tokenizer_config\.json beside it"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    beside = {"bos_token": "<begin>", "eos_token": stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)

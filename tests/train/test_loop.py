@@ -105,7 +105,7 @@ def test_time_and_tokens_go_on_counting_after_a_resume(finished: Path):
     before, after = (store.load(finished / "checkpoints", step).meta for step in (4, 6))
     assert 0 < before["seconds"] < after["seconds"]
     last = entries(finished, "train")[-1]
-    assert after["seconds"] == pytest.approx(last["seconds"], rel=0.1)
+    assert after["seconds"] >= last["seconds"]  # and the end of a save that was under way
 
 
 def test_the_resolved_configuration_lies_beside_the_run_and_in_every_checkpoint(
