@@ -1,4 +1,4 @@
-"""Files that are never seen half-written."""
+"""Files that are never seen half-written, and that survive a power loss."""
 
 import os
 import uuid
@@ -23,3 +23,19 @@ def replace_file(path: str | Path, data: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries, survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """All that is below a folder, and its own entries."""
+    for entry in folder.rglob("*"):
+        sync(entry)
+    sync(folder)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsv3_jax import files
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.store import CheckpointError
 
@@ -72,7 +73,8 @@ class Stop:
         names = ("makedirs", "rename", "replace", "unlink")
         watched = {name: self.watch(name, getattr(os, name)) for name in names}
         watched["fsync"] = self.watch("fsync", lambda _: None)  # a place, but no wait for the disk
-        patch.setattr(store, "os", types.SimpleNamespace(**{**vars(os), **watched}))
+        for module in (store, files):
+            patch.setattr(module, "os", types.SimpleNamespace(**{**vars(os), **watched}))
         rmtree = self.watch("rmtree", shutil.rmtree, half_rmtree)
         patch.setattr(store, "shutil", types.SimpleNamespace(rmtree=rmtree))
         write_arrays, write_file = store.write_arrays, store._write_file

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.generate import main
 from dsv3_jax.inference import generate
 from tests.checkpoint.run_folders import write_run
+from tests.commands import help_of
 from tests.runs import jax_option
 
 ROOT = Path(__file__).parents[1]
@@ -162,18 +161,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, tmp_path):
 
 
 def test_help_loads_no_jax():
-    code = (
-        "import sys\n"
-        "from dsv3_jax.generate import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    print(*sys.modules, file=sys.stderr)\n    raise\n"
-    )
-    environment = os.environ | {"COLUMNS": "200"}
-    help_ = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert help_.returncode == 0, help_.stderr
-    loaded = {name.partition(".")[0] for name in help_.stderr.split()}
+    shown, loaded = help_of("dsv3_jax.generate")
     assert loaded.isdisjoint({"jax", "jaxlib", "numpy", "tokenizers", "safetensors"})
     for name in "checkpoint prompt prompt-file max-tokens temperature top-p stop step ema".split():
-        assert f"--{name}" in help_.stdout
+        assert f"--{name}" in shown

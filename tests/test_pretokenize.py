@@ -3,10 +3,7 @@ what did not finish is not taken for a folder.
 """
 
 import json
-import os
 import resource
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +19,7 @@ from dsv3_jax.data.documents import Document
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.pretokenize import main
+from tests.commands import help_of
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 320
@@ -236,19 +234,8 @@ def test_documents_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_help_loads_no_jax():
-    code = (
-        "import sys\n"
-        "from dsv3_jax.pretokenize import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    print(*sys.modules, file=sys.stderr)\n    raise\n"
-    )
-    environment = os.environ | {"COLUMNS": "200"}
-    help_ = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert help_.returncode == 0, help_.stderr
-    loaded = {name.partition(".")[0] for name in help_.stderr.split()}
+    shown, loaded = help_of("dsv3_jax.pretokenize")
     assert loaded.isdisjoint({"jax", "jaxlib", "grain", "numpy", "array_record", "pyarrow"})
     options = ("out", "source", "tokenizer", "vocab-size", "split-rate", "text-field", "bad-utf8")
     for name in options:
-        assert f"--{name}" in help_.stdout
+        assert f"--{name}" in shown

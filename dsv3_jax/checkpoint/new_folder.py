@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsv3_jax.files import sync, sync_tree
+
 # What we write, and what tokenizers of the family bring along.
 _OF_A_MODEL = re.compile(
     r"checkpoints|(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
@@ -33,7 +35,7 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         _publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -73,13 +75,13 @@ def _settle(path: Path) -> None:
     """Ends what a killed process began: an old folder takes its name back where no new one has it;
     what else it left is removed.
     """
-    for aside in sorted(path.parent.glob(f".{path.name}.*.old")):
-        if path.exists():
-            shutil.rmtree(aside)
-        else:
-            os.rename(aside, path)
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(part)
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(old|part)")
+    for entry in sorted(path.parent.iterdir()):
+        match = left.fullmatch(entry.name)
+        if match and match[1] == "old" and not path.exists():
+            os.rename(entry, path)
+        elif match:
+            shutil.rmtree(entry)
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -93,19 +95,5 @@ def _publish(temporary: Path, path: Path) -> None:
         if aside.exists():
             os.rename(aside, path)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    for entry in folder.rglob("*"):
-        _sync(entry)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

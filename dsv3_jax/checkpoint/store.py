@@ -53,6 +53,7 @@ from dsv3_jax.checkpoint.arrays import (
     to_host,
     write_arrays,
 )
+from dsv3_jax.files import sync, sync_tree
 
 if TYPE_CHECKING:
     import jax
@@ -103,7 +104,8 @@ def save(
             write_arrays(temporary / "arrays", host)
             _write_file(temporary / "meta.json", meta_bytes)
             _write_file(temporary / "manifest.json", manifest_bytes)
-            _sync_tree(temporary)
+            sync_tree(temporary)
+            sync(folder.parent)  # the folder of checkpoints may be new
             _publish(temporary, final, marker=crc32(manifest_bytes).encode())
         except BaseException:  # an interrupt, too, leaves nothing behind
             _discard(temporary)
@@ -248,10 +250,10 @@ def _publish(temporary: Path, final: Path, marker: bytes) -> None:
         _drop(final)
     try:
         os.rename(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
         _write_file(final / f"{MARKER}.tmp", marker)
         os.replace(final / f"{MARKER}.tmp", final / MARKER)
-        _sync(final)
+        sync(final)
     except BaseException:
         _discard(final)  # whatever stands there is the new one: the committed one stands aside
         if _is_committed(old):
@@ -269,7 +271,7 @@ def _drop(path: Path) -> None:
     if path.exists():
         if _is_committed(path):
             os.unlink(path / MARKER)
-            _sync(path)
+            sync(path)
         shutil.rmtree(path)
 
 
@@ -289,22 +291,6 @@ def _write_file(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's entries, survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(path: Path) -> None:
-    for entry in path.rglob("*"):
-        _sync(entry)
-    _sync(path)
-    _sync(path.parent.parent)  # the folder of checkpoints may be new
 
 
 # --- manifest ------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ without a manifest is unfinished and never read.
 import contextlib
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import numpy as np
 
 from dsv3_jax.data.documents import Document, text_hash
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dsv3_jax.files import replace_file
+from dsv3_jax.files import replace_file, sync
 
 MANIFEST = "manifest.json"
 FORMAT = "dsv3_jax tokens, version 1"
@@ -105,7 +104,7 @@ class ShardWriter:
         with open(self._folder / _INDEX, "wb") as file:
             np.save(file, index)
         for name in _files(self._shards):
-            _sync(self._folder / name)
+            sync(self._folder / name)
         manifest = Manifest(
             format=FORMAT,
             dtype=self._dtype.str,
@@ -225,12 +224,6 @@ def is_token_folder(path: Path) -> bool:
 
 def _files(shards: Iterable[str]) -> list[str]:
     return [_TOKENIZER, _INDEX, *shards]
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file is on the disk, not only in its cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _summed(path: Path) -> FileSum:

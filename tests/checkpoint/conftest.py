@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax import files
 from dsv3_jax.checkpoint import store
 from tests.kills import read_npz, two_steps, write_npz
 
@@ -17,5 +18,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(store, "write_arrays", write_npz)
     monkeypatch.setattr(store, "read_arrays", read_npz)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between tries to remove a folder
-    monkeypatch.setattr(store, "os", types.SimpleNamespace(**{**vars(os), "fsync": lambda _: None}))
+    for module in (store, files):
+        quick = types.SimpleNamespace(**{**vars(os), "fsync": lambda _: None})
+        monkeypatch.setattr(module, "os", quick)
     return two_steps(tmp_path / "saved")

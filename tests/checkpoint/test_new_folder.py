@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax import files
 from dsv3_jax.checkpoint import new_folder as module
 from dsv3_jax.checkpoint.new_folder import new_folder
 
@@ -42,7 +43,8 @@ def stop_at(patch: pytest.MonkeyPatch, at: int) -> list[str]:
 
     names = ("rename", "fsync")
     patched = {name: watched(name, getattr(os, name)) for name in names}
-    patch.setattr(module, "os", types.SimpleNamespace(**{**vars(os), **patched}))
+    for patched_module in (module, files):
+        patch.setattr(patched_module, "os", types.SimpleNamespace(**{**vars(os), **patched}))
     rmtree = watched("rmtree", shutil.rmtree)
     patched = {**vars(shutil), "rmtree": rmtree}
     patch.setattr(module, "shutil", types.SimpleNamespace(**patched))
@@ -87,3 +89,11 @@ def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path,
     with pytest.raises(ValueError, match=rf"model holds {name}, which is no part of a model"):
         write(path, "new")
     assert (path / "config.json").read_text() == "old"
+
+
+def test_what_a_neighbour_of_a_longer_name_is_writing_is_left_alone(tmp_path: Path):
+    """Also one whose name holds what a pattern would read otherwise."""
+    with new_folder(tmp_path / "m.v2", 100, overwrite=True) as neighbour:
+        for name in ("m", "[m]*"):
+            write(tmp_path / name, "old")
+        assert neighbour.exists()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsv3_jax import files
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.arrays import OrbaxError
 from dsv3_jax.checkpoint.store import CheckpointError
@@ -223,7 +224,8 @@ def test_all_data_is_durable_before_the_rename_and_the_marker_comes_last(
         os.replace(source, target)
 
     patched = {**vars(os), "fsync": fsync, "rename": rename, "replace": replace}
-    monkeypatch.setattr(store, "os", types.SimpleNamespace(**patched))
+    for module in (store, files):
+        monkeypatch.setattr(module, "os", types.SimpleNamespace(**patched))
     save(folder, 3, version=2)
     order = [kind for kind, _ in events]
     renamed, replaced = order.index("rename"), order.index("replace")

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsv3_jax.train.compare import compare, faded_average, main, read_curve
+from tests.commands import help_of
 from tests.tolerances import FLOAT64
 
 ROOT = Path(__file__).parents[2]
@@ -119,17 +118,8 @@ def test_the_command_prints_a_line_a_run_and_draws(
 
 
 def test_help_tells_the_options_and_loads_no_jax():
-    code = (
-        "import sys\n"
-        "from dsv3_jax.train.compare import main\n"
-        "try:\n    main(['--help'])\n"
-        "finally:\n    print(*sys.modules, file=sys.stderr)\n"
-    )
-    help_ = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert help_.returncode == 0
-    assert "--smoothing" in help_.stdout
-    loaded = {name.partition(".")[0] for name in help_.stderr.split()}
-    assert "tyro" in loaded
+    shown, loaded = help_of("dsv3_jax.train.compare")
+    assert "--smoothing" in shown
     assert loaded.isdisjoint({"jax", "jaxlib", "flax", "optax", "matplotlib"})
 
 

@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.config.run import RunConfig, from_dict
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.train.__main__ import main, resolve
+from tests.commands import help_of
 from tests.runs import SmallRun
 
 ROOT = Path(__file__).parents[2]
@@ -29,19 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_help_mentions_every_option_and_loads_no_jax():
-    code = (
-        "import sys\n"
-        "from dsv3_jax.train.__main__ import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as stop:\n    print(*sys.modules, file=sys.stderr)\n    raise\n"
-    )
-    environment = os.environ | {"COLUMNS": "300"}
-    help_ = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert help_.returncode == 0, help_.stderr
-    loaded = {name.partition(".")[0] for name in help_.stderr.split()}
-    assert "tyro" in loaded
+    shown, loaded = help_of("dsv3_jax.train.__main__")
     assert loaded.isdisjoint({"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain", "numpy"})
     options = {"--config", "--resume", "--print-config", "--model.yarn.factor"}
     for section in dataclasses.fields(RunConfig):
@@ -49,7 +36,7 @@ def test_help_mentions_every_option_and_loads_no_jax():
         from_files_only = {name for name in names if name.endswith(("_phases", "groups"))}
         names -= {"yarn", *from_files_only}  # a section of its own
         options |= {f"--{section.name}.{name.replace('_', '-')}" for name in names}
-    assert options <= set(re.findall(r"--[a-z][\w.-]*", help_.stdout))
+    assert options <= set(re.findall(r"--[a-z][\w.-]*", shown))
 
 
 def test_the_schedule_of_a_config_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
