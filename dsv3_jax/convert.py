@@ -142,8 +142,9 @@ def export_folder(command: Export) -> str:
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    """ValueError if replacing OUT would remove what is read."""
-    if source.resolve().is_relative_to(out.resolve()):
+    """ValueError if replacing OUT would remove what is read, links within the source included."""
+    read = [source, *(source.iterdir() if source.is_dir() else ())]
+    if any(path.resolve().is_relative_to(out.resolve()) for path in read):
         raise ValueError(f"OUT {out} holds the source {source}; allowed: another folder")
 
 

@@ -3,6 +3,7 @@ starting a run from either; one line and exit code 2 for what cannot work.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +304,18 @@ def test_what_was_never_trained_cannot_be_resumed(source, imported, capsys, kind
 
 
 # --- what cannot work ---
+
+
+def test_what_a_source_links_to_is_not_replaced(tmp_path: Path, source: Path, capsys):
+    """As a folder in Hugging Face's cache does."""
+    blobs, links = Path(shutil.copytree(source, tmp_path / "blobs")), tmp_path / "links"
+    links.mkdir()
+    for path in blobs.iterdir():
+        (links / path.name).symlink_to(path)
+    capsys.readouterr()
+    for args in (("import", links, blobs), ("export", links, blobs)):
+        assert "holds the source" in refused(capsys, *args, "--overwrite")
+    assert_same_tensors(read_folder(blobs), read_folder(source))
 
 
 def test_bad_requests_are_told_in_one_line(tmp_path: Path, source, trained, capsys):

@@ -71,7 +71,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 raise ValueError("no safetensors header")
             if size < 8 + length:
                 raise ValueError(f"truncated: {size} bytes, its header alone has {8 + length}")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
         tensors = _tensors(file, header, 8 + length)
     except OSError as error:
         raise OSError(f"{file}: {error.strerror}") from error
@@ -84,6 +84,14 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands twice in the header")
+    return dict(pairs)
+
+
 def _tensors(file: Path, header: dict[str, Any], start: int) -> dict[str, Tensor]:
     tensors = {}
     for name, described in header.items():
@@ -92,12 +100,27 @@ def _tensors(file: Path, header: dict[str, Any], start: int) -> dict[str, Tensor
         code = described["dtype"]
         if code not in DTYPES:
             raise ValueError(f"{name} has dtype {code}; known: {', '.join(DTYPES)}")
-        spec = Spec(DTYPES[code], tuple(map(int, described["shape"])))
-        begin, end = described["data_offsets"]
-        if begin < 0 or end - begin != spec.size:
+        shape, (begin, end) = described["shape"], described["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has shape {shape} and data_offsets {[begin, end]}")
+        spec = Spec(DTYPES[code], tuple(shape))
+        if end - begin != spec.size:
             raise ValueError(f"{name} is {spec}, but has {end - begin} bytes")
         tensors[name] = Tensor(file, start + begin, spec)
+    _check_gapless(tensors, start)
     return tensors
+
+
+def _check_gapless(tensors: Mapping[str, Tensor], start: int) -> None:
+    """The format has neither holes nor bytes that belong to two tensors."""
+    end = start
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (item[1].offset, item[1].spec.size)
+    ):
+        if tensor.offset != end:
+            what = "overlaps another tensor" if tensor.offset < end else "comes after a hole"
+            raise ValueError(f"{name} {what}")
+        end += tensor.spec.size
 
 
 def write_file(
