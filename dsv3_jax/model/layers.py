@@ -1,6 +1,7 @@
 """Initial weights, RMSNorm and the SwiGLU feed-forward (report 2.1, 4.2)."""
 
 import zlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +38,69 @@ class Init:
         return nnx.Param(jnp.ones(shape, self.dtype))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * gain over the last dimension; statistics at least float32."""
+    return _rms_norm_fwd(x_BTD, gain_D, eps)[0]
+
+
+def _rms_norm_fwd(x_BTD, gain_D, eps):
     x = x_BTD.astype(wide(x_BTD.dtype))
     scale = lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-    return (x * scale * gain_D.astype(x.dtype)[None, None]).astype(x_BTD.dtype)
+    y_BTD = (x * scale * gain_D.astype(x.dtype)[None, None]).astype(x_BTD.dtype)
+    return y_BTD, (x_BTD, gain_D, scale)
 
 
-def swiglu(gate: jax.Array, up: jax.Array, factor: jax.Array | float = 1.0) -> jax.Array:
-    """silu(gate) * up * factor, computed at least in float32, in gate's dtype."""
-    g, u = gate.astype(wide(gate.dtype)), up.astype(wide(up.dtype))
-    return (jax.nn.silu(g) * u * factor).astype(gate.dtype)
+def _rms_norm_bwd(eps, residuals, dy_BTD):
+    del eps
+    x_BTD, gain_D, scale_BT1 = residuals
+    unit_BTD = x_BTD.astype(scale_BT1.dtype) * scale_BT1
+    dy_BTD = dy_BTD.astype(scale_BT1.dtype)
+    dunit_BTD = dy_BTD * gain_D.astype(dy_BTD.dtype)[None, None]
+    along_BT1 = jnp.mean(dunit_BTD * unit_BTD, -1, keepdims=True)
+    dx_BTD = (dunit_BTD - unit_BTD * along_BT1) * scale_BT1
+    dgain_D = (dy_BTD * unit_BTD).sum((0, 1))
+    return dx_BTD.astype(x_BTD.dtype), dgain_D.astype(gain_D.dtype)
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+@jax.custom_vjp
+def swiglu(gate_up_X_FF: jax.Array, factor_X1: jax.Array | None = None) -> jax.Array:
+    """silu(gate) * up * factor of [..., 2 F], computed at least in float32, in the input's dtype.
+
+    Kept for the backward pass are the arguments alone (report 3.3.3).
+    """
+    return _swiglu_fwd(gate_up_X_FF, factor_X1)[0]
+
+
+def _halves(gate_up_X_FF: jax.Array) -> list[jax.Array]:
+    return jnp.split(gate_up_X_FF.astype(wide(gate_up_X_FF.dtype)), 2, axis=-1)
+
+
+def _swiglu_fwd(gate_up_X_FF, factor_X1):
+    gate_XF, up_XF = _halves(gate_up_X_FF)
+    h_XF = jax.nn.silu(gate_XF) * up_XF
+    h_XF = h_XF if factor_X1 is None else h_XF * factor_X1
+    return h_XF.astype(gate_up_X_FF.dtype), (gate_up_X_FF, factor_X1)
+
+
+def _swiglu_bwd(residuals, dh_XF):
+    gate_up_X_FF, factor_X1 = residuals
+    gate_XF, up_XF = _halves(gate_up_X_FF)
+    dh_XF, dfactor_X1 = dh_XF.astype(gate_XF.dtype), None
+    sigmoid_XF = jax.nn.sigmoid(gate_XF)
+    silu_XF = gate_XF * sigmoid_XF
+    if factor_X1 is not None:
+        dfactor_X1 = (dh_XF * silu_XF * up_XF).sum(-1, keepdims=True).astype(factor_X1.dtype)
+        dh_XF *= factor_X1
+    dgate_XF = dh_XF * up_XF * (sigmoid_XF + silu_XF * (1 - sigmoid_XF))
+    dgate_up_X_FF = jnp.concatenate([dgate_XF, dh_XF * silu_XF], -1)
+    return dgate_up_X_FF.astype(gate_up_X_FF.dtype), dfactor_X1
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class FeedForward(nnx.Module):
@@ -59,6 +112,6 @@ class FeedForward(nnx.Module):
         self.w_down_FD = init.normal("w_down_FD", hidden, d_model)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = checkpoint_name(linear(x_BTD, self.w_gate_DF[...]), "ffn_gate")
-        up_BTF = checkpoint_name(linear(x_BTD, self.w_up_DF[...]), "ffn_up")
-        return linear(swiglu(gate_BTF, up_BTF), self.w_down_FD[...])
+        gate_up_BT_FF = linear(x_BTD, self.w_gate_DF[...], self.w_up_DF[...])
+        h_BTF = swiglu(checkpoint_name(gate_up_BT_FF, "ffn_gate_up"))
+        return linear(h_BTF, self.w_down_FD[...])

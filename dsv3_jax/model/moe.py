@@ -61,21 +61,20 @@ class MoE(nnx.Module):
         num_experts = self.w_gate_EDF.shape[0]
         layout = lay_out(experts_TK, num_experts, block_rows(experts_TK.size, num_experts))
         x_XD = dispatch(x_TD, layout)
-        gate_XF = grouped_linear(x_XD, self.w_gate_EDF[...], layout.expert_x)
-        up_XF = grouped_linear(x_XD, self.w_up_EDF[...], layout.expert_x)
-        gate_XF = checkpoint_name(gate_XF, "ffn_gate")
-        up_XF = checkpoint_name(up_XF, "ffn_up")
-        h_XF = swiglu(gate_XF, up_XF, gates_of_copies(gates_TK, layout)[:, None])
-        y_XD = grouped_linear(h_XF, self.w_down_EFD[...], layout.expert_x)
+        weights = self.w_gate_EDF[...], self.w_up_EDF[...]
+        gate_up_X_FF = grouped_linear(x_XD, layout.expert_x, *weights)
+        gate_up_X_FF = checkpoint_name(gate_up_X_FF, "ffn_gate_up")
+        h_XF = swiglu(gate_up_X_FF, gates_of_copies(gates_TK, layout)[:, None])
+        y_XD = grouped_linear(h_XF, layout.expert_x, self.w_down_EFD[...])
         return combine(y_XD, layout).reshape(x_BTD.shape)
 
     def dense_experts(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
         """`routed` the slow way: every expert computes every token."""
         y_BTD = jnp.zeros(x_BTD.shape, wide(x_BTD.dtype))
         for e in range(self.w_gate_EDF.shape[0]):
-            gate, up = linear(x_BTD, self.w_gate_EDF[e]), linear(x_BTD, self.w_up_EDF[e])
+            gate_up_BT_FF = linear(x_BTD, self.w_gate_EDF[e], self.w_up_EDF[e])
             gate_BT = jnp.where(routing.experts_BTK == e, routing.gates_BTK, 0).sum(-1)
-            y_BTD += linear(swiglu(gate, up), self.w_down_EFD[e]) * gate_BT[..., None]
+            y_BTD += linear(swiglu(gate_up_BT_FF), self.w_down_EFD[e]) * gate_BT[..., None]
         return y_BTD.astype(x_BTD.dtype)
 
 
@@ -129,8 +128,8 @@ def _rows_of_copies(x_TD: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _sum_of_copies(y_XD: jax.Array, layout: Layout) -> jax.Array:
-    y_TKD = y_XD[layout.slot_TK].astype(wide(y_XD.dtype))
-    return y_TKD.sum(1).astype(y_XD.dtype)
+    high, slots = wide(y_XD.dtype), layout.slot_TK.T
+    return sum(y_XD[slot_T].astype(high) for slot_T in slots).astype(y_XD.dtype)
 
 
 @jax.custom_vjp

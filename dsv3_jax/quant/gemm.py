@@ -10,12 +10,17 @@ A weight may be a `Blocked`: it is expanded to the activations' dtype before the
 gradient goes to it.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from dsv3_jax.quant.fp8 import Blocked
+
+# Fewer rows than these take several weights one after the other: joining costs a copy of them.
+JOINING_ROWS = 64
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -39,55 +44,81 @@ def few_rows_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return wide_einsum(spec, jnp.concatenate([x, x], -2), w)[..., :1, :]
 
 
-def linear(x: jax.Array, w_DF: jax.Array | Blocked) -> jax.Array:
-    """x [..., D] times w [D, F] -> [..., F] in x's dtype."""
-    return _linear(x, _constant(w_DF, x.dtype) if isinstance(w_DF, Blocked) else w_DF)
+def linear(x: jax.Array, *weights: jax.Array | Blocked) -> jax.Array:
+    """x [..., D] times one weight [D, F], or several side by side -> [..., F + ...] in x's dtype.
+
+    Several are one product: the input and its gradient pass memory once, and the wider product runs
+    nearer to the peak.
+    """
+    return _linear(x, tuple(_constant(w, x.dtype) for w in weights))
 
 
 @jax.custom_vjp
-def _linear(x, w_DF):
-    return _linear_fwd(x, w_DF)[0]
+def _linear(x, weights):
+    return _linear_fwd(x, weights)[0]
 
 
-def _linear_fwd(x, w_DF):
-    y_XF = few_rows_einsum("xd,df->xf", _rows(x), w_DF.astype(x.dtype))
-    return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, w_DF)
+def _linear_fwd(x, weights):
+    x_XD = _rows(x)
+    if len(x_XD) < JOINING_ROWS:
+        parts = [few_rows_einsum("xd,df->xf", x_XD, w_DF.astype(x.dtype)) for w_DF in weights]
+        y_XF = side_by_side(parts)
+    else:
+        y_XF = wide_einsum("xd,df->xf", x_XD, _joined(weights, x.dtype))
+    return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, weights)
 
 
 def _linear_bwd(residuals, dy):
-    x, w_DF = residuals
+    x, weights = residuals
     dy_XF = _rows(dy)
-    dx_XD = wide_einsum("xf,df->xd", dy_XF, w_DF.astype(dy.dtype)).astype(x.dtype)
-    dw_DF = wide_einsum("xd,xf->df", _rows(x), dy_XF).astype(w_DF.dtype)
-    return dx_XD.reshape(x.shape), dw_DF
+    dx_XD = wide_einsum("xf,df->xd", dy_XF, _joined(weights, dy.dtype)).astype(x.dtype)
+    return dx_XD.reshape(x.shape), _parted(wide_einsum("xd,xf->df", _rows(x), dy_XF), weights)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def _constant(w: Blocked, dtype: jnp.dtype) -> jax.Array:
-    return lax.stop_gradient(w.dequantize(dtype))
+def _constant(w: jax.Array | Blocked, dtype: jnp.dtype) -> jax.Array:
+    return lax.stop_gradient(w.dequantize(dtype)) if isinstance(w, Blocked) else w
+
+
+def _joined(weights: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    return side_by_side([w.astype(dtype) for w in weights])
+
+
+def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+    """Joined along the last dimension."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+
+
+def _parted(dw: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The gradient of joined weights, for each in its own dtype."""
+    ends = np.cumsum([w.shape[-1] for w in weights])
+    parts = jnp.split(dw, ends[:-1], axis=-1)
+    return tuple(part.astype(w.dtype) for part, w in zip(parts, weights, strict=True))
 
 
 def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def grouped_linear(x_XD: jax.Array, w_EDF: jax.Array | Blocked, expert_x: jax.Array) -> jax.Array:
-    """Every block of rows times the weight of its own expert.
+def grouped_linear(
+    x_XD: jax.Array, expert_x: jax.Array, *weights: jax.Array | Blocked
+) -> jax.Array:
+    """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each. -> [X, F] in x's dtype.
+    each; weights [E, D, F]. -> [X, F + ...] in x's dtype.
     """
-    if isinstance(w_EDF, Blocked):  # only experts in use are expanded: one a block of rows
-        w_xDF = _constant(w_EDF[expert_x], x_XD.dtype)
-        return _grouped(x_XD, w_xDF, jnp.arange(expert_x.size, dtype=expert_x.dtype))
-    return _grouped(x_XD, w_EDF, expert_x)
+    if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
+        weights = tuple(_constant(w[expert_x], x_XD.dtype) for w in weights)
+        expert_x = jnp.arange(expert_x.size, dtype=expert_x.dtype)
+    return _grouped(x_XD, weights, expert_x)
 
 
 @jax.custom_vjp
-def _grouped(x_XD, w_EDF, expert_x):
-    return _grouped_fwd(x_XD, w_EDF, expert_x)[0]
+def _grouped(x_XD, weights, expert_x):
+    return _grouped_fwd(x_XD, weights, expert_x)[0]
 
 
 def _blocks(x_XD: jax.Array, expert_x: jax.Array) -> jax.Array:
@@ -95,23 +126,27 @@ def _blocks(x_XD: jax.Array, expert_x: jax.Array) -> jax.Array:
     return x_XD.reshape(expert_x.size, -1, x_XD.shape[-1])
 
 
-def _grouped_fwd(x_XD, w_EDF, expert_x):
-    w_xDF = w_EDF.astype(x_XD.dtype)[expert_x]
-    y_xMF = wide_einsum("xmd,xdf->xmf", _blocks(x_XD, expert_x), w_xDF).astype(x_XD.dtype)
-    return _rows(y_xMF), (x_XD, w_EDF, expert_x)
+def _grouped_fwd(x_XD, weights, expert_x):
+    x_xMD, dtype = _blocks(x_XD, expert_x), x_XD.dtype
+    if x_xMD.shape[1] < JOINING_ROWS:
+        parts = [wide_einsum("xmd,xdf->xmf", x_xMD, w.astype(dtype)[expert_x]) for w in weights]
+        y_xMF = side_by_side(parts)
+    else:
+        y_xMF = wide_einsum("xmd,xdf->xmf", x_xMD, _joined(weights, dtype)[expert_x])
+    return _rows(y_xMF.astype(dtype)), (x_XD, weights, expert_x)
 
 
 def _grouped_bwd(residuals, dy_XF):
-    x_XD, w_EDF, expert_x = residuals
+    x_XD, weights, expert_x = residuals
     dy_xMF = _blocks(dy_XF, expert_x)
-    w_xDF = w_EDF.astype(dy_XF.dtype)[expert_x]
+    w_xDF = _joined(weights, dy_XF.dtype)[expert_x]
     dx_xMD = wide_einsum("xmf,xdf->xmd", dy_xMF, w_xDF).astype(x_XD.dtype)
     dw_xDF = wide_einsum("xmd,xmf->xdf", _blocks(x_XD, expert_x), dy_xMF)
     # Each expert's blocks are summed by a product with a one-hot matrix. It costs E / rows of the
     # products above (12 % at 16 experts), less than a scatter-add, which XLA:CPU runs on one core.
-    onehot_xE = jax.nn.one_hot(expert_x, w_EDF.shape[0], dtype=dw_xDF.dtype)
-    dw_EDF = jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF).astype(w_EDF.dtype)
-    return _rows(dx_xMD), dw_EDF, None
+    onehot_xE = jax.nn.one_hot(expert_x, weights[0].shape[0], dtype=dw_xDF.dtype)
+    dw_EDF = jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF)
+    return _rows(dx_xMD), _parted(dw_EDF, weights), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

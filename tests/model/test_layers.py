@@ -1,5 +1,7 @@
 """Initial weights as a function of seed, path and layer; RMSNorm and SwiGLU against NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,9 +73,38 @@ def test_rms_norm_in_bfloat16_is_the_float32_one_rounded_once(strict_dtypes, sca
 
 
 def test_swiglu_in_bfloat16_is_the_float32_one_rounded_once(strict_dtypes):
-    gate, up = (normal(seed, 50).astype(jnp.bfloat16) for seed in (0, 1))
-    wide = compiled(swiglu)(gate.astype(jnp.float32), up.astype(jnp.float32))
-    np.testing.assert_array_equal(compiled(swiglu)(gate, up), wide.astype(jnp.bfloat16))
+    gate_up = normal(0, 2, 50).astype(jnp.bfloat16)
+    wide = compiled(swiglu)(gate_up.astype(jnp.float32))
+    np.testing.assert_array_equal(compiled(swiglu)(gate_up), wide.astype(jnp.bfloat16))
+
+
+def plain_norm(x, gain):
+    return x * (jnp.square(x).mean(-1, keepdims=True) + 0.1) ** -0.5 * gain[None, None]
+
+
+def plain_swiglu(gate_up, factor):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return gate / (1 + jnp.exp(-gate)) * up * factor
+
+
+@pytest.mark.parametrize(
+    ("function", "plain", "args"),
+    [
+        (lambda x, gain: rms_norm(x, gain, 0.1), plain_norm, [(2, 3, 5), (5,)]),
+        (swiglu, plain_swiglu, [(6, 10), (6, 1)]),
+        (lambda x: swiglu(x), lambda x: plain_swiglu(x, 1.0), [(2, 3, 10)]),
+    ],
+    ids=["norm", "swiglu with factors", "swiglu"],
+)
+def test_derivative_rules_are_those_of_the_formula(x64, strict_dtypes, function, plain, args):
+    args = [normal(i, *shape) for i, shape in enumerate(args)]
+
+    def value_and_gradients(f, *args):
+        y, pull = jax.vjp(f, *args)
+        return y, pull(jnp.cos(y))
+
+    expected = compiled(partial(value_and_gradients, plain))(*args)
+    assert_close(compiled(partial(value_and_gradients, function))(*args), expected, FLOAT64)
 
 
 def test_feed_forward_is_swiglu_between_three_products(x64, strict_dtypes):

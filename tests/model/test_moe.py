@@ -92,7 +92,7 @@ def test_the_dense_twin_is_the_sum_over_gates(x64):
     expected = np.zeros(x.shape)
     for b, t, k in np.ndindex(2, 3, 2):
         e, token = routing.experts_BTK[b, t, k], np.asarray(x[b, t])
-        hidden = np.asarray(swiglu(token @ gate[e], token @ up[e]))
+        hidden = np.asarray(swiglu(np.concatenate([token @ gate[e], token @ up[e]])))
         expected[b, t] += routing.gates_BTK[b, t, k] * (hidden @ down[e])
     assert_close(compiled(moe.dense_experts)(x, routing), expected, FLOAT64)
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import transformer
 from dsv3_jax.model.layers import Init
 from dsv3_jax.model.router import RouterBias, RouterStats
 from dsv3_jax.model.transformer import DeepSeekV3, positions
@@ -150,9 +151,26 @@ def test_rows_longer_than_the_model_are_refused():
         model.hidden(jnp.zeros((1, 65), jnp.int32))
 
 
+@pytest.mark.parametrize("remat", ["none", "report"])
+def test_layers_written_out_compute_what_scanned_ones_do(x64, monkeypatch, remat: str):
+    """Hidden states and gradients."""
+    model, tokens = random_model(CFG), random_tokens(CFG, B, T)
+
+    def run(model, tokens):
+        h, pull = jax.vjp(lambda m: m.hidden(tokens, None, None, remat)[0], model)
+        return h, pull(jnp.cos(h))
+
+    written_out = compiled(run)(model, tokens)
+    monkeypatch.setattr(transformer, "UNROLLED", 0)
+    assert_close(written_out, compiled(lambda m, t: run(m, t))(model, tokens), FLOAT64)
+
+
+@pytest.mark.parametrize("scanned", [False, True], ids=["written out", "scanned"])
 @pytest.mark.parametrize("remat", ["report", "full"])
-def test_layers_and_mtp_modules_are_rematerialised_as_asked(remat: str):
+def test_layers_and_mtp_modules_are_rematerialised_as_asked(monkeypatch, remat: str, scanned):
     """One checkpoint in the body of each of the two scans, one around each MTP module."""
+    if scanned:
+        monkeypatch.setattr(transformer, "UNROLLED", 0)
     model, tokens = random_model(CFG), random_tokens(CFG, B, T)
 
     def run(tokens):
@@ -164,7 +182,8 @@ def test_layers_and_mtp_modules_are_rematerialised_as_asked(remat: str):
     ]
     assert all((e.params["policy"] is None) == (remat == "full") for e in checkpoints)
     # The compiler may not merge forward pass and recomputation; it cannot across two scans.
-    assert [e.params["prevent_cse"] for e in checkpoints] == [False, False, True]
+    expected = [False, False, True] if scanned else [True, True, True]
+    assert [e.params["prevent_cse"] for e in checkpoints] == expected
 
 
 @pytest.fixture

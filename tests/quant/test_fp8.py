@@ -124,7 +124,7 @@ def test_products_with_a_blocked_weight_are_those_with_the_expanded_one(strict_d
         outcomes = []
         for weight in (w, plain):
             one, pull_one = jax.vjp(lambda x, w=weight[1]: linear(x, w), x)
-            all_, pull_all = jax.vjp(lambda x, w=weight: grouped_linear(x, w, expert_x), x)
+            all_, pull_all = jax.vjp(lambda x, w=weight: grouped_linear(x, expert_x, w), x)
             outcomes.append((one, all_, pull_one(dy), pull_all(dy)))
         return outcomes
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.quant.gemm import grouped_linear, linear, wide, wide_einsum
+from dsv3_jax.quant.gemm import JOINING_ROWS, grouped_linear, linear, wide, wide_einsum
 from tests.jaxprs import equations
 from tests.shapes import compiled, normal
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
@@ -43,8 +43,28 @@ def test_grouped_linear_equals_a_loop_over_blocks(x64, strict_dtypes, experts, r
     expert_x, size = jnp.asarray(experts, jnp.int32), len(experts) * rows
     args = normal(0, size, D), normal(1, E, D, F), normal(2, size, F)
     expected = value_and_gradients(lambda x, w: grouped_by_loop(x, w, experts), *args)
-    actual = value_and_gradients(lambda x, w: grouped_linear(x, w, expert_x), *args)
+    actual = value_and_gradients(lambda x, w: grouped_linear(x, expert_x, w), *args)
     assert_close(actual, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("rows", [1, 3, JOINING_ROWS])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_weights_side_by_side_are_products_side_by_side(x64, strict_dtypes, grouped, rows: int):
+    """Outputs and gradients, below and from the number of rows from which weights are joined."""
+    expert_x = jnp.asarray([2, 0, 2], jnp.int32)
+    lead = (E,) if grouped else ()
+    x, dy = normal(0, 3 * rows, D), normal(1, 3 * rows, F + 2)
+    pair = normal(2, *lead, D, F), normal(3, *lead, D, 2)
+
+    def product(x, *weights):
+        return grouped_linear(x, expert_x, *weights) if grouped else linear(x, *weights)
+
+    expected = value_and_gradients(
+        lambda x, pair: jnp.concatenate([product(x, w) for w in pair], -1), x, pair, dy
+    )
+    assert_close(
+        value_and_gradients(lambda x, pair: product(x, *pair), x, pair, dy), expected, FLOAT64
+    )
 
 
 def _linear_case():
@@ -54,7 +74,7 @@ def _linear_case():
 def _grouped_case():
     expert_x = jnp.asarray([1, 0, 1], jnp.int32)
     return (
-        lambda x, w: grouped_linear(x, w, expert_x),
+        lambda x, w: grouped_linear(x, expert_x, w),
         normal(0, 300, D),
         normal(1, 2, D, F),
         normal(2, 300, F),
