@@ -122,7 +122,7 @@ def _load(options: Options) -> tuple["Weights", "OpenedModel"]:
     )
     step = "" if opened.step is None else f", step {opened.step:,}"
     print(f"{options.checkpoint}{step}", file=sys.stderr)
-    return lay_out(opened.model), opened._replace(model=None)
+    return lay_out(opened.model, consume=True), opened._replace(model=None)
 
 
 def _write(
