@@ -63,9 +63,24 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Like ^C, which libraries know to let through."""
 
 
-def terminate(number: int, frame: Any) -> NoReturn:
+def terminate(number: int, frame: Any) -> None:
     """The handler of SIGTERM inside `clean_on_sigterm`."""
-    raise Terminated
+    _raise_or_wait(Terminated, frame)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _raise_or_wait(KeyboardInterrupt, frame)
+
+
+def _raise_or_wait(stop: type[KeyboardInterrupt], frame: Any) -> None:
+    """Raises what a signal means, but not within an import: jaxlib crashes if anything is raised
+    while it comes up. The signal then comes again a moment later.
+    """
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return _send_again(stop)
+        frame = frame.f_back
+    raise stop
 
 
 @contextlib.contextmanager
@@ -86,6 +101,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """
     _occupy_streams()
     sys.unraisablehook = _raise_again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's & ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             code = main(sys.argv[1:]) or 0
@@ -98,7 +115,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         _drop_unwritten()
         # At once: XLA may be compiling in its threads, and crashes if the interpreter is taken
         # down around it.
-        os._exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+        os._exit(128 + _of(type(stop)))
     raise SystemExit(code)
 
 
@@ -141,14 +158,22 @@ def _drop_unwritten() -> None:
 
 def _raise_again(unraisable: Any) -> None:
     """A signal that came where Python cannot raise, as in JAX's callback from the garbage
-    collector, comes again a moment later.
+    collector, comes again.
     """
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _send_again(unraisable.exc_type)
+    else:
         sys.__unraisablehook__(unraisable)
-        return
-    terminated = issubclass(unraisable.exc_type, Terminated)
-    again = threading.main_thread().ident, signal.SIGTERM if terminated else signal.SIGINT
-    threading.Timer(0.01, signal.pthread_kill, again).start()
+
+
+def _send_again(stop: type[KeyboardInterrupt]) -> None:
+    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, _of(stop)))
+    again.daemon = True
+    again.start()
+
+
+def _of(stop: type[KeyboardInterrupt]) -> signal.Signals:
+    return signal.SIGTERM if issubclass(stop, Terminated) else signal.SIGINT
 
 
 @contextlib.contextmanager

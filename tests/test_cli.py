@@ -241,6 +241,20 @@ def test_a_signal_that_meets_a_callback_is_not_lost(name: str, code: int):
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_waits_for_the_end_of_an_import(name: str, code: int, tmp_path: Path):
+    """jaxlib crashes if anything is raised while it comes up."""
+    text = f"import signal\nsignal.raise_signal(signal.{name})\nprint('imported')\n"
+    (tmp_path / "slow_to_import.py").write_text(text)
+    main = (
+        f"sys.path.append({str(tmp_path)!r})\n"
+        "    with clean_on_sigterm():\n"
+        "        import slow_to_import; time.sleep(20); print('went on')"
+    )
+    ended = start(main, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "imported\n", "")
+
+
 def test_other_faults_in_a_callback_are_shown():
     ended = start("class Last: __del__ = lambda self: 1 / 0\n    Last()")
     assert ended.returncode == 0
