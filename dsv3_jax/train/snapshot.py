@@ -90,7 +90,7 @@ def _apart(x: jax.Array) -> jax.Array:
 def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
     """What was taken apart, in the shape of `state`. ValueError if it does not fit.
 
-    The checkpoint's arrays are moved and `state`'s memory is given back: nothing is held twice.
+    The checkpoint's arrays are moved and `state`'s memory is given back.
     """
     dense, state = cfg.model.num_dense_layers, _emptied(state)
 
@@ -117,7 +117,7 @@ def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) 
     """A fresh state with the checkpoint's weights and router biases. ValueError if they do not fit.
 
     With `cfg`'s number of dense layers; optimiser and position start anew. The checkpoint's arrays
-    are moved and the memory of `state`'s weights is given back: nothing is held twice.
+    are moved and the memory of `state`'s weights is given back.
     """
     dense = cfg.model.num_dense_layers
     params, biases = _emptied((state.params, state.biases))
