@@ -1,4 +1,4 @@
-"""Shared by all commands: options from dataclasses; one line and exit 2 for bad input."""
+"""What commands share: options from dataclasses, one line and exit 2 for bad input, quiet ends."""
 
 import contextlib
 import difflib
@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -30,13 +31,17 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
             code = stop.code
     if code:
         fail(_one_line(written.getvalue()), hint=f"{prog} --help lists all options")
-    return read()  # prints --help once more, in the terminal's own width and colours
+    with user_errors((OSError,)):
+        return read()  # prints --help once more, in the terminal's own width and colours
 
 
 def fail(message: str, hint: str = "") -> NoReturn:
     """Prints the one line on stderr and exits 2."""
     line = " ".join(message.split())
-    print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr, flush=True)
+    try:
+        print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr, flush=True)
+    except OSError:  # its disk may be full, or its reader gone
+        _drop_unwritten()
     raise SystemExit(USER_ERROR)
 
 
@@ -50,25 +55,125 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> I
     except BrokenPipeError:  # the reader of our output left, as `head` does
         raise
     except kinds as error:
+        _flush_stdout()  # or the error was that of our output
         fail(str(error))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Like ^C, which libraries know to let through."""
+
+
+def terminate(number: int, frame: Any) -> None:
+    """The handler of SIGTERM inside `clean_on_sigterm`."""
+    _raise_or_wait(Terminated, frame)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _raise_or_wait(KeyboardInterrupt, frame)
+
+
+def _raise_or_wait(stop: type[KeyboardInterrupt], frame: Any) -> None:
+    """Raises what a signal means, but not within an import: jaxlib crashes if anything is raised
+    while it comes up. The signal then comes again a moment later.
+    """
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return _send_again(stop)
+        frame = frame.f_back
+    raise stop
+
+
+@contextlib.contextmanager
+def clean_on_sigterm() -> Iterator[None]:
+    """SIGTERM inside this block unwinds it, as ^C does, so that what is half-written goes."""
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs a command's main on the command line's arguments and exits with what it returns.
 
-    ^C ends it with 130, a reader that leaves (as `head` does) with 141, both without a word.
+    ^C ends it with 130, SIGTERM inside `clean_on_sigterm` with 143, a reader that leaves (as `head`
+    does) with 141, all without a word. Output that cannot be written is one line and exit code 2.
     """
+    _occupy_streams()
+    sys.unraisablehook = _raise_again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's & ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             code = main(sys.argv[1:]) or 0
         finally:
-            sys.stdout.flush()  # or the interpreter would meet the closed pipe, and complain
+            _flush_stdout()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
+        _drop_unwritten()
         code = 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        _drop_unwritten()
+        # At once: XLA may be compiling in its threads, and crashes if the interpreter is taken
+        # down around it.
+        os._exit(128 + _of(type(stop)))
     raise SystemExit(code)
+
+
+def _occupy_streams() -> None:
+    """Exits 2 if stdout is closed. Other closed streams take nothing and give nothing.
+
+    Their descriptors would else be those of the next files that are opened, and what libraries
+    print would go there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        fail("stdout is closed; allowed: a terminal, a file, a pipe, /dev/null")
+
+
+def _flush_stdout() -> None:
+    """Exits 2, with a line, if what was printed cannot be written. BrokenPipeError passes."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_unwritten()
+        fail(f"stdout: {error.strerror}")
+
+
+def _drop_unwritten() -> None:
+    """What a stream could not write, the interpreter would try again at its end, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _raise_again(unraisable: Any) -> None:
+    """A signal that came where Python cannot raise, as in JAX's callback from the garbage
+    collector, comes again.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _send_again(unraisable.exc_type)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _send_again(stop: type[KeyboardInterrupt]) -> None:
+    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, _of(stop)))
+    again.daemon = True
+    again.start()
+
+
+def _of(stop: type[KeyboardInterrupt]) -> signal.Signals:
+    return signal.SIGTERM if issubclass(stop, Terminated) else signal.SIGINT
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import clean_on_sigterm, parse, run, user_errors
 
 PROG = "python -m dsv3_jax.convert"
 DESCRIPTION = """Checkpoints from and to Hugging Face's format.
@@ -85,7 +85,7 @@ Command = (
 def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
-    with user_errors():
+    with clean_on_sigterm(), user_errors():
         if isinstance(command, Import):
             print(import_folder(command))
         elif isinstance(command, Export):

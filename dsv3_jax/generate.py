@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import clean_on_sigterm, parse, run, user_errors
 from dsv3_jax.train.console import printable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PROG = "python -m dsv3_jax.generate"
 DESCRIPTION = """Continue a text.
 
 What the model writes goes to stdout as it comes, everything else to stderr. The same options and
-seed give the same text. Ctrl-C leaves.
+seed give the same text. Ctrl-C or SIGTERM leaves.
 """
 
 
@@ -62,6 +62,11 @@ def main(args: Sequence[str]) -> int | None:
     options = parse(Options, default, prog=PROG, description=DESCRIPTION, args=args)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have every character
         sys.stdout.reconfigure(errors="replace")
+    with clean_on_sigterm():
+        _generate(options)
+
+
+def _generate(options: Options) -> None:
     with user_errors():
         if options.max_tokens < 1:
             raise ValueError(f"--max-tokens is {options.max_tokens}; allowed: 1 or more")
@@ -82,7 +87,8 @@ def main(args: Sequence[str]) -> int | None:
                 f"allowed: below model.max_length = {cfg.max_length}"
             )
     text, clock = TextStream(tokenizer.token_bytes, options.stop), Clock()
-    written, ended = _write(weights, ids, options.max_tokens, how, text, clock, opened.end_ids)
+    with user_errors((OSError,)):  # stdout's disk may be full
+        written, ended = _write(weights, ids, options.max_tokens, how, text, clock, opened.end_ids)
     print(_summary(len(ids), written, clock, ended), file=sys.stderr)
 
 
@@ -93,6 +99,8 @@ def _prompt(options: Options) -> str:
     if options.prompt_file is not None:
         name, content = str(options.prompt_file), options.prompt_file.read_bytes()
     elif options.prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt - reads stdin, which is closed")
         name, content = "stdin", sys.stdin.buffer.read()
     else:
         name, content = "--prompt", os.fsencode(options.prompt)
@@ -114,7 +122,7 @@ def _load(options: Options) -> tuple["Weights", "OpenedModel"]:
     )
     step = "" if opened.step is None else f", step {opened.step:,}"
     print(f"{options.checkpoint}{step}", file=sys.stderr)
-    return lay_out(opened.model), opened._replace(model=None)
+    return lay_out(opened.model, consume=True), opened._replace(model=None)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.cli import fail, parse, user_errors
+from dsv3_jax.cli import clean_on_sigterm, fail, parse, user_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,13 +159,16 @@ def test_user_errors_can_be_narrowed():
         raise OSError("disk full")
 
 
-def start(main: str, **kwargs) -> subprocess.CompletedProcess[str]:
-    """A process that runs this main."""
-    code = f"from dsv3_jax.cli import run\ndef main(args):\n    {main}\nrun(main)"
-    command = [sys.executable, "-W", "error", "-c", code, "some", "args"]
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+def start(main: str, redirect: str = "", **kwargs) -> subprocess.CompletedProcess[str]:
+    """A process that runs this main, its streams redirected as a shell does it."""
+    imports = "import atexit, signal, sys, time\nfrom dsv3_jax.cli import *\n"
+    code = f"{imports}def main(args):\n    {main}\nrun(main)"
+    shell = ["sh", "-c", f'exec "$@" {redirect}', "sh"]
+    command = [*shell, sys.executable, "-W", "error", "-c", code, "some", "args"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment |= kwargs.pop("env", {})
     return subprocess.run(
-        command, cwd=ROOT, env=buffered, stderr=subprocess.PIPE, text=True, **kwargs
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **kwargs
     )
 
 
@@ -205,3 +209,106 @@ def test_other_errors_keep_their_traceback():
     ended = start("raise KeyError('a fault of ours')")
     assert ended.returncode == 1
     assert "KeyError: 'a fault of ours'" in ended.stderr
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=("int", "term")
+)
+def test_a_signal_unwinds_and_nothing_runs_after_that(number: int, code: int):
+    """The interpreter is not taken down: XLA may be at work in its threads."""
+    main = (
+        "atexit.register(print, 'taken down')\n"
+        "    with clean_on_sigterm():\n"
+        f"        try: signal.raise_signal({number:d}); print('went on')\n"
+        "        finally: print('cleaned')"
+    )
+    ended = start(main, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "cleaned\n", "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_meets_a_callback_is_not_lost(name: str, code: int):
+    """Python can raise nothing there, and would print what it cannot raise."""
+    main = (
+        f"class Last: __del__ = lambda self: signal.raise_signal(signal.{name})\n"
+        "    with clean_on_sigterm():\n"
+        "        Last(); time.sleep(20); print('went on')"
+    )
+    ended = start(main, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_waits_for_the_end_of_an_import(name: str, code: int, tmp_path: Path):
+    """jaxlib crashes if anything is raised while it comes up."""
+    text = f"import signal\nsignal.raise_signal(signal.{name})\nprint('imported')\n"
+    (tmp_path / "slow_to_import.py").write_text(text)
+    main = (
+        f"sys.path.append({str(tmp_path)!r})\n"
+        "    with clean_on_sigterm():\n"
+        "        import slow_to_import; time.sleep(20); print('went on')"
+    )
+    ended = start(main, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "imported\n", "")
+
+
+def test_other_faults_in_a_callback_are_shown():
+    ended = start("class Last: __del__ = lambda self: 1 / 0\n    Last()")
+    assert ended.returncode == 0
+    assert "ZeroDivisionError" in ended.stderr
+
+
+def test_sigterm_is_as_before_outside_of_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), clean_on_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- streams that are closed or full -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">&- <&-"])
+def test_a_closed_stdout_is_told_before_anything_is_done(redirect: str):
+    ended = start("raise AssertionError('it went on')", redirect)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "error: stdout is closed; allowed: a terminal, a file, a pipe, /dev/null\n"
+    )
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>&- <&-", "<&-"])
+def test_other_closed_streams_take_nothing(redirect: str, tmp_path: Path):
+    """And no file gets their descriptor."""
+    path = tmp_path / "file"
+    said = "print('lost', file=sys.stderr, flush=True)" if "2" in redirect else "pass"
+    main = f"{said}; print('text')\n    with open({str(path)!r}, 'w') as f: print(f.fileno() > 2)"
+    ended = start(main, redirect, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "text\nTrue\n", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}], ids=("buffered", "not"))
+@pytest.mark.parametrize(
+    "main",
+    [
+        "with user_errors(): print('short')",
+        "with user_errors(): print('short', flush=True)",
+        "with user_errors(): print('long' * 100_000)",
+        "import tyro; parse(int, 3, prog='', description='', args=['--help'])",
+    ],
+)
+def test_a_full_disk_under_stdout_is_one_line(main: str, environment: dict[str, str]):
+    ended = start(main, ">/dev/full", env=environment)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "No space left on device" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_mistake_that_nobody_can_be_told_is_one_all_the_same():
+    assert start("fail('unheard')", "2>/dev/full").returncode == 2

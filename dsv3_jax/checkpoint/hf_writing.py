@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.hf_table import SCALES, Entry, copies, entries
 from dsv3_jax.checkpoint.tensor_file import DTYPES, Spec
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.quant.fp8 import WEIGHT_BLOCK, Blocked, grid, quantize
+from dsv3_jax.quant.fp8 import WEIGHT_BLOCK, Blocked, block_scales, grid, scaled
 
 
 class Writing:
@@ -43,6 +43,7 @@ class Writing:
                 self._entries[copy.hf] = self._entries[copy.of]
         self._dtypes = {path: _plain_dtype(v, dtype) for path, v in self._state.items()}
         self._only_pow2 = True
+        self._found: dict[str, jax.Array] = {}
         self.specs = dict(self._specs())
         self.size = sum(spec.size for spec in self.specs.values())
 
@@ -105,13 +106,20 @@ class Writing:
         if not self._in_fp8(entry):
             plain = np.asarray(x.astype(self._dtypes[entry.path]))
             return plain.T if entry.transposed else plain
-        if not isinstance(x, Blocked):
-            x = _quantized(x, scale=self.scale)
+        scales = x.scales if isinstance(x, Blocked) else self._scales(name.removesuffix(SCALES), x)
         if not name.endswith(SCALES):
-            return np.asarray(x.values).T
-        scales = np.asarray(x.scales).T
+            return np.asarray(x.values if isinstance(x, Blocked) else _values(x, scales)).T
+        scales = np.asarray(scales).T
         self._only_pow2 &= bool((np.frexp(scales)[0] == 0.5).all())
         return scales
+
+    def _scales(self, weight: str, x: jax.Array) -> jax.Array:
+        """Of a weight that is quantised here. They are kept from its first part, be that values or
+        scales, to its second.
+        """
+        if weight in self._found:
+            return self._found.pop(weight)
+        return self._found.setdefault(weight, _scales(x, scale=self.scale))
 
 
 def _plain_dtype(variable: nnx.Variable, wanted: Any) -> np.dtype:
@@ -147,5 +155,10 @@ def part(stack: jax.Array | Blocked, index: tuple[jax.Array, ...]) -> jax.Array 
 
 
 @partial(jax.jit, static_argnames="scale")
-def _quantized(x: jax.Array, scale: Literal["float32", "pow2"]) -> Blocked:
-    return quantize(x, WEIGHT_BLOCK, scale=scale)
+def _scales(x: jax.Array, scale: Literal["float32", "pow2"]) -> jax.Array:
+    return block_scales(x, WEIGHT_BLOCK, scale=scale)
+
+
+@jax.jit
+def _values(x: jax.Array, scales: jax.Array) -> jax.Array:
+    return scaled(x, scales, WEIGHT_BLOCK).values

@@ -5,7 +5,7 @@ whether it sits in a stack of dense or of MoE layers; `mtp.0.…` belongs to the
 A `Blocked` weight is two arrays, `<name>.values` and `<name>.scales`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -30,11 +30,12 @@ def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
 
 
 def from_layers(
-    like: nnx.State, named: Mapping[str, np.ndarray], num_dense_layers: int
+    like: nnx.State, named: MutableMapping[str, np.ndarray], num_dense_layers: int
 ) -> nnx.State:
     """`like`'s structure and dtypes with the named values; FP8 is expanded where `like` has arrays.
 
-    ValueError for missing, left-over or misshapen tensors.
+    Each array is taken out of `named` when its turn comes, or all would be held twice.
+    ValueError for missing, left-over or misshapen tensors; `named` is then whole.
     """
     _check_names(shapes(like, num_dense_layers), named)
     restored = {}
@@ -42,10 +43,9 @@ def from_layers(
         held = variable.get_value()
         names = _layer_names(path, held.shape, num_dense_layers)
         if names:
-            layers = [_found(held, name, named) for name in names]
-            value = jax.tree.map(lambda *x: np.stack(x), *layers)
+            value = _stacked([_taken(held, name, named) for name in names])
         else:
-            value = _found(held, _name(path), named)
+            value = _taken(held, _name(path), named)
         value = jax.tree.map(lambda x, to: jax.numpy.asarray(x, to.dtype), value, held)
         restored[path] = variable.replace(value)
     return nnx.from_flat_state(restored)
@@ -82,13 +82,17 @@ def _parts(value: jax.Array | Blocked) -> dict[str, jax.Array]:
     return {"": value}
 
 
-def _found(
-    held: jax.Array | Blocked, name: str, named: Mapping[str, np.ndarray]
+def _stacked(layers: list[np.ndarray | Blocked]) -> np.ndarray | Blocked:
+    return jax.tree.map(lambda *x: np.stack(x), *layers)
+
+
+def _taken(
+    held: jax.Array | Blocked, name: str, named: MutableMapping[str, np.ndarray]
 ) -> np.ndarray | Blocked:
-    """A named weight, in FP8 only if `held` is."""
+    """A named weight, no longer in `named`; in FP8 only if `held` is."""
     if name in named:
-        return named[name]
-    blocked = Blocked(named[f"{name}.values"], named[f"{name}.scales"])
+        return named.pop(name)
+    blocked = Blocked(named.pop(f"{name}.values"), named.pop(f"{name}.scales"))
     return blocked if isinstance(held, Blocked) else np.asarray(_expanded(blocked))
 
 

@@ -32,8 +32,8 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     check_free_name(path, overwrite)
     check_disk(parent, size)
     temporary = parent / f".{path.name}.{secrets.token_hex(4)}.part"
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         sync_tree(temporary)
         _publish(temporary, path)
@@ -91,9 +91,8 @@ def _publish(temporary: Path, path: Path) -> None:
         if path.exists():
             os.rename(path, aside)
         os.rename(temporary, path)
-    except BaseException:
-        if aside.exists():
+        sync(path.parent)
+    finally:
+        if aside.exists() and not path.exists():
             os.rename(aside, path)
-        raise
-    sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)

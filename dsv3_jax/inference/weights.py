@@ -28,14 +28,28 @@ class Weights(NamedTuple):
     rest: DeepSeekV3
 
 
-def lay_out(model: DeepSeekV3) -> Weights:
-    """The main model's weights, layer by layer. Those of layers are copied; `model` stays."""
-    layers = []
-    for stack in (model.dense_layers, model.moe_layers):
-        for i in range(0 if stack is None else stack.attention_norm_D.shape[0]):
-            block = jax.tree.map(lambda x, i=i: x[i], stack)
-            layers.append(Layer(block, *block.mla.expansion(model.embed_VD.dtype)))
+def lay_out(model: DeepSeekV3, *, consume: bool = False) -> Weights:
+    """The main model's weights, layer by layer. Those of layers are copied.
+
+    `model` stays, or with `consume` gives up its layers: one variable's are held twice at a time.
+    """
+    stacks = (model.dense_layers, model.moe_layers)
+    blocks = [block for stack in stacks for block in _apart(stack, consume)]
+    dtype = model.embed_VD.dtype
+    layers = tuple(Layer(block, *block.mla.expansion(dtype)) for block in blocks)
     rest = jax.tree.map(lambda x: x, model)
     rest.dense_layers = rest.moe_layers = None
     rest.mtp = nnx.List([])
-    return Weights(tuple(layers), rest)
+    return Weights(layers, rest)
+
+
+def _apart(stack: Block | None, consume: bool) -> list[Block]:
+    """The layers of a stack; its memory is given back variable by variable if it is consumed."""
+    variables, structure = jax.tree.flatten(stack)
+    parts = []
+    for x in variables:
+        parts.append([x[i] for i in range(len(x))])
+        if consume:
+            jax.block_until_ready(parts[-1])  # or several variables' copies could be under way
+            x.delete()
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]

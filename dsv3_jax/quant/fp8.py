@@ -66,15 +66,34 @@ def quantize(
     A block of zeros has scale 1. NaN and infinities become NaN in their place and do not enter
     their block's scale. ValueError for another `fmt` or `scale`.
     """
+    return scaled(x, block_scales(x, block, fmt, scale), block, fmt)
+
+
+def block_scales(
+    x: jax.Array,
+    block: tuple[int, int] = (1, 128),
+    fmt: Literal["e4m3"] = "e4m3",
+    scale: Literal["float32", "pow2"] = "float32",
+) -> jax.Array:
+    """Those of `quantize`."""
     if fmt not in FORMATS:
         raise ValueError(f"fmt is {fmt!r}; allowed: {', '.join(map(repr, FORMATS))}")
     if scale not in ("float32", "pow2"):
         raise ValueError(f"scale is {scale!r}; allowed: 'float32', 'pow2'")
+    return _scales(_block_maxima(x.astype(jnp.float32), block), FORMATS[fmt][1], scale == "pow2")
+
+
+def scaled(
+    x: jax.Array,
+    scales: jax.Array,
+    block: tuple[int, int] = (1, 128),
+    fmt: Literal["e4m3"] = "e4m3",
+) -> Blocked:
+    """What `quantize` makes of x with these scales."""
     dtype, largest = FORMATS[fmt]
     x = x.astype(jnp.float32)
-    scales = _scales(_block_maxima(x, block), largest, scale == "pow2")
-    scaled = jnp.clip(x / _spread(scales, block, x.shape), -largest, largest)
-    return Blocked(jnp.where(jnp.isfinite(x), scaled, jnp.nan).astype(dtype), scales, block)
+    quotient = jnp.clip(x / _spread(scales, block, x.shape), -largest, largest)
+    return Blocked(jnp.where(jnp.isfinite(x), quotient, jnp.nan).astype(dtype), scales, block)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:

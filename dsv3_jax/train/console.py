@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from dsv3_jax.cli import terminate
+
 
 class RunConsole(Console):
     """Plain text, since names of files may hold [ or :, and a clean end once nobody reads it.
@@ -27,7 +29,7 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         """Falls silent and stops a training loop, which listens for SIGTERM, or else raises."""
         self.quiet = True
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, terminate):
             raise BrokenPipeError
         signal.raise_signal(signal.SIGTERM)
 

@@ -88,8 +88,11 @@ def _apart(x: jax.Array) -> jax.Array:
 
 
 def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
-    """What was taken apart, in the shape of a fresh `state`. ValueError if it does not fit."""
-    dense = cfg.model.num_dense_layers
+    """What was taken apart, in the shape of `state`. ValueError if it does not fit.
+
+    The checkpoint's arrays are moved and `state`'s memory is given back.
+    """
+    dense, state = cfg.model.num_dense_layers, _emptied(state)
 
     def part(group: str, like: nnx.State) -> nnx.State:
         return from_layers(like, checkpoint.arrays[group], dense)
@@ -113,9 +116,20 @@ def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> 
 def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> TrainState:
     """A fresh state with the checkpoint's weights and router biases. ValueError if they do not fit.
 
-    With `cfg`'s number of dense layers; optimiser and position start anew.
+    With `cfg`'s number of dense layers; optimiser and position start anew. The checkpoint's arrays
+    are moved and the memory of `state`'s weights is given back.
     """
     dense = cfg.model.num_dense_layers
-    params = from_layers(state.params, checkpoint.arrays["params"], dense)
-    biases = from_layers(state.biases, checkpoint.arrays["router_bias"], dense)
-    return state._replace(params=params, biases=biases)
+    params, biases = _emptied((state.params, state.biases))
+    return state._replace(
+        params=from_layers(params, checkpoint.arrays["params"], dense),
+        biases=from_layers(biases, checkpoint.arrays["router_bias"], dense),
+    )
+
+
+def _emptied(tree: Any) -> Any:
+    """The shapes and dtypes of arrays whose memory is given back."""
+    shapes = jax.eval_shape(lambda: tree)
+    for x in jax.tree.leaves(tree):
+        x.delete()
+    return shapes

@@ -15,13 +15,13 @@ import pytest
 from flax import nnx
 
 import dsv3_jax
-from dsv3_jax.checkpoint import hf, new_folder
+from dsv3_jax.checkpoint import hf, hf_writing, new_folder
 from dsv3_jax.checkpoint.hf import load_pretrained, save_pretrained
 from dsv3_jax.checkpoint.hf_folder import open_folder
 from dsv3_jax.checkpoint.hf_writing import Writing
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.quant.fp8 import Blocked
+from dsv3_jax.quant.fp8 import WEIGHT_BLOCK, Blocked, quantize
 from tests.checkpoint.hf_folders import (
     BF16,
     F32,
@@ -196,6 +196,21 @@ def test_plain_weights_are_quantised_in_the_released_layout(tmp_path: Path, mode
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
     } | ({"scale_fmt": "ue8m0"} if scale == "pow2" else {})
+
+
+@pytest.mark.parametrize("shard_size", [1, 10**9], ids=["values first", "scales first"])
+def test_each_weight_is_quantised_once(tmp_path: Path, model, shard_size: int, monkeypatch):
+    """Whichever of its two tensors is written first."""
+    found, scales_of = [], hf_writing._scales
+    monkeypatch.setattr(
+        hf_writing, "_scales", lambda x, scale: found.append(x.shape) or scales_of(x, scale=scale)
+    )
+    written = save(model, tmp_path / "out", fp8=True, shard_size=shard_size)
+    assert len(found) == sum(x.dtype == FP8 for x in written.values())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    direct = jax.jit(lambda x: quantize(x, WEIGHT_BLOCK))(model.dense_layers.mla.w_o_HU_D[0])
+    for x, expected in ((name, direct.values), (f"{name}_scale_inv", direct.scales)):
+        assert written[x].tobytes() == np.asarray(expected).T.tobytes()
 
 
 # --- memory ---

@@ -130,6 +130,14 @@ def weights() -> Weights:
     return lay_out(random_model(TWO))
 
 
+def test_a_consumed_model_gives_up_each_variable_as_it_is_laid_out(weights: Weights):
+    model = random_model(TWO)
+    stacks = jax.tree.leaves((model.dense_layers, model.moe_layers))
+    laid_out = lay_out(model, consume=True)
+    assert all(x.is_deleted() for x in stacks)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, laid_out, weights)))
+
+
 @pytest.mark.parametrize(
     ("dtype", "changes", "tolerance"),
     [(jnp.float32, {}, 1e-4), (jnp.bfloat16, {"q_latent": None}, 4 * BFLOAT16)],

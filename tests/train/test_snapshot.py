@@ -55,6 +55,7 @@ def test_what_is_restored_is_what_was_saved_bit_for_bit(tmp_path: Path, moments:
     save(tmp_path, cfg, Snapshot(state, POSITION, average, spike))
     fresh = jax.tree.map(jnp.zeros_like, state)
     restored = restore(store.load(tmp_path), cfg, fresh)
+    assert all(x.is_deleted() for x in jax.tree.leaves(fresh))  # before another is made
     assert (restored.position, restored.spike) == (POSITION, spike)
     for new, old in ((restored.state, state), (restored.average, average)):
         assert jax.tree.structure(new) == jax.tree.structure(old)
@@ -67,7 +68,10 @@ def test_weights_alone_leave_optimiser_and_position_fresh(tmp_path: Path):
     state = distinct_state(CFG)
     save(tmp_path, CFG, Snapshot(state, POSITION))
     fresh = jax.tree.map(jnp.zeros_like, state)
-    taken = weights_of(store.load(tmp_path), CFG, fresh)
+    checkpoint = store.load(tmp_path)
+    taken = weights_of(checkpoint, CFG, fresh)
+    assert not checkpoint.arrays["params"]
+    assert all(x.is_deleted() for x in jax.tree.leaves((fresh.params, fresh.biases)))
     same = jax.tree.map(np.array_equal, taken, state)
     assert all(jax.tree.leaves((same.params, same.biases)))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(taken.optimizer))
