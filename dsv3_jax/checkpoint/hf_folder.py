@@ -4,7 +4,7 @@ Only headers are read. Every inconsistency of a folder is one line: a file that 
 off, an index that disagrees with the files.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from dsv3_jax.checkpoint.hf_table import is_mtp
 from dsv3_jax.checkpoint.tensor_file import Tensor, read_header
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.load import is_hf_config
+from dsv3_jax.config.plain_json import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,7 +45,7 @@ class HFFolder:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder's config.json is Hugging Face's."""
     try:
-        return is_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return is_hf_config(read_json(path / "config.json"))
     except (OSError, ValueError):
         return False
 
@@ -61,8 +62,8 @@ def open_folder(path: str | Path) -> HFFolder:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).exists():
+    if not os.path.lexists(path / INDEX):  # a link to nothing is a fault of its own
+        if not os.path.lexists(path / SINGLE):
             raise ValueError(f"{path} holds neither {INDEX} nor {SINGLE}")
         return read_header(path / SINGLE)
     file_of = _read_json(path / INDEX).get("weight_map")
@@ -90,7 +91,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError as error:
         raise OSError(f"{file}: {error.strerror}") from error
     except ValueError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.hf_check import Differences, differences
+from dsv3_jax.checkpoint.hf_check import Differences, check_count, differences
 from dsv3_jax.checkpoint.hf_folder import HFFolder, is_hf_folder, open_folder
 from dsv3_jax.checkpoint.hf_table import abstract_model, copies, entries
 from dsv3_jax.checkpoint.names import as_stored, shapes
@@ -41,7 +41,7 @@ def inspect(path: Path) -> Iterator[str]:
 def _hf_lines(folder: HFFolder) -> Iterator[str]:
     yield f"folder     {folder.path}: Hugging Face, {folder.config['model_type']}"
     quantization = folder.config.get("quantization_config")
-    if quantization:
+    if isinstance(quantization, dict):
         described = ", ".join(f"{name} {value}" for name, value in quantization.items())
         yield f"quantised  {described}"
     files = len({tensor.file for tensor in folder.tensors.values()})
@@ -49,6 +49,7 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
     yield from _sizes(f"files: {files}", (Stored(CODES[s.dtype], s.size) for s in specs))
     try:
         cfg = folder.model_config()
+        check_count(folder, cfg)
     except ValueError as error:
         yield f"model      not supported: {error}"
         return

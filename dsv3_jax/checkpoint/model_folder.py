@@ -1,6 +1,5 @@
 """A model and its tokenizer from a folder: a run's, an imported model's, or Hugging Face's."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 from dsv3_jax.checkpoint.hf import load_pretrained
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config, load_json
+from dsv3_jax.config.plain_json import read_json
 from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -76,14 +77,17 @@ def open_model(
 
 def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
     """Of the configuration, the tokenizer, and generation_config.json, which may have several."""
-    known = {opened.cfg.eos_id, opened.tokenizer.eos_id}
+    known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / "generation_config.json"
+    if not file.exists():
+        return frozenset(known)
     try:
-        found = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
-    except FileNotFoundError:
-        found = []
+        found = read_json(file)["eos_token_id"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'generation_config.json'}: no eos_token_id in it") from None
-    return frozenset(known | set(found if isinstance(found, list) else [found]))
+        raise ValueError(f"{file}: no eos_token_id in it") from None
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{file}: eos_token_id is {shown(found)}; allowed: ids")
+    return frozenset(known | set(ids))
 
 
 def find(path: Path) -> Place:
@@ -105,14 +109,14 @@ def find(path: Path) -> Place:
 
 def _is_hf(config: Path) -> bool:
     try:
-        return is_hf_config(json.loads(config.read_text(encoding="utf-8")))
+        return is_hf_config(read_json(config))
     except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}") from None
 
 
 def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
     model = load_pretrained(folder, dtype, skip_mtp=True, progress=sys.stderr.isatty())
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = read_json(folder / "config.json")
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     ids = {name: i for name, i in ids.items() if stated.get(f"{name[:3]}_token_id") is None}
     return model, tokenizer, replace(model.cfg, **ids)
