@@ -65,8 +65,10 @@ def _run_lines(path: Path) -> Iterator[str]:
     yield _model_line(cfg)
     if not steps:
         return
-    groups = store.described(path / CHECKPOINTS, steps[-1])
-    yield f"step       {steps[-1]}"
+    damaged: list[str] = []
+    step, groups = store.described(path / CHECKPOINTS, report=damaged.append)
+    yield from (f"damaged    {line}" for line in damaged)
+    yield f"step       {step}"
     for group, named in groups.items():
         yield from _sizes(group, (_stored(described) for described in named.values()))
     held = {**groups.get("params", {}), **groups.get("router_bias", {})}
