@@ -53,6 +53,23 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> I
         fail(str(error))
 
 
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this block as ^C does: what it began is cleared away. Exit codes 143
+    and 129.
+    """
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs a command's main on the command line's arguments and exits with what it returns.
 

@@ -53,15 +53,21 @@ def differences(
     return Differences(missing, leftover(filled, known | scales))
 
 
+def lack_of_mtp(folder: HFFolder, num_layers: int, mtp_depth: int) -> str:
+    """What to do where not one tensor of the MTP modules is there; empty where some are."""
+    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
+    if not mtp or any(name.startswith(mtp) for name in folder.tensors):
+        return ""
+    return (
+        f"config.json has num_nextn_predict_layers {mtp_depth}, but there is no tensor {mtp[0]}*; "
+        "--skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the main model alone"
+    )
+
+
 def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth: int) -> None:
     """ValueError lists what is missing or unknown: the first few and the count."""
-    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
-    if mtp and not any(name.startswith(mtp) for name in folder.tensors):
-        raise ValueError(
-            f"{folder.path}: config.json has num_nextn_predict_layers {mtp_depth}, but there is no "
-            f"tensor {mtp[0]}*; --skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the "
-            "main model alone"
-        )
+    if without := lack_of_mtp(folder, num_layers, mtp_depth):
+        raise ValueError(f"{folder.path}: {without}")
     for what, names in (("lacks tensors", found.missing), ("has unknown tensors", found.unknown)):
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

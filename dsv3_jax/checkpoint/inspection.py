@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.hf_check import Differences, check_count, differences
-from dsv3_jax.checkpoint.hf_folder import HFFolder, is_hf_folder, open_folder
+from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
+from dsv3_jax.checkpoint.hf_check import Differences, check_count, differences, lack_of_mtp
+from dsv3_jax.checkpoint.hf_folder import HFFolder, open_folder
 from dsv3_jax.checkpoint.hf_table import abstract_model, copies, entries
+from dsv3_jax.checkpoint.model_folder import find
 from dsv3_jax.checkpoint.names import as_stored, shapes
 from dsv3_jax.checkpoint.run_model import CHECKPOINTS
 from dsv3_jax.checkpoint.tensor_file import CODES
@@ -31,11 +33,8 @@ class Stored(NamedTuple):
 
 def inspect(path: Path) -> Iterator[str]:
     """Lines about a folder. ValueError or OSError if it is neither kind, or cannot be read."""
-    if is_hf_folder(path):
-        return _hf_lines(open_folder(path))
-    if (path / "config.json").is_file():
-        return _run_lines(path)
-    raise ValueError(f"{path}: no config.json; allowed: a Hugging Face folder or a run's")
+    place = find(path)
+    return _hf_lines(open_folder(path)) if place.is_hf else _run_lines(place.folder)
 
 
 def _hf_lines(folder: HFFolder) -> Iterator[str]:
@@ -52,8 +51,12 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
         check_count(folder, cfg)
     except ValueError as error:
         yield f"model      not supported: {error}"
+        yield _tokenizer_line(folder.path, None)
         return
     yield _model_line(cfg)
+    yield _tokenizer_line(folder.path, cfg.vocab_size)
+    if without := lack_of_mtp(folder, cfg.num_layers, cfg.mtp_depth):
+        yield f"MTP        {without}"
     table = entries(cfg, nnx.split(abstract_model(cfg))[1])
     yield from _difference_lines(differences(folder, cfg, table, copies(cfg)))
 
@@ -63,6 +66,7 @@ def _run_lines(path: Path) -> Iterator[str]:
     steps = store.steps(path / CHECKPOINTS)
     yield f"folder     {path}: a run; checkpoints of steps: {', '.join(map(str, steps)) or 'none'}"
     yield _model_line(cfg)
+    yield _tokenizer_line(path, cfg.vocab_size)
     if not steps:
         return
     damaged: list[str] = []
@@ -90,6 +94,10 @@ def _model_line(cfg: ModelConfig) -> str:
         f"{cfg.num_layers} layers, {cfg.num_dense_layers} of them dense; "
         f"{cfg.num_experts} experts, {cfg.experts_per_token} active"
     )
+
+
+def _tokenizer_line(folder: Path, vocab_size: int | None) -> str:
+    return f"tokenizer  {look_at_tokenizer(folder, vocab_size).said}"
 
 
 def _sizes(what: str, stored: Iterable[Stored]) -> Iterator[str]:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from dsv3_jax.checkpoint.folder_tokenizer import check_ids, open_tokenizer
 from dsv3_jax.checkpoint.hf import load_pretrained
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config, load_json
 from dsv3_jax.config.plain_json import read_json
-from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
 _NEEDED = "needed: a run's folder, or a Hugging Face one"
@@ -38,6 +39,14 @@ class Place(NamedTuple):
     step: int | None
     is_hf: bool
 
+    def chosen(self, step: int | None) -> int | None:
+        """The step that an option or the path names. ValueError if they name two."""
+        if None not in (step, self.step) and step != self.step:
+            raise ValueError(
+                f"{self.folder}: step {step} and step {self.step}; allowed: one of them"
+            )
+        return self.step if step is None else step
+
 
 def open_model(
     path: str | Path, *, dtype: Any = None, step: int | None = None, average: bool = False
@@ -54,24 +63,14 @@ def open_model(
     ValueError or OSError, one line, for what is missing, damaged, or not to be had together.
     """
     place = find(Path(path))
-    tokenizer_path = find_tokenizer(place.folder)
-    if tokenizer_path is None:
-        raise ValueError(
-            f"{place.folder}: neither tokenizer.json nor tiktoken.model, without which ids are no "
-            "text"
-        )
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(place.folder)
     if place.is_hf:
         if step is not None or average:
             raise ValueError(f"{place.folder}: a Hugging Face folder has no steps and no average")
         opened = OpenedModel(*_pretrained(place.folder, dtype, tokenizer), None)
     else:
         opened = _of_run(place, tokenizer, dtype, step, average)
-    if tokenizer.vocab_size > opened.cfg.vocab_size:
-        raise ValueError(
-            f"{tokenizer_path} has ids up to {tokenizer.vocab_size - 1}; "
-            f"allowed: below the model's vocab_size = {opened.cfg.vocab_size}"
-        )
+    check_ids(tokenizer, opened.cfg.vocab_size)
     return opened._replace(end_ids=_end_ids(place.folder, opened))
 
 
@@ -125,9 +124,7 @@ def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
 def _of_run(
     place: Place, tokenizer: Tokenizer, dtype: Any, step: int | None, average: bool
 ) -> OpenedModel:
-    if None not in (step, place.step) and step != place.step:
-        raise ValueError(f"{place.folder}: step {step} and step {place.step}; allowed: one of them")
-    step = place.step if step is None else step
+    step = place.chosen(step)
     cfg = load_json(place.folder / "config.json")
     if average and cfg.optimizer.ema_decay == 0:
         raise ValueError(

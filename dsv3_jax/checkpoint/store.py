@@ -155,12 +155,12 @@ def load(
 
 
 def described(
-    folder: Path, *, report: Callable[[str], None] = _to_stderr
+    folder: Path, step: int | None = None, *, report: Callable[[str], None] = _to_stderr
 ) -> tuple[int, dict[str, dict[str, dict[str, Any]]]]:
     """Returns the step that `load` would read, as far as that can be said without reading arrays,
     and group -> name -> shape, dtype and CRC-32.
     """
-    return _newest_readable(folder, None, _read_description, report)
+    return _newest_readable(folder, step, _read_description, report)
 
 
 def steps(folder: Path) -> list[int]:

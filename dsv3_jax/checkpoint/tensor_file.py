@@ -5,11 +5,12 @@ format is small: the header's length in 8 bytes, a JSON header, the bytes. Its o
 ours in the tests.
 """
 
+import contextlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,16 @@ def _check_gapless(tensors: Mapping[str, Tensor], start: int) -> None:
         end += tensor.spec.size
 
 
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """A full disk does not say in which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(file)
+        raise
+
+
 def write_file(
     file: Path, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
@@ -145,7 +156,7 @@ def write_file(
         end += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with _named(file), file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for (name, spec), (given, array) in zip(specs.items(), arrays, strict=True):
             assert (given, spec) == (name, Spec(array.dtype, array.shape)), (given, name, spec)
