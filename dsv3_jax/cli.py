@@ -35,9 +35,14 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
 
 def fail(message: str, hint: str = "") -> NoReturn:
     """Prints the one line on stderr and exits 2."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr, flush=True)
     raise SystemExit(USER_ERROR)
+
+
+def printable(line: str) -> str:
+    """Without what would steer a terminal, and with escapes for what is no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 @contextlib.contextmanager

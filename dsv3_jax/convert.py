@@ -5,7 +5,6 @@ the other way; `inspect` reads names and sizes only. Values and scales of FP8 we
 untouched where FP8 is kept.
 """
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import parse, run, stopped_by_signals, user_errors
+from dsv3_jax.cli import parse, printable, run, stopped_by_signals, user_errors
 
 PROG = "python -m dsv3_jax.convert"
 DESCRIPTION = """Checkpoints from and to Hugging Face's format.
@@ -89,22 +88,21 @@ Command = (
 def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text
-        sys.stdout.reconfigure(errors="backslashreplace")
     with user_errors(), stopped_by_signals():
         if isinstance(command, Import):
-            print(import_folder(command))
+            print(printable(import_folder(command)))
         elif isinstance(command, Export):
-            print(export_folder(command))
+            print(printable(export_folder(command)))
         else:
             from dsv3_jax.checkpoint.inspection import inspect
 
             for line in inspect(command.source):
-                print(line)
+                print(printable(line))
 
 
 def import_folder(command: Import) -> str:
     """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
+    from dsv3_jax.checkpoint.arrays import check_path
     from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
     from dsv3_jax.checkpoint.hf import load_pretrained
     from dsv3_jax.checkpoint.hf_folder import open_folder
@@ -114,9 +112,10 @@ def import_folder(command: Import) -> str:
     cfg = open_folder(command.source).model_config(command.skip_mtp)
     _check_apart(command.source, command.out)
     check_free_name(command.out, command.overwrite)  # before a model is read in vain
+    check_path(command.out.absolute())
     tokenizer = look_at_tokenizer(command.source, cfg.vocab_size)
     if not tokenizer.is_usable:
-        print(f"warning: tokenizer: {tokenizer.said}", file=sys.stderr)
+        print(printable(f"warning: tokenizer: {tokenizer.said}"), file=sys.stderr)
     model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
     write_model(model, command.source, command.out, overwrite=command.overwrite)
     return f"{command.out}: imported; train from it with --init-from {command.out}"

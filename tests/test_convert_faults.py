@@ -127,6 +127,13 @@ def test_names_that_are_no_text_and_lines_in_names_are_taken(tmp_path: Path, sou
     ]
 
 
+def test_an_import_to_a_name_that_is_no_text_is_refused_at_once(tmp_path: Path, source, capsys):
+    out = tmp_path / os.fsdecode(b"out\xff")
+    line = refused(capsys, "import", source, out)
+    assert line.endswith(r"out\udcff: not UTF-8; allowed for checkpoints: UTF-8")
+    assert not out.exists()
+
+
 # --- what is read --------------------------------------------------------------------------------
 
 
@@ -158,6 +165,13 @@ def test_an_import_says_that_its_tokenizer_is_of_no_use(tmp_path: Path, source: 
         (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: "))
         assert said in line
         assert "tokenizer  none that can be used: " in inspected(capsys, source)
+
+
+def test_what_a_folder_says_cannot_steer_a_terminal(source: Path, capsys):
+    edit(source, model_type="x\n\x1b[31m", quantization_config={"a\nb": 1})
+    text = inspected(capsys, source)
+    assert r"Hugging Face, x\n\x1b[31m" in text
+    assert r"quantised  a\nb 1" in text
 
 
 def test_inspect_tells_of_the_tokenizer(run: Path, capsys):

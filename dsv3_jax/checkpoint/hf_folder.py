@@ -13,6 +13,7 @@ from typing import Any
 from dsv3_jax.checkpoint.hf_table import is_mtp
 from dsv3_jax.checkpoint.tensor_file import Tensor, read_header
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config
 from dsv3_jax.config.plain_json import read_json
 
@@ -71,8 +72,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path / INDEX}: no weight_map of names to files")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{path / INDEX} names {file}; allowed: files of this folder")
+        if Path(file).name != file or file in ("", ".."):
+            raise ValueError(f"{path / INDEX} names {shown(file)}; allowed: files of this folder")
         if not (path / file).exists():
             raise ValueError(f"{path / INDEX} names {file}, which is missing")
         found = read_header(path / file)

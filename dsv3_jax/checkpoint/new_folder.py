@@ -14,7 +14,7 @@ from dsv3_jax.files import sync, sync_tree
 
 # What we write, and what tokenizers of the family bring along.
 _OF_A_MODEL = re.compile(
-    r"checkpoints|(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
+    r"(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
     r"|special_tokens_map\.json|.*\.jinja|tiktoken\.model|tokenization_.*\.py"
 )
 
@@ -138,12 +138,19 @@ def _check_unused(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} holds {held[0]} and no model; allowed: a new or an empty folder")
     if not overwrite:
         raise ValueError(f"{path} holds a model already; --overwrite (overwrite=True) replaces it")
-    others = [name for name in held if not _OF_A_MODEL.fullmatch(name)]
+    others = [name for name in held if not _is_of_a_model(path / name)]
     if others:
         raise ValueError(
             f"{path} holds {others[0]}, which is no part of a model; allowed to overwrite: what "
             "convert and save_pretrained write"
         )
+
+
+def _is_of_a_model(entry: Path) -> bool:
+    """Checkpoints of an imported model are one, of step 0; others took somebody a training."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and {step.name for step in entry.iterdir()} <= {"step_00000000"}
+    return _OF_A_MODEL.fullmatch(entry.name) is not None and not entry.is_dir()
 
 
 def check_disk(folder: Path, size: int) -> None:

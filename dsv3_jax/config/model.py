@@ -263,7 +263,7 @@ _AT_LEAST_ONE = (
 
 
 # What is gone through one by one. Other sizes and ids are int32.
-_AT_MOST = {"num_layers": 10_000, "num_experts": 10_000, "mtp_depth": 100}
+_AT_MOST = {"num_layers": 10_000, "num_experts": 10_000, "mtp_depth": 16}
 
 
 def _at_least(name: str, value: int, least: int) -> None:

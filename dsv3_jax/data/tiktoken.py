@@ -142,6 +142,8 @@ def _special_tokens(path: Path, first: int) -> list[str]:
 
 
 def _read(file: Path, path: Path) -> str:
+    if file.exists() and not file.is_file():  # a pipe may never end
+        raise ValueError(f"tokenizer {path}: cannot read {file.name}: not a plain file")
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

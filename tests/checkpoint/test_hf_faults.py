@@ -185,7 +185,15 @@ BROKEN = {
     ),
     "elsewhere": (
         lambda path: edit_index(path, lambda files: files.update({"x.y": "../a.safetensors"})),
-        r"names \.\./a\.safetensors; allowed: files of this folder",
+        r"names '\.\./a\.safetensors'; allowed: files of this folder",
+    ),
+    "nowhere": (
+        lambda path: edit_index(path, lambda files: files.update({"x.y": ""})),
+        "names ''; allowed: files of this folder",
+    ),
+    "the folder above": (
+        lambda path: edit_index(path, lambda files: files.update({"x.y": ".."})),
+        r"names '\.\.'; allowed: files of this folder",
     ),
     "index no JSON": (
         lambda path: (path / "model.safetensors.index.json").write_text("{"),
