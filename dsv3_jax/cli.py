@@ -61,7 +61,7 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> I
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end this block as ^C does: what it began is cleared away. Exit codes 143
-    and 129.
+    and 129. Not around imports: native modules do not bear exceptions while they load.
     """
 
     def stop(number: int, _: object) -> NoReturn:

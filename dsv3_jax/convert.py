@@ -88,7 +88,7 @@ Command = (
 def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
-    with user_errors(), stopped_by_signals():
+    with user_errors():
         if isinstance(command, Import):
             print(printable(import_folder(command)))
         elif isinstance(command, Export):
@@ -102,7 +102,7 @@ def main(args: Sequence[str]) -> int | None:
 
 def import_folder(command: Import) -> str:
     """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
-    from dsv3_jax.checkpoint.arrays import check_path
+    from dsv3_jax.checkpoint.arrays import check_path, load_orbax
     from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
     from dsv3_jax.checkpoint.hf import load_pretrained
     from dsv3_jax.checkpoint.hf_folder import open_folder
@@ -117,7 +117,9 @@ def import_folder(command: Import) -> str:
     if not tokenizer.is_usable:
         print(printable(f"warning: tokenizer: {tokenizer.said}"), file=sys.stderr)
     model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
-    write_model(model, command.source, command.out, overwrite=command.overwrite)
+    load_orbax()
+    with stopped_by_signals():
+        write_model(model, command.source, command.out, overwrite=command.overwrite)
     return f"{command.out}: imported; train from it with --init-from {command.out}"
 
 
@@ -143,15 +145,16 @@ def export_folder(command: Export) -> str:
             place.folder, place.chosen(command.step), command.ema, report=_to_stderr
         )
         what = f"step {step:,}"
-    save_pretrained(
-        model,
-        command.out,
-        command.fp8,
-        dtype=command.dtype,
-        scale=command.scale,
-        tokenizer_from=place.folder,
-        overwrite=command.overwrite,
-    )
+    with stopped_by_signals():
+        save_pretrained(
+            model,
+            command.out,
+            command.fp8,
+            dtype=command.dtype,
+            scale=command.scale,
+            tokenizer_from=place.folder,
+            overwrite=command.overwrite,
+        )
     return f"{command.out}: exported {what} of {command.source}"
 
 

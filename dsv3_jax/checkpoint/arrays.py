@@ -74,6 +74,11 @@ def crc32(content: "bytes | memoryview") -> str:
     return f"{zlib.crc32(content):08x}"
 
 
+def load_orbax() -> None:
+    """Before a block in which a signal raises: native modules that load would abort the process."""
+    import orbax.checkpoint  # noqa: F401
+
+
 def check_path(folder: Path) -> None:
     """CheckpointError for a name that TensorStore cannot be told."""
     try:
