@@ -37,12 +37,17 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
 
 def fail(message: str, hint: str = "") -> NoReturn:
     """Prints the one line on stderr and exits 2."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     try:
         print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr, flush=True)
     except OSError:  # its disk may be full, or its reader gone
         _drop_unwritten()
     raise SystemExit(USER_ERROR)
+
+
+def printable(line: str) -> str:
+    """Without what would steer a terminal, and with escapes for what is no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 @contextlib.contextmanager
@@ -63,46 +68,56 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Like ^C, which libraries know to let through."""
 
 
-def terminate(number: int, frame: Any) -> None:
-    """The handler of SIGTERM inside `clean_on_sigterm`."""
-    _raise_or_wait(Terminated, frame)
+class HungUp(KeyboardInterrupt):
+    """SIGHUP came: the terminal is gone."""
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    _raise_or_wait(KeyboardInterrupt, frame)
+STOPS = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HungUp,
+}
 
 
-def _raise_or_wait(stop: type[KeyboardInterrupt], frame: Any) -> None:
-    """Raises what a signal means, but not within an import: jaxlib crashes if anything is raised
-    while it comes up. The signal then comes again a moment later.
+def stop(number: int, frame: Any) -> None:
+    """The handler inside `clean_on_signals`: raises what a signal means, but not within an import,
+    since jaxlib crashes if anything is raised while it comes up. The signal then comes again a
+    moment later.
     """
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return _send_again(stop)
+            return _send_again(number)
         frame = frame.f_back
-    raise stop
+    raise STOPS[number]
 
 
 @contextlib.contextmanager
-def clean_on_sigterm() -> Iterator[None]:
-    """SIGTERM inside this block unwinds it, as ^C does, so that what is half-written goes."""
-    before = signal.signal(signal.SIGTERM, terminate)
+def clean_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP inside this block unwind it, as ^C does, so that what is half-written
+    goes.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # Who ignores them (nohup) goes on doing so.
+    before = {n: signal.getsignal(n) for n in numbers}
+    before = {n: signal.signal(n, stop) for n, was in before.items() if was != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Runs a command's main on the command line's arguments and exits with what it returns.
 
-    ^C ends it with 130, SIGTERM inside `clean_on_sigterm` with 143, a reader that leaves (as `head`
-    does) with 141, all without a word. Output that cannot be written is one line and exit code 2.
+    ^C ends it with 130, SIGTERM or SIGHUP inside `clean_on_signals` with 143 or 129, a reader that
+    leaves (as `head` does) with 141, all without a word. Output that cannot be written is one line
+    and exit code 2.
     """
     _occupy_streams()
     sys.unraisablehook = _raise_again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a script's & ignores it
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, stop)
     try:
         try:
             code = main(sys.argv[1:]) or 0
@@ -111,11 +126,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except BrokenPipeError:
         _drop_unwritten()
         code = 128 + signal.SIGPIPE
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as came:
         _drop_unwritten()
         # At once: XLA may be compiling in its threads, and crashes if the interpreter is taken
         # down around it.
-        os._exit(128 + _of(type(stop)))
+        os._exit(128 + _number_of(type(came)))
     raise SystemExit(code)
 
 
@@ -161,19 +176,19 @@ def _raise_again(unraisable: Any) -> None:
     collector, comes again.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _send_again(unraisable.exc_type)
+        _send_again(_number_of(unraisable.exc_type))
     else:
         sys.__unraisablehook__(unraisable)
 
 
-def _send_again(stop: type[KeyboardInterrupt]) -> None:
-    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, _of(stop)))
+def _send_again(number: int) -> None:
+    again = threading.Timer(0.02, signal.pthread_kill, (threading.main_thread().ident, number))
     again.daemon = True
     again.start()
 
 
-def _of(stop: type[KeyboardInterrupt]) -> signal.Signals:
-    return signal.SIGTERM if issubclass(stop, Terminated) else signal.SIGINT
+def _number_of(kind: type[KeyboardInterrupt]) -> signal.Signals:
+    return next((n for n, known in STOPS.items() if known is kind), signal.SIGINT)
 
 
 @contextlib.contextmanager

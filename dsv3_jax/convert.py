@@ -5,6 +5,8 @@ the other way; `inspect` reads names and sizes only. Values and scales of FP8 we
 untouched where FP8 is kept.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import clean_on_sigterm, parse, run, user_errors
+from dsv3_jax.cli import clean_on_signals, parse, printable, run, user_errors
 
 PROG = "python -m dsv3_jax.convert"
 DESCRIPTION = """Checkpoints from and to Hugging Face's format.
@@ -48,7 +50,8 @@ class Export:
     """A run's or an imported model to a Hugging Face folder, in bfloat16, float32 or FP8."""
 
     source: Checkpoint
-    """Folder of a run or an imported model, or a Hugging Face folder"""
+    """Folder of a run or an imported model, its `checkpoints` or one `step_...` in it; or a Hugging
+    Face folder"""
     out: Out
     """Folder to write; new or empty"""
     fp8: Annotated[bool, Switch] = False
@@ -85,26 +88,34 @@ Command = (
 def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
     command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
-    with clean_on_sigterm(), user_errors():
+    with clean_on_signals(), user_errors():
         if isinstance(command, Import):
-            print(import_folder(command))
+            print(printable(import_folder(command)))
         elif isinstance(command, Export):
-            print(export_folder(command))
+            print(printable(export_folder(command)))
         else:
             from dsv3_jax.checkpoint.inspection import inspect
 
             for line in inspect(command.source):
-                print(line)
+                print(printable(line))
 
 
 def import_folder(command: Import) -> str:
     """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
+    from dsv3_jax.checkpoint.arrays import check_path
+    from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
     from dsv3_jax.checkpoint.hf import load_pretrained
+    from dsv3_jax.checkpoint.hf_folder import open_folder
     from dsv3_jax.checkpoint.new_folder import check_free_name
     from dsv3_jax.checkpoint.run_model import write_model
 
+    cfg = open_folder(command.source).model_config(command.skip_mtp)
     _check_apart(command.source, command.out)
     check_free_name(command.out, command.overwrite)  # before a model is read in vain
+    check_path(command.out.absolute())
+    tokenizer = look_at_tokenizer(command.source, cfg.vocab_size)
+    if not tokenizer.is_usable:
+        print(printable(f"warning: tokenizer: {tokenizer.said}"), file=sys.stderr)
     model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
     write_model(model, command.source, command.out, overwrite=command.overwrite)
     return f"{command.out}: imported; train from it with --init-from {command.out}"
@@ -113,13 +124,14 @@ def import_folder(command: Import) -> str:
 def export_folder(command: Export) -> str:
     """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
     from dsv3_jax.checkpoint.hf import load_pretrained, save_pretrained
-    from dsv3_jax.checkpoint.hf_folder import is_hf_folder
+    from dsv3_jax.checkpoint.model_folder import find
     from dsv3_jax.checkpoint.new_folder import check_free_name
     from dsv3_jax.checkpoint.run_model import read_model
 
-    _check_apart(command.source, command.out)
+    place = find(command.source)
+    _check_apart(place.folder, command.out)
     check_free_name(command.out, command.overwrite)
-    if is_hf_folder(command.source):
+    if place.is_hf:
         if command.ema or command.step is not None:
             raise ValueError(f"{command.source} is of Hugging Face: --ema and --step are for runs")
         what = "the model"
@@ -127,7 +139,9 @@ def export_folder(command: Export) -> str:
     elif command.skip_mtp:
         raise ValueError(f"{command.source} is a run: --skip-mtp is for Hugging Face folders")
     else:
-        model, _, step = read_model(command.source, command.step, command.ema)
+        model, _, step = read_model(
+            place.folder, place.chosen(command.step), command.ema, report=_to_stderr
+        )
         what = f"step {step:,}"
     save_pretrained(
         model,
@@ -135,17 +149,30 @@ def export_folder(command: Export) -> str:
         command.fp8,
         dtype=command.dtype,
         scale=command.scale,
-        tokenizer_from=command.source,
+        tokenizer_from=place.folder,
         overwrite=command.overwrite,
     )
     return f"{command.out}: exported {what} of {command.source}"
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _check_apart(source: Path, out: Path) -> None:
-    """ValueError if replacing OUT would remove what is read, links within the source included."""
-    read = [source, *(source.iterdir() if source.is_dir() else ())]
-    if any(path.resolve().is_relative_to(out.resolve()) for path in read):
+    """ValueError if replacing OUT would remove what is read, links within the source included, or
+    if a run would take OUT for a checkpoint of its own, and remove it in time.
+    """
+    read, target = [source, *source.iterdir()], _real(out)
+    if any(_real(path).is_relative_to(target) for path in read):
         raise ValueError(f"OUT {out} holds the source {source}; allowed: another folder")
+    for above in target.parents:
+        if above.name == "checkpoints" and (above.parent / "config.json").is_file():
+            raise ValueError(f"OUT {out} lies among a run's checkpoints; allowed: another folder")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, of links in a loop too
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import clean_on_sigterm, parse, run, user_errors
+from dsv3_jax.cli import clean_on_signals, parse, run, user_errors
 from dsv3_jax.train.console import printable
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def main(args: Sequence[str]) -> int | None:
     options = parse(Options, default, prog=PROG, description=DESCRIPTION, args=args)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have every character
         sys.stdout.reconfigure(errors="replace")
-    with clean_on_sigterm():
+    with clean_on_signals():
         _generate(options)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from dsv3_jax.cli import clean_on_sigterm, parse, run, user_errors
+from dsv3_jax.cli import clean_on_signals, parse, run, user_errors
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.presets import tiny
 
@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> int | None:
     from dsv3_jax.train.console import RunConsole
 
     console = RunConsole()
-    with clean_on_sigterm(), user_errors(), _own_flags():
+    with clean_on_signals(), user_errors(), _own_flags():
         cfg = options.data()
         manifest = write(cfg, options.out, options.vocab_size, console)
         console.print(_summary(options.out, manifest), soft_wrap=True, highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.cli import clean_on_sigterm, fail, parse, user_errors
+from dsv3_jax.cli import clean_on_signals, fail, parse, user_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,7 +221,7 @@ def test_a_signal_unwinds_and_nothing_runs_after_that(number: int, code: int):
     """The interpreter is not taken down: XLA may be at work in its threads."""
     main = (
         "atexit.register(print, 'taken down')\n"
-        "    with clean_on_sigterm():\n"
+        "    with clean_on_signals():\n"
         f"        try: signal.raise_signal({number:d}); print('went on')\n"
         "        finally: print('cleaned')"
     )
@@ -234,7 +234,7 @@ def test_a_signal_that_meets_a_callback_is_not_lost(name: str, code: int):
     """Python can raise nothing there, and would print what it cannot raise."""
     main = (
         f"class Last: __del__ = lambda self: signal.raise_signal(signal.{name})\n"
-        "    with clean_on_sigterm():\n"
+        "    with clean_on_signals():\n"
         "        Last(); time.sleep(20); print('went on')"
     )
     ended = start(main, stdout=subprocess.PIPE)
@@ -248,7 +248,7 @@ def test_a_signal_waits_for_the_end_of_an_import(name: str, code: int, tmp_path:
     (tmp_path / "slow_to_import.py").write_text(text)
     main = (
         f"sys.path.append({str(tmp_path)!r})\n"
-        "    with clean_on_sigterm():\n"
+        "    with clean_on_signals():\n"
         "        import slow_to_import; time.sleep(20); print('went on')"
     )
     ended = start(main, stdout=subprocess.PIPE)
@@ -263,7 +263,7 @@ def test_other_faults_in_a_callback_are_shown():
 
 def test_sigterm_is_as_before_outside_of_the_block():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), clean_on_sigterm():
+    with pytest.raises(KeyboardInterrupt), clean_on_signals():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -74,12 +74,21 @@ def crc32(content: "bytes | memoryview") -> str:
     return f"{zlib.crc32(content):08x}"
 
 
+def check_path(folder: Path) -> None:
+    """CheckpointError for a name that TensorStore cannot be told."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{folder}: not UTF-8; allowed for checkpoints: UTF-8") from None
+
+
 def write_arrays(folder: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes the arrays to a new folder, except those of size 0, which Orbax refuses.
 
     Raises `OrbaxError` where that fails, `CheckpointError` for a name that is not Unicode.
     """
     tree = _tree({g: {n: x for n, x in named.items() if x.size} for g, named in groups.items()})
+    check_path(folder.absolute())
     if tree:
         with _orbax() as (orbax, checkpointer):
             checkpointer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree))
@@ -96,6 +105,7 @@ def read_arrays(
         {g: {n: 0 for n, d in named.items() if not _empty(d)} for g, named in described.items()}
     )
     restored: dict[str, dict[str, np.ndarray]] = {}
+    check_path(folder.absolute())
     if tree:
         with _orbax() as (orbax, checkpointer):
             as_numpy = orbax.RestoreArgs(restore_type=np.ndarray)

@@ -21,7 +21,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.checkpoint.hf_check import check_names, check_tensors, differences, is_fp8
+from dsv3_jax.checkpoint.hf_check import (
+    check_count,
+    check_names,
+    check_tensors,
+    differences,
+    is_fp8,
+)
 from dsv3_jax.checkpoint.hf_folder import INDEX, HFFolder, open_folder
 from dsv3_jax.checkpoint.hf_table import SCALES, Entry, abstract_model, copies, entries
 from dsv3_jax.checkpoint.hf_writing import Writing, as_bits
@@ -72,6 +78,7 @@ def load_pretrained(
     cfg = folder.model_config(skip_mtp)
     if skip_mtp:
         folder = folder.without_mtp(cfg.num_layers)
+    check_count(folder, cfg)
     graphdef, abstract = nnx.split(abstract_model(cfg))
     table, repeated = entries(cfg, abstract), copies(cfg)
     found = differences(folder, cfg, table, repeated)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.checkpoint.hf_folder import HFFolder
-from dsv3_jax.checkpoint.hf_table import SCALES, Copy, Entry, leftover
+from dsv3_jax.checkpoint.hf_table import SCALES, Copy, Entry, entry_count, leftover
 from dsv3_jax.checkpoint.tensor_file import CODES, DTYPES, Tensor
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.quant.fp8 import grid
 
 FP8 = DTYPES["F8_E4M3"]
 PLAIN = tuple(DTYPES[code] for code in ("BF16", "F16", "F32"))
+_NAMED = 200_000  # twice what DeepSeek-V3 has
 _CHUNK = 2**24  # bytes compared at a time
 
 
@@ -22,6 +23,20 @@ class Differences(NamedTuple):
 
     missing: list[str]
     unknown: list[str]
+
+
+def check_count(folder: HFFolder, cfg: ModelConfig) -> None:
+    """ValueError for a model so far beyond the folder that to name what is missing takes minutes.
+
+    Before anything that goes through the model's tensors one by one.
+    """
+    needed, held = entry_count(cfg), len(folder.tensors)
+    if needed > held + _NAMED:
+        raise ValueError(
+            f"{folder.path}: config.json describes a model of {needed:,} tensors "
+            f"({cfg.num_layers:,} layers, {cfg.num_experts:,} experts, {cfg.mtp_depth:,} MTP "
+            f"modules), and the folder holds {held:,}"
+        )
 
 
 def differences(
@@ -38,15 +53,21 @@ def differences(
     return Differences(missing, leftover(filled, known | scales))
 
 
+def lack_of_mtp(folder: HFFolder, num_layers: int, mtp_depth: int) -> str:
+    """What to do where not one tensor of the MTP modules is there; empty where some are."""
+    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
+    if not mtp or any(name.startswith(mtp) for name in folder.tensors):
+        return ""
+    return (
+        f"config.json has num_nextn_predict_layers {mtp_depth}, but there is no tensor {mtp[0]}*; "
+        "--skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the main model alone"
+    )
+
+
 def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth: int) -> None:
     """ValueError lists what is missing or unknown: the first few and the count."""
-    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
-    if mtp and not any(name.startswith(mtp) for name in folder.tensors):
-        raise ValueError(
-            f"{folder.path}: config.json has num_nextn_predict_layers {mtp_depth}, but there is no "
-            f"tensor {mtp[0]}*; --skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the "
-            "main model alone"
-        )
+    if without := lack_of_mtp(folder, num_layers, mtp_depth):
+        raise ValueError(f"{folder.path}: {without}")
     for what, names in (("lacks tensors", found.missing), ("has unknown tensors", found.unknown)):
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -90,9 +111,9 @@ def _check_spec(
 
 def _check_copy(copy: Copy, repeated: Tensor, main: Tensor) -> None:
     """Bit for bit where dtypes agree, else by value."""
-    one, two = repeated.read(), main.read()
-    same = one.shape == two.shape and one.dtype in PLAIN
+    same = repeated.spec.shape == main.spec.shape and repeated.spec.dtype in PLAIN
     if same:
+        one, two = repeated.read(), main.read()
         rows = max(1, _CHUNK // max(1, one[:1].nbytes))
         starts = range(0, len(one), rows)
         same = all(_equal(one[i : i + rows], two[i : i + rows]) for i in starts)

@@ -4,7 +4,7 @@ Only headers are read. Every inconsistency of a folder is one line: a file that 
 off, an index that disagrees with the files.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any
 from dsv3_jax.checkpoint.hf_table import is_mtp
 from dsv3_jax.checkpoint.tensor_file import Tensor, read_header
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config
+from dsv3_jax.config.plain_json import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,7 +46,7 @@ class HFFolder:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder's config.json is Hugging Face's."""
     try:
-        return is_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return is_hf_config(read_json(path / "config.json"))
     except (OSError, ValueError):
         return False
 
@@ -61,8 +63,8 @@ def open_folder(path: str | Path) -> HFFolder:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).exists():
+    if not os.path.lexists(path / INDEX):  # a link to nothing is a fault of its own
+        if not os.path.lexists(path / SINGLE):
             raise ValueError(f"{path} holds neither {INDEX} nor {SINGLE}")
         return read_header(path / SINGLE)
     file_of = _read_json(path / INDEX).get("weight_map")
@@ -70,8 +72,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path / INDEX}: no weight_map of names to files")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{path / INDEX} names {file}; allowed: files of this folder")
+        if Path(file).name != file or file in ("", ".."):
+            raise ValueError(f"{path / INDEX} names {shown(file)}; allowed: files of this folder")
         if not (path / file).exists():
             raise ValueError(f"{path / INDEX} names {file}, which is missing")
         found = read_header(path / file)
@@ -90,7 +92,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError as error:
         raise OSError(f"{file}: {error.strerror}") from error
     except ValueError as error:

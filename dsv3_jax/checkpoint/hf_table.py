@@ -98,6 +98,14 @@ def entries(cfg: ModelConfig, state: nnx.State) -> list[Entry]:
     return found
 
 
+def entry_count(cfg: ModelConfig) -> int:
+    """How many `entries` a model has, at no cost however many that are."""
+    attention = 7 if cfg.q_latent is None else 9
+    moe = attention + 2 + 3 * cfg.num_experts + (3 if cfg.num_shared_experts else 0)
+    layers = cfg.num_dense_layers * (attention + 3) + cfg.num_moe_layers * moe
+    return layers + cfg.mtp_depth * (moe + 4) + (2 if cfg.tied_head else 3)
+
+
 def copies(cfg: ModelConfig) -> list[Copy]:
     """Tensors that repeat another."""
     head = _EMBED if cfg.tied_head else _HEAD

@@ -11,9 +11,11 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.hf_check import Differences, differences
-from dsv3_jax.checkpoint.hf_folder import HFFolder, is_hf_folder, open_folder
+from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
+from dsv3_jax.checkpoint.hf_check import Differences, check_count, differences, lack_of_mtp
+from dsv3_jax.checkpoint.hf_folder import HFFolder, open_folder
 from dsv3_jax.checkpoint.hf_table import abstract_model, copies, entries
+from dsv3_jax.checkpoint.model_folder import find
 from dsv3_jax.checkpoint.names import as_stored, shapes
 from dsv3_jax.checkpoint.run_model import CHECKPOINTS
 from dsv3_jax.checkpoint.tensor_file import CODES
@@ -31,17 +33,14 @@ class Stored(NamedTuple):
 
 def inspect(path: Path) -> Iterator[str]:
     """Lines about a folder. ValueError or OSError if it is neither kind, or cannot be read."""
-    if is_hf_folder(path):
-        return _hf_lines(open_folder(path))
-    if (path / "config.json").is_file():
-        return _run_lines(path)
-    raise ValueError(f"{path}: no config.json; allowed: a Hugging Face folder or a run's")
+    place = find(path)
+    return _hf_lines(open_folder(path)) if place.is_hf else _run_lines(place.folder)
 
 
 def _hf_lines(folder: HFFolder) -> Iterator[str]:
     yield f"folder     {folder.path}: Hugging Face, {folder.config['model_type']}"
     quantization = folder.config.get("quantization_config")
-    if quantization:
+    if isinstance(quantization, dict):
         described = ", ".join(f"{name} {value}" for name, value in quantization.items())
         yield f"quantised  {described}"
     files = len({tensor.file for tensor in folder.tensors.values()})
@@ -49,10 +48,15 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
     yield from _sizes(f"files: {files}", (Stored(CODES[s.dtype], s.size) for s in specs))
     try:
         cfg = folder.model_config()
+        check_count(folder, cfg)
     except ValueError as error:
         yield f"model      not supported: {error}"
+        yield _tokenizer_line(folder.path, None)
         return
     yield _model_line(cfg)
+    yield _tokenizer_line(folder.path, cfg.vocab_size)
+    if without := lack_of_mtp(folder, cfg.num_layers, cfg.mtp_depth):
+        yield f"MTP        {without}"
     table = entries(cfg, nnx.split(abstract_model(cfg))[1])
     yield from _difference_lines(differences(folder, cfg, table, copies(cfg)))
 
@@ -62,10 +66,13 @@ def _run_lines(path: Path) -> Iterator[str]:
     steps = store.steps(path / CHECKPOINTS)
     yield f"folder     {path}: a run; checkpoints of steps: {', '.join(map(str, steps)) or 'none'}"
     yield _model_line(cfg)
+    yield _tokenizer_line(path, cfg.vocab_size)
     if not steps:
         return
-    groups = store.described(path / CHECKPOINTS, steps[-1])
-    yield f"step       {steps[-1]}"
+    damaged: list[str] = []
+    step, groups = store.described(path / CHECKPOINTS, report=damaged.append)
+    yield from (f"damaged    {line}" for line in damaged)
+    yield f"step       {step}"
     for group, named in groups.items():
         yield from _sizes(group, (_stored(described) for described in named.values()))
     held = {**groups.get("params", {}), **groups.get("router_bias", {})}
@@ -87,6 +94,10 @@ def _model_line(cfg: ModelConfig) -> str:
         f"{cfg.num_layers} layers, {cfg.num_dense_layers} of them dense; "
         f"{cfg.num_experts} experts, {cfg.experts_per_token} active"
     )
+
+
+def _tokenizer_line(folder: Path, vocab_size: int | None) -> str:
+    return f"tokenizer  {look_at_tokenizer(folder, vocab_size).said}"
 
 
 def _sizes(what: str, stored: Iterable[Stored]) -> Iterator[str]:

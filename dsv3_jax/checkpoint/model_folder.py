@@ -1,6 +1,5 @@
 """A model and its tokenizer from a folder: a run's, an imported model's, or Hugging Face's."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +7,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from dsv3_jax.checkpoint.folder_tokenizer import check_ids, open_tokenizer
 from dsv3_jax.checkpoint.hf import load_pretrained
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config, load_json
-from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsv3_jax.config.plain_json import read_json
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
 _NEEDED = "needed: a run's folder, or a Hugging Face one"
@@ -37,6 +39,14 @@ class Place(NamedTuple):
     step: int | None
     is_hf: bool
 
+    def chosen(self, step: int | None) -> int | None:
+        """The step that an option or the path names. ValueError if they name two."""
+        if None not in (step, self.step) and step != self.step:
+            raise ValueError(
+                f"{self.folder}: step {step} and step {self.step}; allowed: one of them"
+            )
+        return self.step if step is None else step
+
 
 def open_model(
     path: str | Path, *, dtype: Any = None, step: int | None = None, average: bool = False
@@ -53,37 +63,30 @@ def open_model(
     ValueError or OSError, one line, for what is missing, damaged, or not to be had together.
     """
     place = find(Path(path))
-    tokenizer_path = find_tokenizer(place.folder)
-    if tokenizer_path is None:
-        raise ValueError(
-            f"{place.folder}: neither tokenizer.json nor tiktoken.model, without which ids are no "
-            "text"
-        )
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(place.folder)
     if place.is_hf:
         if step is not None or average:
             raise ValueError(f"{place.folder}: a Hugging Face folder has no steps and no average")
         opened = OpenedModel(*_pretrained(place.folder, dtype, tokenizer), None)
     else:
         opened = _of_run(place, tokenizer, dtype, step, average)
-    if tokenizer.vocab_size > opened.cfg.vocab_size:
-        raise ValueError(
-            f"{tokenizer_path} has ids up to {tokenizer.vocab_size - 1}; "
-            f"allowed: below the model's vocab_size = {opened.cfg.vocab_size}"
-        )
+    check_ids(tokenizer, opened.cfg.vocab_size)
     return opened._replace(end_ids=_end_ids(place.folder, opened))
 
 
 def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
     """Of the configuration, the tokenizer, and generation_config.json, which may have several."""
-    known = {opened.cfg.eos_id, opened.tokenizer.eos_id}
+    known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / "generation_config.json"
+    if not file.exists():
+        return frozenset(known)
     try:
-        found = json.loads((folder / "generation_config.json").read_bytes())["eos_token_id"]
-    except FileNotFoundError:
-        found = []
+        found = read_json(file)["eos_token_id"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'generation_config.json'}: no eos_token_id in it") from None
-    return frozenset(known | set(found if isinstance(found, list) else [found]))
+        raise ValueError(f"{file}: no eos_token_id in it") from None
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{file}: eos_token_id is {shown(found)}; allowed: ids")
+    return frozenset(known | set(ids))
 
 
 def find(path: Path) -> Place:
@@ -105,14 +108,14 @@ def find(path: Path) -> Place:
 
 def _is_hf(config: Path) -> bool:
     try:
-        return is_hf_config(json.loads(config.read_text(encoding="utf-8")))
+        return is_hf_config(read_json(config))
     except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}") from None
 
 
 def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
     model = load_pretrained(folder, dtype, skip_mtp=True, progress=sys.stderr.isatty())
-    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = read_json(folder / "config.json")
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     ids = {name: i for name, i in ids.items() if stated.get(f"{name[:3]}_token_id") is None}
     return model, tokenizer, replace(model.cfg, **ids)
@@ -121,9 +124,7 @@ def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
 def _of_run(
     place: Place, tokenizer: Tokenizer, dtype: Any, step: int | None, average: bool
 ) -> OpenedModel:
-    if None not in (step, place.step) and step != place.step:
-        raise ValueError(f"{place.folder}: step {step} and step {place.step}; allowed: one of them")
-    step = place.step if step is None else step
+    step = place.chosen(step)
     cfg = load_json(place.folder / "config.json")
     if average and cfg.optimizer.ema_decay == 0:
         raise ValueError(

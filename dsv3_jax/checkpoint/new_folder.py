@@ -1,6 +1,7 @@
 """A folder that appears under its name when it is complete, and not before."""
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -8,11 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.files import sync, sync_tree
 
 # What we write, and what tokenizers of the family bring along.
 _OF_A_MODEL = re.compile(
-    r"checkpoints|(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
+    r"(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
     r"|special_tokens_map\.json|.*\.jinja|tiktoken\.model|tokenization_.*\.py"
 )
 
@@ -25,24 +27,106 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     ValueError if `path` is in use: an empty folder is not, and with `overwrite` a folder that holds
     a model and nothing else is replaced whole. OSError if fewer than `size` bytes are free.
     """
-    path = path.resolve()
+    check_free_name(path, overwrite)
+    path = _resolved(path)
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
-    _settle(path)
-    check_free_name(path, overwrite)
     check_disk(parent, size)
-    temporary = parent / f".{path.name}.{secrets.token_hex(4)}.part"
+    temporary = parent / _temporary_name(path)
     try:
         temporary.mkdir()
-        yield temporary
-        sync_tree(temporary)
-        _publish(temporary, path)
+        with _held(temporary):
+            yield temporary
+            sync_tree(temporary)
+            _publish(temporary, path)
+    except (OSError, CheckpointError) as error:
+        raise _of_final_name(error, temporary, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free_name(path: Path, overwrite: bool) -> None:
-    """ValueError if `new_folder` could not take this name."""
+    """ValueError or OSError if `new_folder` could not take this name. What a killed process left
+    under it is settled first.
+    """
+    path = _resolved(path)
+    above = path.parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ValueError(f"{path} cannot be made: {above} is a file; allowed: a new folder")
+    if above == path.parent:
+        _settle(path)
+    _check_unused(path, overwrite)
+    trial = above / _temporary_name(path)  # permissions, a name too long, a disk that only reads
+    try:
+        trial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another writer clears up
+            trial.rmdir()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _resolved(path: Path) -> Path:
+    """ValueError for links that lead nowhere but to each other."""
+    try:
+        resolved = path.resolve()
+    except RuntimeError:  # up to Python 3.12; later ones leave a link
+        resolved = path
+    if resolved.is_symlink():
+        raise ValueError(f"{path} is a loop of links; allowed: a new folder")
+    return resolved
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name}.{secrets.token_hex(4)}.part"
+
+
+@contextlib.contextmanager
+def _held(temporary: Path) -> Iterator[None]:
+    """While this process lives, no other takes its folder for one that a kill left."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else has it; a file system that knows no locks has nobody."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _of_final_name(error: Exception, temporary: Path, path: Path) -> Exception:
+    """The same error about the folder as it was to be called: nobody knows the temporary name."""
+    if isinstance(error, CheckpointError):
+        return CheckpointError(str(error).replace(str(temporary), str(path)))
+    files = [str(name) for name in (error.filename2, error.filename) if name is not None]
+    if not error.strerror or (files and not files[0].startswith(str(temporary))):
+        return error
+    place = files[0].replace(str(temporary), str(path)) if files else path
+    return OSError(f"cannot write {place}: {error.strerror}")
+
+
+def _check_unused(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
@@ -54,12 +138,19 @@ def check_free_name(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} holds {held[0]} and no model; allowed: a new or an empty folder")
     if not overwrite:
         raise ValueError(f"{path} holds a model already; --overwrite (overwrite=True) replaces it")
-    others = [name for name in held if not _OF_A_MODEL.fullmatch(name)]
+    others = [name for name in held if not _is_of_a_model(path / name)]
     if others:
         raise ValueError(
             f"{path} holds {others[0]}, which is no part of a model; allowed to overwrite: what "
             "convert and save_pretrained write"
         )
+
+
+def _is_of_a_model(entry: Path) -> bool:
+    """Checkpoints of an imported model are one, of step 0; others took somebody a training."""
+    if entry.name == "checkpoints":
+        return entry.is_dir() and {step.name for step in entry.iterdir()} <= {"step_00000000"}
+    return _OF_A_MODEL.fullmatch(entry.name) is not None and not entry.is_dir()
 
 
 def check_disk(folder: Path, size: int) -> None:
@@ -75,13 +166,16 @@ def _settle(path: Path) -> None:
     """Ends what a killed process began: an old folder takes its name back where no new one has it;
     what else it left is removed.
     """
-    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(old|part)")
-    for entry in sorted(path.parent.iterdir()):
-        match = left.fullmatch(entry.name)
-        if match and match[1] == "old" and not path.exists():
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(?:old|part)", re.DOTALL)
+    left = [entry for entry in sorted(path.parent.iterdir()) if pattern.fullmatch(entry.name)]
+    if any(_is_held(entry) for entry in left):
+        raise OSError(f"{path}: another process is writing it; allowed: to wait, or another folder")
+    for entry in left:
+        if entry.suffix == ".old" and not path.exists():
             os.rename(entry, path)
-        elif match:
-            shutil.rmtree(entry)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(entry)
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -50,6 +50,8 @@ def read_model(
     They are in `dtype`, or as stored; FP8 and the router biases are as stored in any case.
     CheckpointError or ValueError, one line, for what is not there or does not fit.
     """
+    if average:
+        _check_average(run, step)
     weights = "average" if average else "params"
     groups = (weights, "router_bias")
     checkpoint = store.load(run / CHECKPOINTS, step, groups=groups, report=report)
@@ -62,6 +64,16 @@ def read_model(
         for like, group, to in ((params, weights, dtype), (biases, "router_bias", None))
     )
     return RunModel(nnx.merge(graphdef, *states), cfg, checkpoint.step)
+
+
+def _check_average(run: Path, step: int | None) -> None:
+    """ValueError if it is not damage for which no average can be read."""
+    step, groups = store.described(run / CHECKPOINTS, step, report=lambda line: None)
+    if "average" not in groups:
+        raise ValueError(
+            f"{run}: step {step} holds no average of the weights; allowed: steps of a run whose "
+            "optimizer.ema_decay is above 0"
+        )
 
 
 def _held(like: nnx.State, named: Mapping[str, Any], dense: int, dtype: Any) -> nnx.State:

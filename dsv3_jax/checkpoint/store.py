@@ -25,6 +25,8 @@ moment one of the two is valid. `delete` goes the other way round: marker first,
 
 Checksums are verified on every load: Orbax does not notice a flipped bit in an array.
 
+A reader that meets a step which the writer replaced or let go of lists and reads again.
+
 Left out: several processes, restoring to a sharding. One writer per folder (`saver.py` is one that
 works in the background and thins out); readers may come at any time.
 """
@@ -37,31 +39,48 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from dsv3_jax.checkpoint.arrays import (
+    DTYPES,
     CheckpointError,
-    OrbaxError,
     crc32,
     describe,
     read_arrays,
     to_host,
     write_arrays,
 )
+from dsv3_jax.checkpoint.listing import (
+    MARKER,
+    STEP,
+    ReplacedError,
+    again_if_replaced,
+    committed,
+    contents,
+    entries,
+    is_committed,
+    one_line,
+    require,
+    unless_replaced,
+)
+from dsv3_jax.config.plain_json import parse_json
 from dsv3_jax.files import sync, sync_tree
 
 if TYPE_CHECKING:
     import jax
 
 FORMAT = 1
-MARKER = "COMMITTED"
-_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})(\.old)?")
+_LINE = {"shape", "dtype", "crc32"}  # of an array in the manifest
 _TEMPORARY = re.compile(r"step_[0-9]{8,}\.tmp-[0-9a-f]{8}")
+
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ def save(
     manifest_bytes = _to_json("manifest", _manifest(step, host, meta_bytes))
     final = _step_folder(folder, step)
     temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
-    with _one_line(f"cannot write checkpoint of step {step} in {folder}"):
+    with one_line(f"cannot write checkpoint of step {step} in {folder}"):
         try:
             os.makedirs(temporary)
             write_arrays(temporary / "arrays", host)
@@ -132,56 +151,41 @@ def load(
 
     Raises `CheckpointError` where nothing usable is found.
     """
-    committed = _committed(folder)
-    if not committed:
-        raise CheckpointError(
-            f"no checkpoint in {folder}: found {_contents(folder)}; "
-            f"needed: a folder step_<8 digits> with a file {MARKER}"
-        )
-    if step is not None:
-        return _read(_require(folder, committed, step), step, groups)
-    reasons = []
-    for number in sorted(committed, reverse=True):
-        try:
-            return _read(committed[number], number, groups)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            report(f"checkpoint skipped: {error}")
-    raise CheckpointError(
-        f"no usable checkpoint in {folder}: all {len(reasons)} fail, newest: {reasons[0]}"
-    )
+    return _newest_readable(folder, step, partial(_read, groups=groups), report)
+
+
+def described(
+    folder: Path, step: int | None = None, *, report: Callable[[str], None] = _to_stderr
+) -> tuple[int, dict[str, dict[str, dict[str, Any]]]]:
+    """Returns the step that `load` would read, as far as that can be said without reading arrays,
+    and group -> name -> shape, dtype and CRC-32.
+    """
+    return _newest_readable(folder, step, _read_description, report)
 
 
 def steps(folder: Path) -> list[int]:
     """Returns the committed steps in ascending order; their contents are not verified."""
-    return sorted(_committed(folder))
-
-
-def described(folder: Path, step: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns group -> name -> shape, dtype and CRC-32, without reading an array."""
-    path = _require(folder, _committed(folder), step)
-    with _one_line(f"checkpoint {path}"):
-        return json.loads((path / "manifest.json").read_bytes())["arrays"]
+    return sorted(committed(folder))
 
 
 def delete(folder: Path, step: int) -> None:
     """Deletes a committed step, marker first: a kill midway leaves nothing that looks valid."""
-    _require(folder, _committed(folder), step)
+    require(folder, committed(folder), step)
     final = _step_folder(folder, step)
-    with _one_line(f"cannot delete checkpoint {final}"):
+    with one_line(f"cannot delete checkpoint {final}"):
         _drop(_replaced(final))  # before its successor, or it would count again
         _drop(final)
 
 
 def clean(folder: Path) -> list[Path]:
     """Removes and returns what was never committed, or was replaced. Not while another saves."""
-    kept = set(_committed(folder).values())
+    kept = set(committed(folder).values())
     stale = [
         path
-        for path in _entries(folder)
-        if path not in kept and (_STEP.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name))
+        for path in entries(folder)
+        if path not in kept and (STEP.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name))
     ]
-    with _one_line(f"cannot clean {folder}"):
+    with one_line(f"cannot clean {folder}"):
         for path in stale:
             _drop(path)
     return stale
@@ -199,51 +203,13 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f"{final.name}.old")
 
 
-def _committed(folder: Path) -> dict[int, Path]:
-    """Returns step -> its committed folder; `step_x` comes before `step_x.old`."""
-    found: dict[int, Path] = {}
-    with _one_line(f"cannot read {folder}"):  # a step that cannot be looked at is not ignored
-        for path in _entries(folder):
-            match = _STEP.fullmatch(path.name)
-            if match and _is_committed(path):
-                found.setdefault(int(match[1]), path)
-    return found
-
-
-def _require(folder: Path, committed: Mapping[int, Path], step: int) -> Path:
-    if step not in committed:
-        raise CheckpointError(
-            f"no checkpoint of step {step} in {folder}: found steps {sorted(committed)}"
-        )
-    return committed[step]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Returns the sorted entries of a folder, none where there is no folder."""
-    with _one_line(f"cannot read {folder}"):
-        try:
-            return sorted(folder.iterdir())
-        except FileNotFoundError:
-            return []
-
-
-def _contents(folder: Path) -> str:
-    """Returns what an error message says about a folder without checkpoints."""
-    if not folder.exists():
-        return "no such folder"
-    names = [path.name for path in _entries(folder)]
-    if len(names) > 3:
-        return f"{len(names)} entries ({', '.join(names[:3])}, ...)"
-    return ", ".join(names) or "an empty folder"
-
-
 # --- writing -------------------------------------------------------------------------------------
 
 
 def _publish(temporary: Path, final: Path, marker: bytes) -> None:
     """Turns a complete temporary folder into the committed `final` (steps 2 and 3 above)."""
     old = _replaced(final)
-    if _is_committed(final):
+    if is_committed(final):
         _drop(old)  # left by an earlier replacement that was killed after its commit
         os.rename(final, old)
     elif final.exists():
@@ -256,20 +222,16 @@ def _publish(temporary: Path, final: Path, marker: bytes) -> None:
         sync(final)
     except BaseException:
         _discard(final)  # whatever stands there is the new one: the committed one stands aside
-        if _is_committed(old):
+        if is_committed(old):
             os.rename(old, final)
         raise
     _discard(old)
 
 
-def _is_committed(path: Path) -> bool:
-    return (path / MARKER).is_file()
-
-
 def _drop(path: Path) -> None:
     """Removes a folder, if there is one, so that it stops counting before it is incomplete."""
     if path.exists():
-        if _is_committed(path):
+        if is_committed(path):
             os.unlink(path / MARKER)
             sync(path)
         shutil.rmtree(path)
@@ -321,16 +283,45 @@ def _to_json(what: str, value: Any) -> bytes:
 # --- reading -------------------------------------------------------------------------------------
 
 
+def _newest_readable(
+    folder: Path,
+    step: int | None,
+    read: Callable[[Path, int], Read],
+    report: Callable[[str], None],
+) -> Read:
+    """Returns what `read` makes of a step, or of the newest one that it can read."""
+    reasons: list[str] = []
+
+    def once() -> Read:
+        found = committed(folder)
+        if step is not None:
+            return read(require(folder, found, step), step)
+        if not found:
+            raise CheckpointError(
+                f"no checkpoint in {folder}: found {contents(folder)}; "
+                f"needed: a folder step_<8 digits> with a file {MARKER}"
+            )
+        for number in sorted(found, reverse=True):
+            try:
+                return read(found[number], number)
+            except ReplacedError:
+                raise
+            except CheckpointError as error:
+                if str(error) not in reasons:
+                    reasons.append(str(error))
+                    report(f"checkpoint skipped: {error}")
+        raise CheckpointError(
+            f"no usable checkpoint in {folder}: all {len(found)} fail, newest: {reasons[0]}"
+        )
+
+    return again_if_replaced(folder, once)
+
+
 def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
     """Returns a committed folder's content, verified; raises `CheckpointError` where it fails."""
-    with _one_line(f"checkpoint {path}"):
-        manifest_bytes = (path / "manifest.json").read_bytes()
-        meta_bytes = (path / "meta.json").read_bytes()
-        marker = (path / MARKER).read_bytes().decode(errors="replace")
-        _expect(path, "CRC-32 of manifest.json", crc32(manifest_bytes), marker)
-        manifest = json.loads(manifest_bytes)
-        _expect(path, "format", manifest["format"], FORMAT)
-        _expect(path, "step", manifest["step"], step)
+    with unless_replaced(path), one_line(f"checkpoint {path}"):
+        manifest = _verified_manifest(path, step)
+        meta_bytes = _content(path, "meta.json")
         _expect(path, "CRC-32 of meta.json", crc32(meta_bytes), manifest["meta"])
         described = manifest["arrays"]
         missing = sorted(set(groups or ()) - set(described))
@@ -349,24 +340,42 @@ def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
     return Checkpoint(step, arrays, json.loads(meta_bytes))
 
 
+def _read_description(path: Path, step: int) -> tuple[int, dict[str, Any]]:
+    with unless_replaced(path), one_line(f"checkpoint {path}"):
+        return step, _verified_manifest(path, step)["arrays"]
+
+
+def _verified_manifest(path: Path, step: int) -> dict[str, Any]:
+    """Returns a committed folder's manifest; raises `CheckpointError` if it is not that of its
+    marker and its step.
+    """
+    content, marker = _content(path, "manifest.json"), _content(path, MARKER)
+    _expect(path, "CRC-32 of manifest.json", crc32(content), marker.decode(errors="replace"))
+    try:
+        manifest = parse_json(content)
+        for what, expected in (("format", FORMAT), ("step", step)):
+            _expect(path, what, manifest[what], expected)
+        lines = [line for named in manifest["arrays"].values() for line in named.values()]
+        whole = all(set(line) == _LINE and _is_spec(line) for line in lines)
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or "meta" not in manifest:
+        raise CheckpointError(f"checkpoint {path}: manifest.json is none of this format")
+    return manifest
+
+
+def _is_spec(line: Mapping[str, Any]) -> bool:
+    return line["dtype"] in DTYPES and all(type(n) is int and n >= 0 for n in line["shape"])
+
+
+def _content(path: Path, name: str) -> bytes:
+    if (path / name).exists() and not (path / name).is_file():  # a pipe may never end
+        raise CheckpointError(f"checkpoint {path}: {name} is no plain file")
+    return (path / name).read_bytes()
+
+
 def _expect(path: Path, what: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise CheckpointError(f"checkpoint {path}: {what} is {found}, should be {expected}")
-
-
-@contextlib.contextmanager
-def _one_line(doing: str) -> Iterator[None]:
-    """Turns an error of the file system or of Orbax into one line that starts with `doing`."""
-    try:
-        yield
-    except (OSError, OrbaxError) as error:
-        raise CheckpointError(f"{doing}: {_cause(error)}") from error
-
-
-def _cause(error: Exception) -> str:
-    """Returns an error's message in one line, at most 400 characters long."""
-    if system := re.search(r"(?:os_error_code='|OS error )(\d+)", str(error)):
-        return os.strerror(int(system[1]))  # in which temporary file is of no use to anybody
-    line = " ".join(str(error).split()).split(" [tensorstore_spec=")[0]
-    # TensorStore goes from the outer to the inner error: the cause stands at the end.
-    return line if len(line) <= 400 else f"{line[:100]} ... {line[-295:]}"

@@ -5,15 +5,19 @@ format is small: the header's length in 8 bytes, a JSON header, the bytes. Its o
 ours in the tests.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from dsv3_jax.config.plain_json import parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -64,6 +68,8 @@ class Tensor(NamedTuple):
 def read_header(file: Path) -> dict[str, Tensor]:
     """Every tensor of a file by name. ValueError if the file is cut off or not of this format."""
     try:
+        if not file.is_file():  # nobody may ever write to a pipe
+            raise ValueError("no plain file" if file.exists() else "no such file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -71,7 +77,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 raise ValueError("no safetensors header")
             if size < 8 + length:
                 raise ValueError(f"truncated: {size} bytes, its header alone has {8 + length}")
-            header = json.loads(stream.read(length), object_pairs_hook=_each_once)
+            header = parse_json(stream.read(length), _each_once)
         tensors = _tensors(file, header, 8 + length)
     except OSError as error:
         raise OSError(f"{file}: {error.strerror}") from error
@@ -85,11 +91,11 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} stands twice in the header")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name} stands twice in the header")
+    return found
 
 
 def _tensors(file: Path, header: dict[str, Any], start: int) -> dict[str, Tensor]:
@@ -123,6 +129,16 @@ def _check_gapless(tensors: Mapping[str, Tensor], start: int) -> None:
         end += tensor.spec.size
 
 
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """A full disk does not say in which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(file)
+        raise
+
+
 def write_file(
     file: Path, specs: Mapping[str, Spec], arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
@@ -140,7 +156,7 @@ def write_file(
         end += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with _named(file), file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for (name, spec), (given, array) in zip(specs.items(), arrays, strict=True):
             assert (given, spec) == (name, Spec(array.dtype, array.shape)), (given, name, spec)

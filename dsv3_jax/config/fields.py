@@ -1,6 +1,7 @@
 """Checks that all configuration dataclasses share: types of fields, allowed ranges."""
 
 import math
+import reprlib
 import types
 import typing
 from typing import Any, Literal
@@ -11,8 +12,13 @@ def check_types(where: str, section: Any) -> None:
     for name, hint in typing.get_type_hints(type(section)).items():
         value = getattr(section, name)
         if not _is_a(value, hint):
-            shown = f"{where}.{name}".strip(".")
-            raise ValueError(f"{shown} is {value!r}; allowed: {_described(hint)}")
+            place = f"{where}.{name}".strip(".")
+            raise ValueError(f"{place} is {shown(value)}; allowed: {_described(hint)}")
+
+
+def shown(value: Any) -> str:
+    """`repr`, cut to the length of a line whatever a file holds."""
+    return _SHORT.repr(value)
 
 
 def check(name: str, value: Any, holds: bool, allowed: str) -> None:
@@ -30,8 +36,15 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_a(item, choices[0]) for item in value)
     if hint is float and not isinstance(value, bool):
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and _is_finite(value)
     return type(value) is hint
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _described(hint: Any) -> str:
@@ -44,6 +57,8 @@ def _described(hint: Any) -> str:
     return _NAMES.get(hint, hint.__name__)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 _NAMES = {
     int: "whole numbers",
     float: "finite numbers",

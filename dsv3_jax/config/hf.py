@@ -7,6 +7,7 @@ by name; a field without effect must be listed as such.
 
 from typing import Any
 
+from dsv3_jax.config.fields import shown
 from dsv3_jax.config.model import ModelConfig, YarnConfig
 
 FIELDS = {
@@ -39,6 +40,7 @@ OPTIONAL = {
 }
 # null where other folders have a number: no groups, no shared expert.
 NULLS = {"n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+TABLES = ("quantization_config", "rope_parameters", "rope_scaling")
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")  # the same function, by Kimi-K2's own model card
 REQUIRED_VALUES = {
     "hidden_act": ("silu",),
@@ -102,8 +104,13 @@ def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
     heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
     if kv_heads not in (None, heads):
         raise ValueError(
-            f"config.json: num_key_value_heads is {kv_heads}; supported: {heads}, as many as heads"
+            f"config.json: num_key_value_heads is {shown(kv_heads)}; supported: "
+            f"{shown(heads)}, as many as heads"
         )
+    for name in TABLES:
+        if not isinstance(hf.get(name), dict | None):
+            raise ValueError(f"config.json: {name} is {shown(hf[name])}; allowed: a table or null")
+    _check_groups(hf)
     _check_quantization(hf.get("quantization_config"))
     values = {ours: hf[theirs] for theirs, ours in FIELDS.items()}
     for theirs, number in NULLS.items():
@@ -113,8 +120,8 @@ def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
         value = hf.get(theirs)
         if isinstance(value, list):
             raise ValueError(
-                f"config.json: {theirs} is {value}; supported: one (others of a kind stand in "
-                "generation_config.json)"
+                f"config.json: {theirs} is {shown(value)}; supported: one (others of a kind stand "
+                "in generation_config.json)"
             )
         values[ours] = default if value is None else value
     return ModelConfig(**values, **_rope_from_hf(hf))
@@ -122,8 +129,8 @@ def model_from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 def _check_value(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
-        shown = " or ".join(repr(a) for a in allowed if a is not None)
-        raise ValueError(f"config.json: {name} is {value!r}; supported: {shown}")
+        known = " or ".join(repr(a) for a in allowed if a is not None)
+        raise ValueError(f"config.json: {name} is {shown(value)}; supported: {known}")
 
 
 def _check_fields(hf: dict[str, Any]) -> None:
@@ -133,6 +140,17 @@ def _check_fields(hf: dict[str, Any]) -> None:
     unknown = sorted(set(hf) - set(FIELDS) - set(OPTIONAL) - set(REQUIRED_VALUES) - INERT - OTHERS)
     if unknown:
         raise ValueError(f"config.json has fields this model does not know: {', '.join(unknown)}")
+
+
+def _check_groups(hf: dict[str, Any]) -> None:
+    """How many of no groups are kept is no question, and how many of some groups is no default."""
+    groups, kept = hf["n_group"], hf["topk_group"]
+    for one, other in ((groups, kept), (kept, groups)):
+        if one is None and other not in (None, 1):
+            raise ValueError(
+                f"config.json: n_group is {shown(groups)} and topk_group {shown(kept)}; "
+                "supported: two numbers, or null for both"
+            )
 
 
 def _check_quantization(quantization: dict[str, Any] | None) -> None:
@@ -156,7 +174,9 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta, "yarn": YarnConfig(factor=1.0)}
     if kind != "yarn":
-        raise ValueError(f"config.json: rope scaling type is {kind!r}; supported: 'yarn' or none")
+        raise ValueError(
+            f"config.json: rope scaling type is {shown(kind)}; supported: 'yarn' or none"
+        )
     for name in ("factor", "original_max_position_embeddings"):
         if name not in rope:
             raise ValueError(f"config.json: rope_scaling lacks {name}")
@@ -173,9 +193,10 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         original_length=rope["original_max_position_embeddings"],
     )
     _check_mscale(rope)
-    if hf["max_position_embeddings"] <= yarn.original_length:
+    length = hf["max_position_embeddings"]
+    if isinstance(length, int) and length <= yarn.original_length:
         raise ValueError(
-            f"config.json: max_position_embeddings is {hf['max_position_embeddings']} with YaRN "
+            f"config.json: max_position_embeddings is {length} with YaRN "
             f"over {yarn.original_length} original positions; supported: more, or no rope scaling"
         )
     return {"rope_theta": theta, "yarn": yarn}

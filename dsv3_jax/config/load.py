@@ -1,6 +1,5 @@
 """Runs from files: `configs/*.py` that users write, and `config.json` beside a run."""
 
-import json
 import runpy
 import traceback
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.plain_json import read_json
 from dsv3_jax.config.run import RunConfig, from_dict
 from dsv3_jax.config.schedule import ScheduleConfig
 
@@ -45,7 +45,7 @@ def load_config(path: Path) -> RunConfig:
 def load_json(path: Path) -> RunConfig:
     """The configuration written beside a run, or `imported_run` of Hugging Face's `config.json`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if is_hf_config(content):
             return imported_run(ModelConfig.from_hf(content))
         return from_dict(RunConfig, content)

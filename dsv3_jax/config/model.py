@@ -9,9 +9,9 @@ same dimension in blocks. Where dimensions are fused, an underscore begins the n
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from dsv3_jax.config.fields import check_types
+from dsv3_jax.config.fields import check_types, shown
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class ModelConfig:
             _at_least(name, getattr(self, name), 0)
         if self.q_latent is not None:
             _at_least("q_latent", self.q_latent, 1)
+        for name in get_type_hints(type(self)):
+            _at_most(name, getattr(self, name), _AT_MOST.get(name, 2**31 - 1))
         if self.num_dense_layers > self.num_layers:
             raise ValueError(
                 f"model.num_dense_layers is {self.num_dense_layers}; "
@@ -260,6 +262,15 @@ _AT_LEAST_ONE = (
 )
 
 
+# What is gone through one by one. Other sizes and ids are int32.
+_AT_MOST = {"num_layers": 10_000, "num_experts": 10_000, "mtp_depth": 16}
+
+
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"model.{name} is {value}; allowed: at least {least}")
+        raise ValueError(f"model.{name} is {shown(value)}; allowed: at least {least}")
+
+
+def _at_most(name: str, value: Any, most: int) -> None:
+    if type(value) is int and value > most:
+        raise ValueError(f"model.{name} is {shown(value)}; allowed: at most {most}")

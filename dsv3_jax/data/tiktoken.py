@@ -14,12 +14,13 @@ space (or of spaces alone) before it splits them.
 import ast
 import base64
 import binascii
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from dsv3_jax.config.plain_json import parse_json
 
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -124,7 +125,7 @@ def _special_tokens(path: Path, first: int) -> list[str]:
     file = path.with_name("tokenizer_config.json")
     config = _read(file, path)
     try:
-        added: dict[str, Any] = json.loads(config)["added_tokens_decoder"]
+        added: dict[str, Any] = parse_json(config)["added_tokens_decoder"]
         names = {int(token_id): token["content"] for token_id, token in added.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
@@ -141,6 +142,8 @@ def _special_tokens(path: Path, first: int) -> list[str]:
 
 
 def _read(file: Path, path: Path) -> str:
+    if file.exists() and not file.is_file():  # a pipe may never end
+        raise ValueError(f"tokenizer {path}: cannot read {file.name}: not a plain file")
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

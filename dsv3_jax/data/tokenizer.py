@@ -9,7 +9,6 @@ ends is in `split_tokens`.
 
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv3_jax.config.fields import shown
+from dsv3_jax.config.plain_json import read_json
 from dsv3_jax.data.cache import cache_folder, hash_texts, store
 from dsv3_jax.data.tiktoken import read_tiktoken
 from dsv3_jax.files import replace_file
@@ -38,6 +39,8 @@ _BOS_NAMES = (SPECIAL_TOKENS[0], "<|begin_of_text|>", "<s>", "<bos>", "[BOS]")
 _EOS_NAMES = (SPECIAL_TOKENS[1], "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 # Part of the cache key: raise it with any change of the rules below.
 _RULES_VERSION = 1
+# Every id has a place in a table, so one stray id would take all memory. Kimi-K2 has 2^17.3.
+_LARGEST_ID = 2**24 - 1
 _DIGITS = r"\p{N}{1,3}"
 _CHINESE_AND_KANA = r"[\x{4E00}-\x{9FA5}\x{3040}-\x{309F}\x{30A0}-\x{30FF}]+"
 # In order of preference.
@@ -89,7 +92,7 @@ class Tokenizer:
             )
         bos_id = _first_id(backend, (*bos, *_BOS_NAMES))
         self.bos_id = self.eos_id if bos_id is None else bos_id
-        self.token_bytes = _token_bytes(backend, {self.bos_id, self.eos_id})
+        self.token_bytes = _token_bytes(backend, name, {self.bos_id, self.eos_id})
         self.vocab_size = len(self.token_bytes)
 
     @functools.cached_property
@@ -186,7 +189,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _stated(folder: Path) -> Iterator[list[str]]:
     """The bos and the eos token of transformers' settings beside a tokenizer, where they are."""
     try:
-        settings = json.loads((folder / _SETTINGS).read_bytes())
+        settings = read_json(folder / _SETTINGS)
     except (OSError, ValueError):
         settings = {}
     for name in ("bos_token", "eos_token"):
@@ -235,14 +238,20 @@ def _first_id(backend: tokenizers.Tokenizer, names: Iterable[str]) -> int | None
     return next((token_id for token_id in ids if token_id is not None), None)
 
 
-def _token_bytes(backend: tokenizers.Tokenizer, separators: set[int]) -> list[bytes]:
+def _token_bytes(backend: tokenizers.Tokenizer, name: str, separators: set[int]) -> list[bytes]:
     """The bytes of every id. Pieces are spelt in the byte-level alphabet or as in SentencePiece."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
     steps = f"{backend.normalizer!r} {backend.pre_tokenizer!r} {backend.decoder!r}"
     is_byte_level = "ByteLevel" in steps
     piece_bytes = _byte_level_piece if is_byte_level else _sentence_piece
-    table = [b""] * (max(vocabulary.values()) + 1)
+    largest = max(vocabulary.values(), default=-1)
+    if largest > _LARGEST_ID:
+        piece = max(vocabulary, key=vocabulary.__getitem__)
+        raise ValueError(
+            f"tokenizer {name} has id {largest} for {shown(piece)}; allowed: at most {_LARGEST_ID}"
+        )
+    table = [b""] * (largest + 1)
     for piece, token_id in vocabulary.items():
         if token_id in added:
             table[token_id] = b"" if added[token_id].special else piece.encode()

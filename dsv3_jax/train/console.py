@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsv3_jax.cli import terminate
+from dsv3_jax.cli import stop
 
 
 class RunConsole(Console):
@@ -29,7 +29,7 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         """Falls silent and stops a training loop, which listens for SIGTERM, or else raises."""
         self.quiet = True
-        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, terminate):
+        if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, stop):
             raise BrokenPipeError
         signal.raise_signal(signal.SIGTERM)
 

@@ -1,6 +1,7 @@
 """Folders that cannot be loaded: one line that names the folder, the file or tensor, the fault."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,6 +122,11 @@ def edit_index(path: Path, edit: Callable[[dict], object]) -> None:
     file.write_text(json.dumps(index))
 
 
+def edit_config(path: Path, **fields: object) -> None:
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps(config))
+
+
 SECOND = "model-00002-of-00003.safetensors"
 
 
@@ -130,6 +136,33 @@ def cut(path: Path, size: int) -> None:
 
 
 BROKEN = {
+    "config nested": (
+        lambda path: (path / "config.json").write_text("[" * 10**5),
+        "config.json: not JSON: nested too deeply",
+    ),
+    "config a pipe": (
+        lambda path: [(path / "config.json").unlink(), os.mkfifo(path / "config.json")],
+        "config.json: not a plain file",
+    ),
+    "header nested": (
+        lambda path: (path / SECOND).write_bytes((9999).to_bytes(8, "little") + b"[" * 9999),
+        f"{SECOND}: .*nested too deeply",
+    ),
+    "file a pipe": (
+        lambda path: [(path / SECOND).unlink(), os.mkfifo(path / SECOND)],
+        f"{SECOND}: .*no plain file",
+    ),
+    "index leads nowhere": (
+        lambda path: [
+            (path / "model.safetensors.index.json").unlink(),
+            (path / "model.safetensors.index.json").symlink_to("blob"),
+        ],
+        "index.json: No such file",
+    ),
+    "more layers than can be named": (
+        lambda path: edit_config(path, num_hidden_layers=9999, n_routed_experts=9998),
+        r"describes a model of 3\d\d,\d+,\d+ tensors \(9,999 layers, .*, and the folder holds \d+$",
+    ),
     "no folder": (lambda path: path.rename(path.with_name("away")), "no such folder"),
     "no config": (lambda path: (path / "config.json").unlink(), "config.json: No such file"),
     "no model": (
@@ -152,7 +185,15 @@ BROKEN = {
     ),
     "elsewhere": (
         lambda path: edit_index(path, lambda files: files.update({"x.y": "../a.safetensors"})),
-        r"names \.\./a\.safetensors; allowed: files of this folder",
+        r"names '\.\./a\.safetensors'; allowed: files of this folder",
+    ),
+    "nowhere": (
+        lambda path: edit_index(path, lambda files: files.update({"x.y": ""})),
+        "names ''; allowed: files of this folder",
+    ),
+    "the folder above": (
+        lambda path: edit_index(path, lambda files: files.update({"x.y": ".."})),
+        r"names '\.\.'; allowed: files of this folder",
     ),
     "index no JSON": (
         lambda path: (path / "model.safetensors.index.json").write_text("{"),

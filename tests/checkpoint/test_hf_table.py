@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from flax import nnx
 
-from dsv3_jax.checkpoint.hf_table import abstract_model
+from dsv3_jax.checkpoint.hf_table import abstract_model, entries, entry_count
 from dsv3_jax.checkpoint.hf_writing import Writing
 from dsv3_jax.checkpoint.tensor_file import Spec
 from dsv3_jax.config import ModelConfig
@@ -14,7 +15,9 @@ from tests.checkpoint.hf_folders import BF16, F32, FAMILY, RAGGED, tensors_of
 @pytest.mark.parametrize("changes", [{}, *FAMILY], ids=lambda changes: ", ".join(changes))
 def test_the_table_names_a_release_and_nothing_else(changes: dict):
     cfg = replace(RAGGED, **changes)
-    specs = Writing(abstract_model(cfg), fp8=False, dtype="bfloat16").specs
+    model = abstract_model(cfg)
+    assert len(entries(cfg, nnx.split(model)[1])) == entry_count(cfg)
+    specs = Writing(model, fp8=False, dtype="bfloat16").specs
     expected = {
         name: Spec(F32 if kind == "f32" else BF16, shape) for name, shape, kind in tensors_of(cfg)
     }

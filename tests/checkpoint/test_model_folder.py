@@ -1,5 +1,6 @@
 """One folder is opened as what it is: a run, its checkpoints, one step of it, or Hugging Face's."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,11 @@ def test_a_hugging_face_folder_is_opened_as_stored_and_without_mtp(hf: Path):
 
 def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "odd").mkdir()
+    for name in ("odd", "deep"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("[" * 10**5)
+    turns = Path(shutil.copytree(run, tmp_path / "turns"))
+    (turns / "generation_config.json").write_text('{"eos_token_id": [1, [2]]}')
     (tmp_path / "odd/config.json").write_text("{")
     (tmp_path / "odd/tokenizer.json").write_text("{")
     bare = write_run(tmp_path / "bare", 1)
@@ -107,6 +112,8 @@ def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
         (tmp_path / "empty", {}, "empty: no config.json there; needed"),
         (run / "checkpoints/step_00000005/arrays", {}, "arrays: no config.json there; needed"),
         (tmp_path / "odd", {}, "config.json is not JSON"),
+        (tmp_path / "deep", {}, "config.json is not JSON: nested too deeply"),
+        (turns, {}, r"generation_config.json: eos_token_id is \[1, \[2\]\]; allowed: ids"),
         (bare, {}, "bare: neither tokenizer.json nor tiktoken.model"),
         (large, {}, "allowed: below the model's vocab_size = 300"),
         (run, {"step": 6}, "no checkpoint of step 6 in .*: found steps"),

@@ -91,6 +91,18 @@ def test_a_folder_that_holds_more_than_a_model_is_never_replaced(tmp_path: Path,
     assert (path / "config.json").read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "checkpoints/step_00000007", "model-00001-of-00002.safetensors"]
+)
+def test_folders_in_a_model_and_trained_steps_are_never_replaced(tmp_path: Path, name: str):
+    path = tmp_path / "model"
+    write(path, "old")
+    (path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="which is no part of a model"):
+        write(path, "new")
+    assert (path / "config.json").read_text() == "old"
+
+
 def test_what_a_neighbour_of_a_longer_name_is_writing_is_left_alone(tmp_path: Path):
     """Also one whose name holds what a pattern would read otherwise."""
     with new_folder(tmp_path / "m.v2", 100, overwrite=True) as neighbour:

@@ -278,6 +278,33 @@ def test_a_step_folder_under_another_number_is_refused(folder: Path) -> None:
         store.load(folder, 7)
 
 
+ODD = (
+    "[]", "3", '{"format": 1}', '{"format": 1, "step": 2, "arrays": []}', "[" * 10**5, "{",
+    '{"format": 1, "step": 2, "arrays": {"params": {"w": 3}}}',
+    '{"format": 1, "step": 2, "arrays": {"params": {"w": {"shape": 3, "dtype": "int8"}}}}',
+    '{"format": 1, "step": 2, "arrays": {}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: text[:50])
+def test_a_manifest_of_another_form_is_refused(folder: Path, text: str) -> None:
+    """Even where its checksum is right."""
+    path = folder / "step_00000002"
+    (path / "manifest.json").write_text(text)
+    (path / "COMMITTED").write_text(f"{zlib.crc32(text.encode()):08x}")
+    for read in (store.load, store.described):
+        reports: list[str] = []
+        read(folder, report=reports.append)
+        assert f"{path}: manifest.json is none of this format" in reports[0]
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    (folder / "step_00000002" / "manifest.json").unlink()
+    os.mkfifo(folder / "step_00000002" / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is no plain file"):
+        store.load(folder, 2)
+
+
 def test_a_later_format_is_refused(folder: Path) -> None:
     path = folder / "step_00000002"
     text = (path / "manifest.json").read_text().replace('"format": 1', '"format": 2')

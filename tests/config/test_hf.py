@@ -209,6 +209,40 @@ def test_what_we_would_misread_is_not_written():
                 ("kv_cache_scheme", {}, " has unsupported kv_cache_scheme"),
             )
         ),
+        *(
+            (
+                RELEASED | {name: value},
+                f"config.json: {name} is {value!r}; allowed: a table or null",
+            )
+            for name, value in (
+                ("rope_scaling", "yarn"),
+                ("rope_parameters", [4]),
+                ("quantization_config", "fp8"),
+                ("quantization_config", False),
+            )
+        ),
+        (
+            RELEASED | {"max_position_embeddings": "4096"},
+            "model.max_length is '4096'; allowed: whole numbers",
+        ),
+        (
+            RELEASED | {"rope_theta": 10**399},
+            f"model.rope_theta is 1{0:017}...{0:019}; allowed: finite numbers",
+        ),
+        (
+            RELEASED | {"scoring_func": [[[["sigmoid"]]]] * 9},
+            f"config.json: scoring_func is [{'[[[...]]], ' * 6}...]; supported: 'sigmoid'",
+        ),
+        *(
+            (
+                RELEASED | {"n_group": groups, "topk_group": kept},
+                (
+                    f"config.json: n_group is {groups} and topk_group {kept}; "
+                    "supported: two numbers, or null for both"
+                ),
+            )
+            for groups, kept in ((8, None), (None, 4))
+        ),
         (RELEASED | {"hidden_size": "7168"}, "model.d_model is '7168'; allowed: whole numbers"),
         (
             RELEASED | {"n_group": 7},

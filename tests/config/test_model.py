@@ -92,6 +92,10 @@ REFUSED = [
     ({"rms_eps": float("nan")}, "model.rms_eps is nan; allowed: finite numbers"),
     ({"init_std": float("inf")}, "model.init_std is inf; allowed: finite numbers"),
     ({"eos_id": 64}, "model.eos_id is 64; allowed: less than vocab_size = 64"),
+    ({"d_model": 2**63}, "model.d_model is 9223372036854775808; allowed: at most 2147483647"),
+    ({"num_layers": 10**9}, "model.num_layers is 1000000000; allowed: at most 10000"),
+    ({"num_experts": 10**399}, f"model.num_experts is 1{0:017}...{0:019}; allowed: at most"),
+    ({"gate_scale": 10**399}, f"model.gate_scale is 1{0:017}...{0:019}; allowed: finite"),
     ({"num_groups": 3}, "model.num_groups is 3, which does not divide num_experts = 8"),
     (
         {"num_kept_groups": 5},

@@ -1,6 +1,7 @@
 """A `tiktoken.model` gives tiktoken's ids; what would give others is refused."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,17 @@ FAULTS = {
             "tokenization_kimi.py splits text in another way than Moonlight and Kimi-K2 do; "
             "needed: their pat_str, or a tokenizer.json"
         ),
+    ),
+    "a pipe": (
+        lambda folder: [
+            (folder / "tokenization_kimi.py").unlink(),
+            os.mkfifo(folder / "tokenization_kimi.py"),
+        ],
+        "cannot read tokenization_kimi.py: not a plain file",
+    ),
+    "settings nested": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[" * 10**5),
+        "tokenizer_config.json has no added_tokens_decoder of ids and tokens",
     ),
     "no Python": (
         lambda folder: (folder / "tokenization_kimi.py").write_text("pat_str = ("),

@@ -260,6 +260,21 @@ def test_a_vocabulary_without_end_of_sentence_is_refused(tmp_path: Path) -> None
         assert name in str(error.value)
 
 
+def test_an_id_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    described = json.loads(word_level({"<unk>": 0, "</s>": 1}).to_str())
+    described["model"]["vocab"]["far"] = 4 * 10**9
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="has id 4000000000 for 'far'; allowed: at most 16777215"):
+        load_tokenizer(path)
+
+
+def test_settings_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
+    word_level({"<unk>": 0, "</s>": 1}).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[" * 10**5)
+    assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 1
+
+
 # --- cache ---
 
 TEXTS = ["some text, some more text\n"] * 4

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3_jax.cli import clean_on_sigterm
+from dsv3_jax.cli import clean_on_signals
 from dsv3_jax.train.console import RunConsole, one_line, printable
 from dsv3_jax.train.trouble import said_of
 
@@ -49,5 +49,5 @@ def test_a_file_of_any_name_can_be_told_of(encoding: str, monkeypatch: pytest.Mo
 
 def test_a_command_that_only_cleans_up_at_sigterm_hears_that_its_reader_left():
     """It is no training loop, which would save at SIGTERM."""
-    with pytest.raises(BrokenPipeError), clean_on_sigterm():
+    with pytest.raises(BrokenPipeError), clean_on_signals():
         RunConsole().on_broken_pipe()
