@@ -1,11 +1,13 @@
 # The commands of a working day. Needs make and Python >= 3.11, and nothing else.
 #   PYTHON  the interpreter that the environment is made with     make test PYTHON=python3.12
 #   VENV    where the environment lies                            make test VENV=.venv312
+#   ONLY    a single benchmark                                    make bench ONLY=gemm
 #   ARGS    what train, test and their kin pass on                make test ARGS="-k router"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ONLY ?= *
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -38,13 +40,11 @@ test-slow: $(STAMP)
 test-all: $(STAMP)
 	@$(PY) -m pytest -m 'not gpu' $(ARGS)
 
+# One benchmark: make bench ONLY=train_cpu ARGS="--torch-python /path/to/python"
 bench: $(STAMP)
-	@set -e; found=; \
-	for file in benchmarks/*.py; do \
-	  [ -e "$$file" ] || continue; \
-	  found=yes; echo "== $$file"; $(PY) "$$file" $(ARGS); \
-	done; \
-	[ -n "$$found" ] || echo 'bench: benchmarks/ holds no benchmark, so nothing was run'
+	@set -e; for file in benchmarks/$(ONLY).py; do \
+	  echo "== $$file"; $(PY) "$$file" $(ARGS); \
+	done
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

@@ -1,8 +1,16 @@
-"""Files that are never seen half-written, and that survive a power loss."""
+"""Files that are never seen half-written, and that survive a power loss; where the cache lies."""
 
 import os
 import uuid
 from pathlib import Path
+
+
+def cache_folder(override: str | Path | None = None) -> Path | None:
+    """`override`, `$XDG_CACHE_HOME/dsv3_jax` or `~/.cache/dsv3_jax`; None without a home."""
+    if override is not None:
+        return Path(override)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "dsv3_jax" if os.path.isabs(base) else None
 
 
 def replace_file(path: str | Path, data: bytes) -> None:

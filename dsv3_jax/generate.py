@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from dsv3_jax import process
 from dsv3_jax.cli import clean_on_signals, parse, run, user_errors
 from dsv3_jax.train.console import printable
 
@@ -171,4 +172,5 @@ def _summary(prompt: int, written: int, clock: "Clock", ended: str) -> str:
 
 
 if __name__ == "__main__":
+    process.prepare()
     run(main)

@@ -16,6 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settle JAX's platform, devices and strictness for the whole process."""
     if config.getoption("markexpr") != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands started by a test keep no programs
     import jax
 
     # A configuration value, not XLA_FLAGS: commands started by a test see one device, as users do.

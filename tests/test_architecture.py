@@ -22,6 +22,7 @@ FLOORS = {
     "cli": 0,  # what the commands share; knows no other module
     "config": 0,
     "files": 0,
+    "process": 1,  # what a command's process needs before JAX is imported
     "data": 1,
     "quant": 1,
     "parallel": 2,  # stage and expert functions come in as arguments

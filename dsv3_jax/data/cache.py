@@ -5,21 +5,12 @@ A cache that cannot be read or written costs time and nothing else.
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from dsv3_jax.files import replace_file
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder(override: str | Path | None = None) -> Path | None:
-    """`override`, `$XDG_CACHE_HOME/dsv3_jax` or `~/.cache/dsv3_jax`; None without a home."""
-    if override is not None:
-        return Path(override)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "dsv3_jax" if os.path.isabs(base) else None
 
 
 class TextsHash:

@@ -13,10 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-from dsv3_jax.data.cache import cache_folder, hash_texts, store
+from dsv3_jax.data.cache import hash_texts, store
 from dsv3_jax.data.documents import Document, content_hash
 from dsv3_jax.data.split_tokens import TokenSplitter
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.files import cache_folder
 
 # Part of the cache key: raise it when the same documents and tokenizer give other tokens.
 _FORMAT_VERSION = 1

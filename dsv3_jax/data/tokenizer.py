@@ -20,9 +20,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import read_json
-from dsv3_jax.data.cache import cache_folder, hash_texts, store
+from dsv3_jax.data.cache import hash_texts, store
 from dsv3_jax.data.tiktoken import read_tiktoken
-from dsv3_jax.files import replace_file
+from dsv3_jax.files import cache_folder, replace_file
 
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>",

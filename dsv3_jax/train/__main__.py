@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dsv3_jax import process
 from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
@@ -139,4 +140,5 @@ def _with_resume_value(args: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    process.prepare()
     run(main)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv3_jax import process
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
@@ -113,6 +114,7 @@ class Trainer:
         batch = Batch(rows, rows, rows if self.cfg.data.isolate else None)
         lowered = self.step.lower(self.state, batch, self._coefficients(values))
         self.programs[values.rows] = lowered.compile()
+        process.give_back()
 
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.data.cache import cache_folder, hash_texts, store
+from dsv3_jax.data.cache import hash_texts, store
+from dsv3_jax.files import cache_folder
 
 
 def test_folder_follows_xdg_then_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,73 @@
+"""What a computing command's process is given before JAX is imported: glibc's allocator set for
+large arrays, and a folder for compiled programs.
+
+On CPUs XLA asks malloc for all temporary memory of a program at every call, and glibc hands large
+blocks back to the system each time: a third of a training step went into new pages. The settings
+keep memory, in huge pages. glibc reads them when a process begins, so the command starts itself
+once more with them. `DSV3_ALLOCATOR=default` leaves the allocator alone, and so do settings of the
+user's own.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dsv3_jax.files import cache_folder
+
+SWITCH = "DSV3_ALLOCATOR"
+SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",  # XLA's threads would each keep a heap of their own
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
+
+
+def prepare() -> None:
+    """For a command that computes, before its work: may start the process anew.
+
+    SystemExit 2 for an unknown value of the switch.
+    """
+    environment = with_compilation_cache(os.environ)
+    os.environ.update(environment)
+    chosen = os.environ.get(SWITCH, "")
+    if chosen not in ("", "default", "tuned"):
+        print(f"error: {SWITCH} is {chosen!r}; allowed: 'default', 'tuned'", file=sys.stderr)
+        raise SystemExit(2)
+    if not chosen and allocator_is_ours(os.environ) and not {"-h", "--help"} & {*sys.argv}:
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, **SETTINGS, SWITCH: "tuned"})
+
+
+def allocator_is_ours(environment: Mapping[str, str]) -> bool:
+    """Whether a command may choose glibc's settings: on Linux with glibc, without an accelerator,
+    and where the user has chosen none.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(map(os.path.exists, ACCELERATORS)):
+        return False
+    if environment.get("JAX_PLATFORMS", "cpu") not in ("cpu", ""):
+        return False
+    return not ({*SETTINGS, "LD_PRELOAD"} & {name for name, value in environment.items() if value})
+
+
+def with_compilation_cache(environment: Mapping[str, str]) -> dict[str, str]:
+    """JAX's variables for compiled programs kept between runs; what the user has set stays."""
+    folder = cache_folder()
+    if folder is None:
+        return {}
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    return {name: environment.get(name, value) for name, value in defaults.items()}
+
+
+def give_back() -> None:
+    """Hands memory that is free to the system: after a compilation, which leaves much (Linux)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,72 @@
+"""The allocator's settings and the folder of compiled programs, before JAX is imported."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax import process
+
+ROOT = Path(__file__).parents[1]
+SHOW = """
+import os
+from dsv3_jax import process
+process.prepare()
+print(*(os.environ.get(name, "-") for name in (*process.SETTINGS, process.SWITCH)))
+"""
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+
+
+def shown(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """What a process that prepares itself says of its settings."""
+    kept = {k: v for k, v in os.environ.items() if k not in (*process.SETTINGS, process.SWITCH)}
+    return subprocess.run(
+        [sys.executable, "-c", SHOW, *arguments],
+        cwd=ROOT,
+        env={**kept, "JAX_PLATFORMS": "cpu", **changes},
+        capture_output=True,
+        text=True,
+    )
+
+
+@glibc
+def test_a_command_starts_itself_once_more_with_the_settings():
+    expected = " ".join([*process.SETTINGS.values(), "tuned"])
+    assert shown().stdout.strip() == expected
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ((), {process.SWITCH: "default"}),
+        ((), {"MALLOC_ARENA_MAX": "7"}),
+        ((), {"JAX_PLATFORMS": "cuda"}),
+        (("--help",), {}),
+    ],
+    ids=["switched off", "settings of the user's own", "an accelerator", "only help"],
+)
+def test_otherwise_the_allocator_stays_as_it_is(arguments, changes):
+    names = (*process.SETTINGS, process.SWITCH)
+    assert shown(*arguments, **changes).stdout.split() == [changes.get(n, "-") for n in names]
+
+
+def test_an_unknown_value_of_the_switch_is_one_line():
+    ended = shown(**{process.SWITCH: "fast"})
+    assert ended.returncode == 2
+    assert ended.stderr == "error: DSV3_ALLOCATOR is 'fast'; allowed: 'default', 'tuned'\n"
+
+
+def test_compiled_programs_are_kept_in_the_cache_unless_the_user_says_where(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    folder = process.with_compilation_cache({})["JAX_COMPILATION_CACHE_DIR"]
+    assert folder == "/x/dsv3_jax/xla"
+    own = {"JAX_COMPILATION_CACHE_DIR": ""}
+    assert process.with_compilation_cache(own)["JAX_COMPILATION_CACHE_DIR"] == ""
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert process.with_compilation_cache({}) == {}
