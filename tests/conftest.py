@@ -5,6 +5,7 @@ them; both are therefore settled before any test module is collected.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("markexpr") != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands started by a test keep no programs
+    # A process born in a script's background ignores ^C, and so would all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax
 
     # A configuration value, not XLA_FLAGS: commands started by a test see one device, as users do.

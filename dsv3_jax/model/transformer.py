@@ -1,7 +1,7 @@
 """DeepSeek-V3 on one device: embedding, dense layers, MoE layers, head, MTP modules (report 2).
 
-Layers of a kind are stacked and scanned, so a program's size does not grow with depth. Forward
-passes change nothing: router statistics come back as values.
+Layers of a kind are stacked. Deep stacks are scanned, so that a program's size does not grow with
+depth. Forward passes change nothing: router statistics come back as values.
 """
 
 import jax
