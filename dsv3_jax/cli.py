@@ -27,8 +27,8 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
     with _plain_output() as written:
         try:
             return read()
-        except SystemExit as stop:
-            code = stop.code
+        except SystemExit as ended:
+            code = ended.code
     if code:
         fail(_one_line(written.getvalue()), hint=f"{prog} --help lists all options")
     with user_errors((OSError,)):
@@ -37,7 +37,7 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
 
 def fail(message: str, hint: str = "") -> NoReturn:
     """Prints the one line on stderr and exits 2."""
-    line = printable(" ".join(message.split()))
+    line = escaped(" ".join(message.split()))
     try:
         print(f"error: {line}" + (f" ({hint})" if hint else ""), file=sys.stderr, flush=True)
     except OSError:  # its disk may be full, or its reader gone
@@ -45,9 +45,14 @@ def fail(message: str, hint: str = "") -> NoReturn:
     raise SystemExit(USER_ERROR)
 
 
-def printable(line: str) -> str:
-    """Without what would steer a terminal, and with escapes for what is no text."""
+def escaped(line: str) -> str:
+    """In one line, with escapes for what would steer a terminal and for what is no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def to_stderr(line: str) -> None:
+    """Says it in one line, whatever it names."""
+    print(escaped(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -64,19 +69,11 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> I
         fail(str(error))
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Like ^C, which libraries know to let through."""
+class Stopped(KeyboardInterrupt):
+    """A signal came. Like ^C, which libraries know to let through."""
 
-
-class HungUp(KeyboardInterrupt):
-    """SIGHUP came: the terminal is gone."""
-
-
-STOPS = {
-    signal.SIGINT: KeyboardInterrupt,
-    signal.SIGTERM: Terminated,
-    signal.SIGHUP: HungUp,
-}
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def stop(number: int, frame: Any) -> None:
@@ -88,7 +85,7 @@ def stop(number: int, frame: Any) -> None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return _send_again(number)
         frame = frame.f_back
-    raise STOPS[number]
+    raise Stopped(number)
 
 
 @contextlib.contextmanager
@@ -98,8 +95,8 @@ def clean_on_signals() -> Iterator[None]:
     """
     numbers = (signal.SIGTERM, signal.SIGHUP)
     # Who ignores them (nohup) goes on doing so.
-    before = {n: signal.getsignal(n) for n in numbers}
-    before = {n: signal.signal(n, stop) for n, was in before.items() if was != signal.SIG_IGN}
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+    before = {n: signal.signal(n, stop) for n in heard}
     try:
         yield
     finally:
@@ -130,7 +127,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         _drop_unwritten()
         # At once: XLA may be compiling in its threads, and crashes if the interpreter is taken
         # down around it.
-        os._exit(128 + _number_of(type(came)))
+        os._exit(128 + _number_of(came))
     raise SystemExit(code)
 
 
@@ -176,7 +173,7 @@ def _raise_again(unraisable: Any) -> None:
     collector, comes again.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _send_again(_number_of(unraisable.exc_type))
+        _send_again(_number_of(unraisable.exc_value))
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -187,8 +184,8 @@ def _send_again(number: int) -> None:
     again.start()
 
 
-def _number_of(kind: type[KeyboardInterrupt]) -> signal.Signals:
-    return next((n for n, known in STOPS.items() if known is kind), signal.SIGINT)
+def _number_of(came: KeyboardInterrupt | None) -> int:
+    return getattr(came, "number", signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ untouched where FP8 is kept.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsv3_jax.cli import clean_on_signals, parse, printable, run, user_errors
+from dsv3_jax.cli import clean_on_signals, escaped, parse, run, to_stderr, user_errors
 
 PROG = "python -m dsv3_jax.convert"
 DESCRIPTION = """Checkpoints from and to Hugging Face's format.
@@ -90,14 +89,14 @@ def main(args: Sequence[str]) -> int | None:
     command = parse(Command, tyro.MISSING, prog=PROG, description=DESCRIPTION, args=args)
     with clean_on_signals(), user_errors():
         if isinstance(command, Import):
-            print(printable(import_folder(command)))
+            print(escaped(import_folder(command)))
         elif isinstance(command, Export):
-            print(printable(export_folder(command)))
+            print(escaped(export_folder(command)))
         else:
             from dsv3_jax.checkpoint.inspection import inspect
 
             for line in inspect(command.source):
-                print(printable(line))
+                print(escaped(line))
 
 
 def import_folder(command: Import) -> str:
@@ -115,7 +114,7 @@ def import_folder(command: Import) -> str:
     check_path(command.out.absolute())
     tokenizer = look_at_tokenizer(command.source, cfg.vocab_size)
     if not tokenizer.is_usable:
-        print(printable(f"warning: tokenizer: {tokenizer.said}"), file=sys.stderr)
+        to_stderr(f"warning: tokenizer: {tokenizer.said}")
     model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
     write_model(model, command.source, command.out, overwrite=command.overwrite)
     return f"{command.out}: imported; train from it with --init-from {command.out}"
@@ -139,9 +138,7 @@ def export_folder(command: Export) -> str:
     elif command.skip_mtp:
         raise ValueError(f"{command.source} is a run: --skip-mtp is for Hugging Face folders")
     else:
-        model, _, step = read_model(
-            place.folder, place.chosen(command.step), command.ema, report=_to_stderr
-        )
+        model, _, step = read_model(place.folder, place.chosen(command.step), command.ema)
         what = f"step {step:,}"
     save_pretrained(
         model,
@@ -153,10 +150,6 @@ def export_folder(command: Export) -> str:
         overwrite=command.overwrite,
     )
     return f"{command.out}: exported {what} of {command.source}"
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _check_apart(source: Path, out: Path) -> None:

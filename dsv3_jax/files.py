@@ -1,8 +1,11 @@
 """Files that are never seen half-written, and that survive a power loss; where the cache lies."""
 
+import ctypes
 import os
 import uuid
 from pathlib import Path
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
 
 
 def cache_folder(override: str | Path | None = None) -> Path | None:
@@ -31,6 +34,13 @@ def replace_file(path: str | Path, data: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Two paths swap names in one moment. False, and nothing done, where the system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    names = os.fsencode(one), os.fsencode(other)
+    return swap is not None and swap(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0
 
 
 def sync(path: Path) -> None:

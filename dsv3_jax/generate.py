@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dsv3_jax import process
-from dsv3_jax.cli import clean_on_signals, parse, run, user_errors
+from dsv3_jax.cli import clean_on_signals, parse, run, to_stderr, user_errors
 from dsv3_jax.train.console import printable
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _load(options: Options) -> tuple["Weights", "OpenedModel"]:
         options.checkpoint, dtype=options.dtype, step=options.step, average=options.ema
     )
     step = "" if opened.step is None else f", step {opened.step:,}"
-    print(f"{options.checkpoint}{step}", file=sys.stderr)
+    to_stderr(f"{options.checkpoint}{step}")
     return lay_out(opened.model, consume=True), opened._replace(model=None)
 
 

@@ -13,8 +13,8 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
+from dsv3_jax.cli import fail
 from dsv3_jax.files import cache_folder
 
 SWITCH = "DSV3_ALLOCATOR"
@@ -33,15 +33,13 @@ def prepare() -> None:
 
     SystemExit 2 for an unknown value of the switch.
     """
-    environment = with_compilation_cache(os.environ)
-    os.environ.update(environment)
+    os.environ.update(compilation_cache(os.environ))
     chosen = os.environ.get(SWITCH, "")
-    if chosen not in ("", "default", "tuned"):
-        print(f"error: {SWITCH} is {chosen!r}; allowed: 'default', 'tuned'", file=sys.stderr)
-        raise SystemExit(2)
+    if chosen not in ("", "default"):
+        fail(f"{SWITCH} is {chosen!r}; allowed: 'default', or none")
     if not chosen and allocator_is_ours(os.environ) and not {"-h", "--help"} & {*sys.argv}:
-        arguments = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **SETTINGS, SWITCH: "tuned"})
+        # Once: with the settings in the environment it is no longer ours to choose them.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **SETTINGS})
 
 
 def allocator_is_ours(environment: Mapping[str, str]) -> bool:
@@ -55,13 +53,13 @@ def allocator_is_ours(environment: Mapping[str, str]) -> bool:
     return not ({*SETTINGS, "LD_PRELOAD"} & {name for name, value in environment.items() if value})
 
 
-def with_compilation_cache(environment: Mapping[str, str]) -> dict[str, str]:
+def compilation_cache(environment: Mapping[str, str]) -> dict[str, str]:
     """JAX's variables for compiled programs kept between runs; what the user has set stays."""
     folder = cache_folder()
     if folder is None:
         return {}
     defaults = {
-        "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "xla")),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     return {name: environment.get(name, value) for name, value in defaults.items()}

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsv3_jax.cli import clean_on_signals, fail, parse, user_errors
+from dsv3_jax.cli import clean_on_signals, escaped, fail, parse, user_errors
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +131,12 @@ def test_help_goes_to_stdout_once_in_the_terminals_own_style(
     assert "Layers" in shown
     assert "\x1b[" in shown
     assert capsys.readouterr().err == ""
+
+
+@given(st.text())
+def test_whatever_is_escaped_is_one_printable_line(text: str):
+    assert escaped(text).isprintable()
+    assert text.isprintable() <= (escaped(text) == text)
 
 
 def test_fail_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture):

@@ -50,6 +50,13 @@ def test_the_same_seed_writes_the_same_text_and_says_how_fast(run, capsys):
     assert write(capsys, run, *args, "--seed", 2)[0] != text
 
 
+def test_the_name_of_a_folder_cannot_steer_a_terminal(run, capsys, tmp_path):
+    folder = tmp_path / "in\n\x1b[2J"
+    shutil.copytree(run, folder)
+    main(["--checkpoint", str(folder), "--prompt", "some", "--max-tokens", "1"])
+    assert f"{tmp_path}/in\\n\\x1b[2J, step " in capsys.readouterr().err
+
+
 def test_the_prompt_comes_from_the_option_a_file_or_stdin(run, capsys, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_bytes("so\r\n€".encode())
     by_option = write(capsys, run, "--prompt", "so\r\n€", "--max-tokens", 4)[0]
@@ -140,7 +147,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, tmp_path):
             "has 64 tokens, begin of sentence included; allowed: below",
         ),
         ([*here, "--prompt", "x", "--max-tokens", 0], "--max-tokens is 0; allowed: 1 or more"),
-        ([*here, "--prompt", "x", "--temperature", -1], "temperature is -1.0; allowed: 0 or more"),
+        ([*here, "--prompt", "x", "--temperature", -1], "temperature is -1.0; allowed: from 0"),
         ([*here, "--prompt", "x", "--top-p", 0], "top-p is 0.0; allowed: above 0, at most 1"),
         ([*here, "--prompt", "x", "--stop", ""], "a stop string is empty"),
         ([*here, "--prompt", "x", "--dtype", "int8"], "--dtype"),

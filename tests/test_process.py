@@ -34,7 +34,7 @@ def shown(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
 
 @glibc
 def test_a_command_starts_itself_once_more_with_the_settings():
-    expected = " ".join([*process.SETTINGS.values(), "tuned"])
+    expected = " ".join([*process.SETTINGS.values(), "-"])
     assert shown().stdout.strip() == expected
 
 
@@ -57,16 +57,16 @@ def test_otherwise_the_allocator_stays_as_it_is(arguments, changes):
 def test_an_unknown_value_of_the_switch_is_one_line():
     ended = shown(**{process.SWITCH: "fast"})
     assert ended.returncode == 2
-    assert ended.stderr == "error: DSV3_ALLOCATOR is 'fast'; allowed: 'default', 'tuned'\n"
+    assert ended.stderr == "error: DSV3_ALLOCATOR is 'fast'; allowed: 'default', or none\n"
 
 
 def test_compiled_programs_are_kept_in_the_cache_unless_the_user_says_where(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    folder = process.with_compilation_cache({})["JAX_COMPILATION_CACHE_DIR"]
+    folder = process.compilation_cache({})["JAX_COMPILATION_CACHE_DIR"]
     assert folder == "/x/dsv3_jax/xla"
     own = {"JAX_COMPILATION_CACHE_DIR": ""}
-    assert process.with_compilation_cache(own)["JAX_COMPILATION_CACHE_DIR"] == ""
+    assert process.compilation_cache(own)["JAX_COMPILATION_CACHE_DIR"] == ""
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert process.with_compilation_cache({}) == {}
+    assert process.compilation_cache({}) == {}

@@ -5,6 +5,7 @@ Run by train_cpu.py with any interpreter that has the project; the one argument 
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -43,6 +44,7 @@ def main() -> None:
         state, metrics = jax.block_until_ready(step(state, batch, coefficients))
         if not metrics.applied:
             raise SystemExit(f"the loss is {metrics.loss}")
+        time.sleep(0.001)  # XLA frees temporary memory just after the results are there
 
     answer(
         work,

@@ -82,7 +82,7 @@ def load_pretrained(
     graphdef, abstract = nnx.split(abstract_model(cfg))
     table, repeated = entries(cfg, abstract), copies(cfg)
     found = differences(folder, cfg, table, repeated)
-    check_names(folder, found, cfg.num_layers, cfg.mtp_depth)
+    check_names(folder, found, cfg)
     check_tensors(folder, table, repeated)
     groups = _by_path(table)
     total = sum(folder.tensors[entry.hf].spec.size for entry in table)

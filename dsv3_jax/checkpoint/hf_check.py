@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.checkpoint.hf_folder import HFFolder
-from dsv3_jax.checkpoint.hf_table import SCALES, Copy, Entry, entry_count, leftover
+from dsv3_jax.checkpoint.hf_table import SCALES, Copy, Entry, entry_count, is_mtp, leftover
 from dsv3_jax.checkpoint.tensor_file import CODES, DTYPES, Tensor
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.quant.fp8 import grid
 
 FP8 = DTYPES["F8_E4M3"]
 PLAIN = tuple(DTYPES[code] for code in ("BF16", "F16", "F32"))
-_NAMED = 200_000  # twice what DeepSeek-V3 has
+_MOST_MISSING = 200_000  # twice what DeepSeek-V3 has
 _CHUNK = 2**24  # bytes compared at a time
 
 
@@ -31,7 +31,7 @@ def check_count(folder: HFFolder, cfg: ModelConfig) -> None:
     Before anything that goes through the model's tensors one by one.
     """
     needed, held = entry_count(cfg), len(folder.tensors)
-    if needed > held + _NAMED:
+    if needed > held + _MOST_MISSING:
         raise ValueError(
             f"{folder.path}: config.json describes a model of {needed:,} tensors "
             f"({cfg.num_layers:,} layers, {cfg.num_experts:,} experts, {cfg.mtp_depth:,} MTP "
@@ -53,21 +53,21 @@ def differences(
     return Differences(missing, leftover(filled, known | scales))
 
 
-def lack_of_mtp(folder: HFFolder, num_layers: int, mtp_depth: int) -> str:
+def lack_of_mtp(folder: HFFolder, cfg: ModelConfig) -> str:
     """What to do where not one tensor of the MTP modules is there; empty where some are."""
-    mtp = tuple(f"model.layers.{num_layers + k}." for k in range(mtp_depth))
-    if not mtp or any(name.startswith(mtp) for name in folder.tensors):
+    if not cfg.mtp_depth or any(is_mtp(name, cfg.num_layers) for name in folder.tensors):
         return ""
     return (
-        f"config.json has num_nextn_predict_layers {mtp_depth}, but there is no tensor {mtp[0]}*; "
-        "--skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) takes the main model alone"
+        f"config.json has num_nextn_predict_layers {cfg.mtp_depth}, but there is no tensor "
+        f"model.layers.{cfg.num_layers}.*; --skip-mtp (skip_mtp=True; train: --model.mtp-depth 0) "
+        "takes the main model alone"
     )
 
 
-def check_names(folder: HFFolder, found: Differences, num_layers: int, mtp_depth: int) -> None:
+def check_names(folder: HFFolder, found: Differences, cfg: ModelConfig) -> None:
     """ValueError lists what is missing or unknown: the first few and the count."""
-    if without := lack_of_mtp(folder, num_layers, mtp_depth):
-        raise ValueError(f"{folder.path}: {without}")
+    if said := lack_of_mtp(folder, cfg):
+        raise ValueError(f"{folder.path}: {said}")
     for what, names in (("lacks tensors", found.missing), ("has unknown tensors", found.unknown)):
         if names:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.tensor_file import Tensor, read_header
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config
-from dsv3_jax.config.plain_json import read_json
+from dsv3_jax.config.plain_json import read_json, read_table
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,7 @@ def open_folder(path: str | Path) -> HFFolder:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; needed: a Hugging Face folder")
-    config = _read_json(path / "config.json")
+    config = read_table(path / "config.json")
     if not is_hf_config(config):
         raise ValueError(f"{path / 'config.json'} has no model_type: not of Hugging Face")
     return HFFolder(path, config, _tensors(path))
@@ -67,7 +67,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         if not os.path.lexists(path / SINGLE):
             raise ValueError(f"{path} holds neither {INDEX} nor {SINGLE}")
         return read_header(path / SINGLE)
-    file_of = _read_json(path / INDEX).get("weight_map")
+    file_of = read_table(path / INDEX).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
         raise ValueError(f"{path / INDEX}: no weight_map of names to files")
     tensors: dict[str, Tensor] = {}
@@ -88,15 +88,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             f"({len(absent)} such in all)"
         )
     return tensors
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = read_json(file)
-    except OSError as error:
-        raise OSError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: no table of fields")
-    return content

@@ -55,8 +55,8 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
         return
     yield _model_line(cfg)
     yield _tokenizer_line(folder.path, cfg.vocab_size)
-    if without := lack_of_mtp(folder, cfg.num_layers, cfg.mtp_depth):
-        yield f"MTP        {without}"
+    if said := lack_of_mtp(folder, cfg):
+        yield f"MTP        {said}"
     table = entries(cfg, nnx.split(abstract_model(cfg))[1])
     yield from _difference_lines(differences(folder, cfg, table, copies(cfg)))
 

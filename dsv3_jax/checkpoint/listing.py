@@ -41,7 +41,7 @@ def committed(folder: Path) -> dict[int, Path]:
 
 def _committed_now(folder: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
-    with one_line(f"cannot read {folder}"):  # a step that cannot be looked at is not ignored
+    with told_as(f"cannot read {folder}"):  # a step that cannot be looked at is not ignored
         for path in entries(folder):
             match = STEP.fullmatch(path.name)
             if match and is_committed(path):
@@ -64,7 +64,7 @@ def require(folder: Path, steps: Mapping[int, Path], step: int) -> Path:
 
 def entries(folder: Path) -> list[Path]:
     """Returns the sorted entries of a folder, none where there is no folder."""
-    with one_line(f"cannot read {folder}"):
+    with told_as(f"cannot read {folder}"):
         try:
             return sorted(folder.iterdir())
         except FileNotFoundError:
@@ -120,7 +120,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def one_line(doing: str) -> Iterator[None]:
+def told_as(doing: str) -> Iterator[None]:
     """Turns an error of the file system or of Orbax into one line that starts with `doing`."""
     try:
         yield

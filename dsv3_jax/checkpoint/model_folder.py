@@ -12,8 +12,8 @@ from dsv3_jax.checkpoint.hf import load_pretrained
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.load import is_hf_config, load_json
-from dsv3_jax.config.plain_json import read_json
+from dsv3_jax.config.load import is_hf_config
+from dsv3_jax.config.plain_json import read_json, read_table
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -79,13 +79,14 @@ def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
     known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / "generation_config.json"
     if not file.exists():
         return frozenset(known)
-    try:
-        found = read_json(file)["eos_token_id"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: no eos_token_id in it") from None
-    ids = found if isinstance(found, list) else [found]
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"{file}: eos_token_id is {shown(found)}; allowed: ids")
+    content = read_table(file)
+    found = content.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    size = opened.cfg.vocab_size
+    if not all(type(i) is int and 0 <= i < size for i in ids):
+        raise ValueError(
+            f"{file}: eos_token_id is {shown(found)}; allowed: ids from 0 to {size - 1}"
+        )
     return frozenset(known | set(ids))
 
 
@@ -125,14 +126,5 @@ def _of_run(
     place: Place, tokenizer: Tokenizer, dtype: Any, step: int | None, average: bool
 ) -> OpenedModel:
     step = place.chosen(step)
-    cfg = load_json(place.folder / "config.json")
-    if average and cfg.optimizer.ema_decay == 0:
-        raise ValueError(
-            f"{place.folder}: the run keeps no average of its weights (optimizer.ema_decay is 0)"
-        )
-    model, cfg, step = read_model(place.folder, step, average, _to_stderr, dtype or jnp.bfloat16)
+    model, cfg, step = read_model(place.folder, step, average, dtype=dtype or jnp.bfloat16)
     return OpenedModel(model, tokenizer, cfg.model, step)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -6,12 +6,14 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3_jax.checkpoint.arrays import CheckpointError
-from dsv3_jax.files import sync, sync_tree
+from dsv3_jax.files import exchange, sync, sync_tree
 
+_TRIES = 200  # at a lock, for ten seconds
 # What we write, and what tokenizers of the family bring along.
 _OF_A_MODEL = re.compile(
     r"(generation_)?config\.json|.*\.safetensors(\.index\.json)?|tokenizer.*\.json"
@@ -31,18 +33,24 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     path = _resolved(path)
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True)
-    check_disk(parent, size)
+    _check_disk(parent, size)
     temporary = parent / _temporary_name(path)
-    try:
-        temporary.mkdir()
-        with _held(temporary):
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            with _alone_in(parent):
+                _settle(path)
+                _check_unused(path, overwrite)
+                temporary.mkdir()
+                until_the_end.enter_context(_held(temporary))
             yield temporary
             sync_tree(temporary)
-            _publish(temporary, path)
-    except (OSError, CheckpointError) as error:
-        raise _of_final_name(error, temporary, path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            with _alone_in(parent):
+                _check_unused(path, overwrite)  # somebody may have put something there meanwhile
+                _publish(temporary, path)
+        except (OSError, CheckpointError) as error:
+            raise _of_final_name(error, temporary, path) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_free_name(path: Path, overwrite: bool) -> None:
@@ -56,7 +64,8 @@ def check_free_name(path: Path, overwrite: bool) -> None:
     if not above.is_dir():
         raise ValueError(f"{path} cannot be made: {above} is a file; allowed: a new folder")
     if above == path.parent:
-        _settle(path)
+        with _alone_in(above):
+            _settle(path)
     _check_unused(path, overwrite)
     trial = above / _temporary_name(path)  # permissions, a name too long, a disk that only reads
     try:
@@ -88,6 +97,27 @@ def _held(temporary: Path) -> Iterator[None]:
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
         _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """No other writer looks at a folder's names, or changes them, at the same time.
+
+    OSError if somebody holds the folder for seconds: we only do for moments.
+    """
+    descriptor = os.open(parent, os.O_RDONLY)
+    try:
+        for _ in range(_TRIES):
+            if _lock(descriptor):
+                break
+            time.sleep(0.05)
+        else:
+            raise OSError(
+                f"{parent}: locked by another process; allowed: to wait, or another folder"
+            )
         yield
     finally:
         os.close(descriptor)
@@ -153,7 +183,7 @@ def _is_of_a_model(entry: Path) -> bool:
     return _OF_A_MODEL.fullmatch(entry.name) is not None and not entry.is_dir()
 
 
-def check_disk(folder: Path, size: int) -> None:
+def _check_disk(folder: Path, size: int) -> None:
     """OSError if a disk has less room than `size` bytes."""
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -168,18 +198,29 @@ def _settle(path: Path) -> None:
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(?:old|part)", re.DOTALL)
     left = [entry for entry in sorted(path.parent.iterdir()) if pattern.fullmatch(entry.name)]
+    left = [entry for entry in left if entry.is_dir()]
     if any(_is_held(entry) for entry in left):
         raise OSError(f"{path}: another process is writing it; allowed: to wait, or another folder")
     for entry in left:
-        if entry.suffix == ".old" and not path.exists():
+        if entry.suffix == ".old" and _is_free(path):
             os.rename(entry, path)
         else:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(entry)
 
 
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 def _publish(temporary: Path, path: Path) -> None:
-    """The old folder steps aside first, since a folder is not renamed onto one with content."""
+    """Old and new swap names at once, where the system can; else the old folder steps aside first,
+    since a folder is not renamed onto one with content. A kill then may leave none under `path`
+    until the next writer comes.
+    """
+    if path.exists() and exchange(temporary, path):
+        sync(path.parent)
+        return
     aside = temporary.with_suffix(".old")
     try:
         if path.exists():

@@ -14,15 +14,17 @@ from flax import nnx
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.arrays import CheckpointError
+from dsv3_jax.checkpoint.folder_tokenizer import open_tokenizer
 from dsv3_jax.checkpoint.hf import copy_tokenizer
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.checkpoint.hf_table import abstract_model
 from dsv3_jax.checkpoint.names import as_stored, from_layers, to_layers
 from dsv3_jax.checkpoint.new_folder import new_folder
+from dsv3_jax.cli import to_stderr
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import imported_run
 from dsv3_jax.config.run import from_dict
-from dsv3_jax.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.fp8 import Blocked
@@ -42,7 +44,7 @@ def read_model(
     run: Path,
     step: int | None = None,
     average: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = to_stderr,
     dtype: Any = None,
 ) -> RunModel:
     """The weights of a step (default: the newest), or their average.
@@ -121,9 +123,8 @@ def as_checkpoint(model: DeepSeekV3, source: Path) -> store.Checkpoint:
 
 def _usable_tokenizer(source: Path) -> Tokenizer | None:
     """None where there is no tokenizer that we could use; the weights can be had without."""
-    file = find_tokenizer(source)
     try:
-        return load_tokenizer(file) if file else None
+        return open_tokenizer(source)
     except ValueError:
         return None
 

@@ -37,7 +37,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -65,11 +64,12 @@ from dsv3_jax.checkpoint.listing import (
     contents,
     entries,
     is_committed,
-    one_line,
     require,
+    told_as,
     unless_replaced,
 )
-from dsv3_jax.config.plain_json import parse_json
+from dsv3_jax.cli import to_stderr
+from dsv3_jax.config.plain_json import check_plain, parse_json
 from dsv3_jax.files import sync, sync_tree
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def save(
     manifest_bytes = _to_json("manifest", _manifest(step, host, meta_bytes))
     final = _step_folder(folder, step)
     temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
-    with one_line(f"cannot write checkpoint of step {step} in {folder}"):
+    with told_as(f"cannot write checkpoint of step {step} in {folder}"):
         try:
             os.makedirs(temporary)
             write_arrays(temporary / "arrays", host)
@@ -132,16 +132,12 @@ def save(
     return final
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def load(
     folder: Path,
     step: int | None = None,
     groups: Collection[str] | None = None,
     *,
-    report: Callable[[str], None] = _to_stderr,
+    report: Callable[[str], None] = to_stderr,
 ) -> Checkpoint:
     """Returns the checkpoint of `step`, or the newest valid one, with NumPy arrays.
 
@@ -155,7 +151,7 @@ def load(
 
 
 def described(
-    folder: Path, step: int | None = None, *, report: Callable[[str], None] = _to_stderr
+    folder: Path, step: int | None = None, *, report: Callable[[str], None] = to_stderr
 ) -> tuple[int, dict[str, dict[str, dict[str, Any]]]]:
     """Returns the step that `load` would read, as far as that can be said without reading arrays,
     and group -> name -> shape, dtype and CRC-32.
@@ -172,7 +168,7 @@ def delete(folder: Path, step: int) -> None:
     """Deletes a committed step, marker first: a kill midway leaves nothing that looks valid."""
     require(folder, committed(folder), step)
     final = _step_folder(folder, step)
-    with one_line(f"cannot delete checkpoint {final}"):
+    with told_as(f"cannot delete checkpoint {final}"):
         _drop(_replaced(final))  # before its successor, or it would count again
         _drop(final)
 
@@ -185,7 +181,7 @@ def clean(folder: Path) -> list[Path]:
         for path in entries(folder)
         if path not in kept and (STEP.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name))
     ]
-    with one_line(f"cannot clean {folder}"):
+    with told_as(f"cannot clean {folder}"):
         for path in stale:
             _drop(path)
     return stale
@@ -319,7 +315,7 @@ def _newest_readable(
 
 def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
     """Returns a committed folder's content, verified; raises `CheckpointError` where it fails."""
-    with unless_replaced(path), one_line(f"checkpoint {path}"):
+    with unless_replaced(path), told_as(f"checkpoint {path}"):
         manifest = _verified_manifest(path, step)
         meta_bytes = _content(path, "meta.json")
         _expect(path, "CRC-32 of meta.json", crc32(meta_bytes), manifest["meta"])
@@ -341,7 +337,7 @@ def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
 
 
 def _read_description(path: Path, step: int) -> tuple[int, dict[str, Any]]:
-    with unless_replaced(path), one_line(f"checkpoint {path}"):
+    with unless_replaced(path), told_as(f"checkpoint {path}"):
         return step, _verified_manifest(path, step)["arrays"]
 
 
@@ -371,8 +367,7 @@ def _is_spec(line: Mapping[str, Any]) -> bool:
 
 
 def _content(path: Path, name: str) -> bytes:
-    if (path / name).exists() and not (path / name).is_file():  # a pipe may never end
-        raise CheckpointError(f"checkpoint {path}: {name} is no plain file")
+    check_plain(path / name)
     return (path / name).read_bytes()
 
 

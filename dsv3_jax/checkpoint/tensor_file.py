@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dsv3_jax.config.plain_json import parse_json
+from dsv3_jax.config.plain_json import check_plain, parse_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -68,8 +67,7 @@ class Tensor(NamedTuple):
 def read_header(file: Path) -> dict[str, Tensor]:
     """Every tensor of a file by name. ValueError if the file is cut off or not of this format."""
     try:
-        if not file.is_file():  # nobody may ever write to a pipe
-            raise ValueError("no plain file" if file.exists() else "no such file")
+        check_plain(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -77,7 +75,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 raise ValueError("no safetensors header")
             if size < 8 + length:
                 raise ValueError(f"truncated: {size} bytes, its header alone has {8 + length}")
-            header = parse_json(stream.read(length), _each_once)
+            header = parse_json(stream.read(length))
         tensors = _tensors(file, header, 8 + length)
     except OSError as error:
         raise OSError(f"{file}: {error.strerror}") from error
@@ -88,14 +86,6 @@ def read_header(file: Path) -> dict[str, Tensor]:
         what = "truncated" if size < needed else "longer than its header says"
         raise ValueError(f"{file}: {what}: {size} bytes, should be {needed}")
     return tensors
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{name} stands twice in the header")
-    return found
 
 
 def _tensors(file: Path, header: dict[str, Any], start: int) -> dict[str, Tensor]:

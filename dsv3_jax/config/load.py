@@ -50,7 +50,8 @@ def load_json(path: Path) -> RunConfig:
             return imported_run(ModelConfig.from_hf(content))
         return from_dict(RunConfig, content)
     except (OSError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigFileError(f"{path}: not a readable configuration: {error}") from error
+        said = getattr(error, "strerror", None) or error
+        raise ConfigFileError(f"{path}: not a readable configuration: {said}") from error
 
 
 def is_hf_config(content: Any) -> bool:

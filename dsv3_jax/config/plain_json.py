@@ -1,28 +1,52 @@
 """JSON that others wrote: every fault is one line, a ValueError or an OSError."""
 
+import errno
 import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 
-def parse_json(
-    text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
-) -> Any:
-    """What `json.loads` returns; `pairs` makes an object of its names and values, in order.
+def parse_json(text: str | bytes) -> Any:
+    """What `json.loads` returns.
 
-    ValueError for what is no JSON or no UTF-8, and for brackets nested beyond Python's stack.
+    ValueError for what is no JSON, for a name that an object has twice, of which readers take one
+    or the other, and for brackets nested beyond Python's stack.
     """
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        return json.loads(text, object_pairs_hook=_each_once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name} stands there twice")
+    return found
+
+
 def read_json(file: Path) -> Any:
-    """What a UTF-8 file holds. ValueError for its content, OSError for what is no plain file: to
-    read from a pipe would be to wait for whoever writes to it.
-    """
-    if file.exists() and not file.is_file():
-        raise OSError(None, "not a plain file", str(file))
+    """What a UTF-8 file holds. ValueError for its content, OSError for what is no plain file."""
+    check_plain(file)
     return parse_json(file.read_text(encoding="utf-8"))
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """An object of JSON. The errors of `read_json` with the file's name, one line each."""
+    try:
+        content = read_json(file)
+    except OSError as error:
+        raise OSError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: no table of fields")
+    return content
+
+
+def check_plain(file: Path) -> None:
+    """OSError for a pipe or a device: to read it would be to wait for whoever writes to it."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a plain file", str(file))

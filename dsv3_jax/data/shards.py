@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_jax.config.plain_json import parse_json
 from dsv3_jax.data.documents import Document, text_hash
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file, sync
@@ -235,18 +236,23 @@ def _summed(path: Path) -> FileSum:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        fields = json.loads(file.read_bytes())
-        found = fields.get("format")
-        if found != FORMAT:
-            raise ValueError(f"data.source: {file} has format {found!r}; allowed: {FORMAT!r}")
-        files = {name: FileSum(**sums) for name, sums in fields.pop("files").items()}
-        manifest = Manifest(**fields, files=files)
+        fields = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise ValueError(
             f"data.source: {path} has no {MANIFEST}: python -m dsv3_jax.pretokenize did not finish "
             "there; write it again"
         ) from None
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+    except ValueError:
+        raise _damaged_manifest(path) from None
+    if not isinstance(fields, dict):
+        raise _damaged_manifest(path)
+    found = fields.get("format")
+    if found != FORMAT:
+        raise ValueError(f"data.source: {file} has format {found!r}; allowed: {FORMAT!r}")
+    try:
+        files = {name: FileSum(**sums) for name, sums in fields.pop("files").items()}
+        manifest = Manifest(**fields, files=files)
+    except (AttributeError, KeyError, TypeError):
         raise _damaged_manifest(path) from None
     if not _holds(manifest):
         raise _damaged_manifest(path)

@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dsv3_jax.config.plain_json import parse_json
+from dsv3_jax.config.plain_json import check_plain, parse_json
 
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -142,9 +142,8 @@ def _special_tokens(path: Path, first: int) -> list[str]:
 
 
 def _read(file: Path, path: Path) -> str:
-    if file.exists() and not file.is_file():  # a pipe may never end
-        raise ValueError(f"tokenizer {path}: cannot read {file.name}: not a plain file")
     try:
+        check_plain(file)
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"tokenizer {path}: cannot read {file.name}: {error.strerror}") from None

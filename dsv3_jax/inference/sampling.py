@@ -20,8 +20,8 @@ class Sampling(NamedTuple):
 
 def sampling(seed: int, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
     """ValueError for a temperature below 0 and a top_p outside of (0, 1]."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; allowed: 0 or more")
+    if not 0 <= temperature < 1e38:  # float32 ends at 3.4e38
+        raise ValueError(f"temperature is {temperature}; allowed: from 0 to below 1e38")
     if not 1e-37 < top_p <= 1:  # below, float32 has none but 0
         raise ValueError(f"top-p is {top_p}; allowed: above 0, at most 1")
     if not 0 <= seed < 2**32:

@@ -71,8 +71,8 @@ def rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:
     """`layer` with its backward pass's memory policy.
 
     "none" keeps all, "report" recomputes as the report does, "full" keeps the input alone. Outside
-    of a scan of two layers or more, the compiler must be told not to merge the recomputation with
-    the forward pass.
+    of a scan's loop, the compiler must be told not to merge the recomputation with the forward
+    pass.
     """
     if remat == "none":
         return layer

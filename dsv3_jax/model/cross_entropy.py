@@ -25,7 +25,7 @@ def plain_cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Arr
 
 @jax.custom_vjp
 def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array) -> jax.Array:
-    """`plain_cross_entropy` in four chunks of tokens.
+    """`plain_cross_entropy` in `NUM_CHUNKS` chunks of tokens.
 
     labels int32, -1 = not counted. -> scalar, at least float32.
     """

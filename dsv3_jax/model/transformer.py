@@ -88,12 +88,11 @@ class DeepSeekV3(nnx.Module):
         rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), x_BTD.dtype)
 
         def run(x_BTD, layers, count):
+            scanned = count > UNROLLED
             body = rematerialised(
-                lambda x, block: block(x, rope_BTR, valid_BT, segments_BT),
-                remat,
-                scanned=count > UNROLLED,
+                lambda x, block: block(x, rope_BTR, valid_BT, segments_BT), remat, scanned=scanned
             )
-            return lax.scan(body, x_BTD, layers, unroll=count if count <= UNROLLED else 1)
+            return lax.scan(body, x_BTD, layers, unroll=1 if scanned else count)
 
         if self.dense_layers is not None:
             x_BTD, _ = run(x_BTD, self.dense_layers, self.cfg.num_dense_layers)

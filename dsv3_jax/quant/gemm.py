@@ -10,7 +10,8 @@ A weight may be a `Blocked`: it is expanded to the activations' dtype before the
 gradient goes to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def linear(x: jax.Array, *weights: jax.Array | Blocked) -> jax.Array:
     Several are one product: the input and its gradient pass memory once, and the wider product runs
     nearer to the peak.
     """
-    return _linear(x, tuple(_constant(w, x.dtype) for w in weights))
+    return _linear(x, tuple(_expanded(w, x.dtype) for w in weights))
 
 
 @jax.custom_vjp
@@ -60,11 +61,7 @@ def _linear(x, weights):
 
 def _linear_fwd(x, weights):
     x_XD = _rows(x)
-    if len(x_XD) < JOINING_ROWS:
-        parts = [few_rows_einsum("xd,df->xf", x_XD, w_DF.astype(x.dtype)) for w_DF in weights]
-        y_XF = side_by_side(parts)
-    else:
-        y_XF = wide_einsum("xd,df->xf", x_XD, _joined(weights, x.dtype))
+    y_XF = _product(partial(few_rows_einsum, "xd,df->xf", x_XD), len(x_XD), weights, x.dtype)
     return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, weights)
 
 
@@ -78,15 +75,27 @@ def _linear_bwd(residuals, dy):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def _constant(w: jax.Array | Blocked, dtype: jnp.dtype) -> jax.Array:
+def _expanded(w: jax.Array | Blocked, dtype: jnp.dtype) -> jax.Array:
     return lax.stop_gradient(w.dequantize(dtype)) if isinstance(w, Blocked) else w
 
 
+def _product(
+    multiply: Callable[[jax.Array], jax.Array],
+    rows: int,
+    weights: Sequence[jax.Array],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Products with several weights side by side: of many rows, one with the weights joined."""
+    if rows < JOINING_ROWS:
+        return _side_by_side([multiply(w.astype(dtype)) for w in weights])
+    return multiply(_joined(weights, dtype))
+
+
 def _joined(weights: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    return side_by_side([w.astype(dtype) for w in weights])
+    return _side_by_side([w.astype(dtype) for w in weights])
 
 
-def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+def _side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
     """Joined along the last dimension."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
 
@@ -111,7 +120,7 @@ def grouped_linear(
     each; weights [E, D, F]. -> [X, F + ...] in x's dtype.
     """
     if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
-        weights = tuple(_constant(w[expert_x], x_XD.dtype) for w in weights)
+        weights = tuple(_expanded(w[expert_x], x_XD.dtype) for w in weights)
         expert_x = jnp.arange(expert_x.size, dtype=expert_x.dtype)
     return _grouped(x_XD, weights, expert_x)
 
@@ -128,11 +137,11 @@ def _blocks(x_XD: jax.Array, expert_x: jax.Array) -> jax.Array:
 
 def _grouped_fwd(x_XD, weights, expert_x):
     x_xMD, dtype = _blocks(x_XD, expert_x), x_XD.dtype
-    if x_xMD.shape[1] < JOINING_ROWS:
-        parts = [wide_einsum("xmd,xdf->xmf", x_xMD, w.astype(dtype)[expert_x]) for w in weights]
-        y_xMF = side_by_side(parts)
-    else:
-        y_xMF = wide_einsum("xmd,xdf->xmf", x_xMD, _joined(weights, dtype)[expert_x])
+
+    def multiply(w_EDF):
+        return wide_einsum("xmd,xdf->xmf", x_xMD, w_EDF[expert_x])
+
+    y_xMF = _product(multiply, x_xMD.shape[1], weights, dtype)
     return _rows(y_xMF.astype(dtype)), (x_XD, weights, expert_x)
 
 

@@ -43,8 +43,3 @@ def printable(text: str, encoding: str) -> str:
     steering = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
     shown = text.translate({ord(c): "\N{REPLACEMENT CHARACTER}" for c in steering})
     return shown.encode(encoding, "replace").decode(encoding)
-
-
-def one_line(text: str) -> str:
-    """Text as part of a line: what cannot be printed, line ends among it, appears as U+FFFD."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,7 +1,8 @@
 """The training loop on one device: steps, records, validations, checkpoints, a clean stop.
 
-The loop keeps one step in flight: it hands the device the next step before it reads the results
-of the last, so the device never waits for the host.
+On an accelerator the loop keeps one step in flight: it hands the device the next step before it
+reads the results of the last, so the device never waits for the host. On CPUs both are the same
+cores, and a step that begins as the last one ends holds the temporary memory of both.
 """
 
 import contextlib
@@ -146,7 +147,8 @@ class Trainer:
         return Trained(self.snapshot, stop[0] if stop else None, unsaved)
 
     def _steps(self, stop: list[int], out: Output) -> None:
-        """To the last step or a signal, with one step in flight but for pauses and --debug-nans."""
+        """To the last step or a signal; none is in flight over a pause, or with --debug-nans."""
+        wait_for_each = self.debug_nans or jax.default_backend() == "cpu"
         flight = None
         while flight or (self.position.step < self.cfg.train.steps and not stop):
             self.checkpoints.look(out)
@@ -155,7 +157,7 @@ class Trainer:
                 flight = self._launch()
             if before and self._land(before, out):
                 flight = None  # launched before the run went back
-            if flight and (self.debug_nans or self._pauses_after(self.position)):
+            if flight and (wait_for_each or self._pauses_after(self.position)):
                 rewound, flight = self._land(flight, out), None
                 if not rewound:
                     with self.clock.paused():

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dsv3_jax.cli import escaped
 from dsv3_jax.config import TrainConfig
-from dsv3_jax.train.console import one_line
 
 HORIZON = 100  # steps over which the mean and the deviation of the loss forget
 WARM_UP = 50  # losses that must have been seen before any is called a spike
@@ -74,7 +74,7 @@ def said_of(
     if spike:
         return f"update {step}: a main loss of {loss:.4f} is a spike"
     numbers = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-    documents = ", ".join(map(one_line, names[:3])) + (
+    documents = ", ".join(map(escaped, names[:3])) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
     where = f"row{'s' * (len(rows) > 1)} {numbers} of the data ({documents})"

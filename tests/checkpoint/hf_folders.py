@@ -219,3 +219,9 @@ def assert_same_tensors(actual: Mapping[str, np.ndarray], expected: Mapping[str,
         y = actual[name]
         assert (y.dtype, y.shape) == (x.dtype, x.shape), name
         assert np.ascontiguousarray(y).tobytes() == np.ascontiguousarray(x).tobytes(), name
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    """Changes fields of a folder's config.json."""
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps(config))

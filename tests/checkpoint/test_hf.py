@@ -363,7 +363,10 @@ def test_a_failure_leaves_nothing_half_written(tmp_path: Path, model, monkeypatc
 
 
 def test_a_model_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, model, monkeypatch):
-    """The old folder has stepped aside already when the new one cannot take its name."""
+    """Without an exchange of names, the old folder has stepped aside already when the new one
+    cannot take its name.
+    """
+    monkeypatch.setattr(new_folder, "exchange", lambda one, other: False)
     out, rename, renamed = tmp_path / "out", os.rename, []
     save(model, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_jax.checkpoint import hf_check
 from tests.checkpoint.hf_folders import (
     BF16,
     F32,
     FP8,
     RAGGED,
+    SMALL,
     changed,
+    edit_config,
     load,
     random_tensors,
     write_folder,
@@ -122,9 +125,34 @@ def edit_index(path: Path, edit: Callable[[dict], object]) -> None:
     file.write_text(json.dumps(index))
 
 
-def edit_config(path: Path, **fields: object) -> None:
-    config = json.loads((path / "config.json").read_text()) | fields
-    (path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path, value: float):
+    tensors = random_tensors(SMALL, fp8=True)
+    name = next(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[name] = np.full_like(tensors[name], value)
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        load(write_folder(tmp_path / "in", SMALL, tensors))
+
+
+def test_a_copy_that_differs_in_its_last_rows_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hf_check, "_CHUNK", 64)
+    tensors = random_tensors(RAGGED, fp8=False)
+    tensors[MTP_EMBED] = np.array(tensors[MTP_EMBED])
+    tensors[MTP_EMBED][-1] += 1
+    with pytest.raises(ValueError, match=f"{MTP_EMBED} .* differs from"):
+        load(write_folder(tmp_path / "in", RAGGED, tensors))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path, file: str):
+    path = write_folder(tmp_path / "in", SMALL, random_tensors(SMALL, fp8=False), files=3)
+    text = (path / file).read_text().strip()
+    name = next(iter(json.loads(text)))
+    (path / file).write_text('{"' + name + '": 1, ' + text[1:])
+    with pytest.raises(ValueError, match=f"{file}: not JSON: {name} stands there twice"):
+        load(path)
 
 
 SECOND = "model-00002-of-00003.safetensors"
@@ -150,7 +178,7 @@ BROKEN = {
     ),
     "file a pipe": (
         lambda path: [(path / SECOND).unlink(), os.mkfifo(path / SECOND)],
-        f"{SECOND}: .*no plain file",
+        f"{SECOND}: .*not a plain file",
     ),
     "index leads nowhere": (
         lambda path: [

@@ -64,8 +64,8 @@ def test_a_step_is_taken_by_option_or_by_its_folder(run: Path, within: str):
 
 def test_the_average_is_taken_where_the_run_keeps_one(run: Path, tmp_path: Path):
     assert np.array_equal(head(open_model(run, average=True).model), expected(7, 2))
-    with pytest.raises(ValueError, match=r"keeps no average .* \(optimizer.ema_decay is 0\)"):
-        open_model(write_run(tmp_path / "plain"), average=True)
+    with pytest.raises(ValueError, match="step 1 holds no average of the weights"):
+        open_model(write_run(tmp_path / "plain", 1), average=True)
 
 
 def test_a_damaged_newest_step_is_told_and_the_one_before_it_taken(
@@ -93,6 +93,18 @@ def test_a_hugging_face_folder_is_opened_as_stored_and_without_mtp(hf: Path):
             open_model(hf, **how)
 
 
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [("{}", set()), ('{"eos_token_id": null}', set()), ('{"eos_token_id": [9, 17]}', {9, 17})],
+)
+def test_texts_end_also_where_generation_config_says(
+    run: Path, tmp_path: Path, content: str, more: set[int]
+):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "generation_config.json").write_text(content)
+    assert open_model(folder).end_ids == open_model(run).end_ids | more
+
+
 def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name in ("odd", "deep"):
@@ -113,7 +125,7 @@ def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
         (run / "checkpoints/step_00000005/arrays", {}, "arrays: no config.json there; needed"),
         (tmp_path / "odd", {}, "config.json is not JSON"),
         (tmp_path / "deep", {}, "config.json is not JSON: nested too deeply"),
-        (turns, {}, r"generation_config.json: eos_token_id is \[1, \[2\]\]; allowed: ids"),
+        (turns, {}, r"config.json: eos_token_id is \[1, \[2\]\]; allowed: ids from 0 to 299"),
         (bare, {}, "bare: neither tokenizer.json nor tiktoken.model"),
         (large, {}, "allowed: below the model's vocab_size = 300"),
         (run, {"step": 6}, "no checkpoint of step 6 in .*: found steps"),

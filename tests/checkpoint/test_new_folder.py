@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import threading
 import types
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def stop_at(patch: pytest.MonkeyPatch, at: int) -> list[str]:
 
         return act
 
+    patch.setattr(module, "exchange", watched("exchange", module.exchange))
     names = ("rename", "fsync")
     patched = {name: watched(name, getattr(os, name)) for name in names}
     for patched_module in (module, files):
@@ -51,10 +53,26 @@ def stop_at(patch: pytest.MonkeyPatch, at: int) -> list[str]:
     return reached
 
 
+def swaps(folder: Path) -> bool:
+    """Whether this file system can exchange names."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    try:
+        return files.exchange(folder / "a", folder / "b")
+    finally:
+        for name in ("a", "b"):
+            (folder / name).rmdir()
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one after the other"])
 def test_wherever_a_writer_is_killed_the_old_or_the_new_model_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ):
     """The next writer finds it, and clears away the rest."""
+    if not at_once:
+        monkeypatch.setattr(module, "exchange", lambda one, other: False)
+    elif not swaps(tmp_path):
+        pytest.skip("a file system that does not exchange names")
     seen = set()
     for at in itertools.count():
         path = tmp_path / str(at) / "model"
@@ -68,6 +86,7 @@ def test_wherever_a_writer_is_killed_the_old_or_the_new_model_is_whole(
             else:
                 assert len(reached) == at
                 break
+        assert path.exists() or not at_once
         if path.exists():
             seen |= content(path)
             assert content(path) in ({"old"}, {"new"})
@@ -79,6 +98,84 @@ def test_wherever_a_writer_is_killed_the_old_or_the_new_model_is_whole(
         assert [p.name for p in path.parent.iterdir()] == ["model"]
     assert seen == {"old", "new"}
     assert at > 5
+    assert reached[reached.index("exchange") :] == (
+        ["exchange", "fsync", "rmtree"]
+        if at_once
+        else ["exchange", "rename", "rename", "fsync", "rmtree", "rmtree"]
+    )
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "file", "checkpoint"])
+def test_what_appears_under_the_name_meanwhile_is_kept(tmp_path: Path, kind: str, overwrite: bool):
+    path = tmp_path / "model"
+    theirs = {"folder": path / "thesis.tex", "file": path}.get(kind, path / "checkpoints/step_1/x")
+
+    def writer() -> None:
+        with new_folder(path, 100, overwrite) as folder:
+            (folder / "config.json").touch()
+            theirs.parent.mkdir(parents=True, exist_ok=True)
+            theirs.write_text("theirs")
+            if kind == "checkpoint":
+                (path / "config.json").touch()
+
+    with pytest.raises(ValueError, match=r"model (is a file|holds)"):
+        writer()
+    assert theirs.read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_old_model_takes_its_name_back_from_an_empty_folder(tmp_path: Path):
+    """A kill left it beside its name, and somebody made a folder there."""
+    path = tmp_path / "model"
+    write(path, "old")
+    path.rename(tmp_path / ".model.0123abcd.old")
+    path.mkdir()
+    with (
+        pytest.raises(ValueError, match="holds a model already"),
+        new_folder(path, 100, overwrite=False),
+    ):
+        pass
+    assert content(path) == {"old"}
+
+
+def test_of_two_writers_at_once_one_is_refused(tmp_path: Path):
+    ended, both = [], threading.Barrier(2)
+
+    def writer(name: str) -> None:
+        both.wait()
+        try:
+            with new_folder(tmp_path / "model", 100, overwrite=False) as folder:
+                (folder / "config.json").write_text(name)
+            ended.append(name)
+        except (ValueError, OSError) as error:
+            ended.append(str(error))
+
+    for _ in range(20):
+        threads = [threading.Thread(target=writer, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (winner,) = (end for end in ended if end in "ab")
+        (refusal,) = (end for end in ended if end not in "ab")
+        assert "holds a model already" in refusal or "another process is writing it" in refusal
+        assert content(tmp_path / "model") == {winner}
+        shutil.rmtree(tmp_path / "model")
+        assert not list(tmp_path.iterdir())
+        ended.clear()
+
+
+def test_a_folder_that_somebody_holds_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_TRIES", 2)
+    with (
+        module._held(tmp_path),
+        pytest.raises(OSError, match="locked by another process; allowed: to wait"),
+        new_folder(tmp_path / "model", 100, overwrite=False),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "metrics.jsonl", "src"])

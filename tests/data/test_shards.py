@@ -111,6 +111,7 @@ def test_a_folder_without_manifest_is_unfinished(tmp_path: Path, tokenizer: Toke
     [
         (b"{", "is damaged; write the folder again"),
         (b"[]", "is damaged; write the folder again"),
+        (b"[" * 10**5, "is damaged; write the folder again"),
         (b"\xff", "is damaged; write the folder again"),
         (b"{}", "has format None; allowed"),
         (b'{"format": "another"}', f"has format 'another'; allowed: {FORMAT!r}"),

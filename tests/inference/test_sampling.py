@@ -52,7 +52,7 @@ def test_probabilities_that_add_up_to_top_p_exactly_are_the_nucleus(x64: None):
         assert np.flatnonzero(np.asarray(found_BV[0]) > -np.inf).tolist() == inside
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(2.0, 1.0), (1.0, 0.8)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(2.0, 1.0), (1.0, 0.8), (2.0, 0.8)])
 def test_samples_follow_the_softmax_within_the_nucleus(temperature: float, top_p: float):
     """A chi-squared test with a fixed key, and no token from outside."""
     rows, logits_V = 4000, 2 * normal(1, V)
@@ -95,9 +95,10 @@ def test_seed_and_position_decide_what_is_drawn():
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1; allowed: 0 or more"),
-        ({"temperature": float("nan")}, "temperature is nan; allowed: 0 or more"),
-        ({"temperature": float("inf")}, "temperature is inf; allowed: 0 or more"),
+        ({"temperature": -0.1}, "temperature is -0.1; allowed: from 0 to below 1e38"),
+        ({"temperature": float("nan")}, "temperature is nan; allowed: from 0"),
+        ({"temperature": float("inf")}, "temperature is inf; allowed: from 0"),
+        ({"temperature": 1e38}, "allowed: from 0 to below 1e38"),
         ({"top_p": 0.0}, "top-p is 0.0; allowed: above 0, at most 1"),
         ({"top_p": 1e-50}, "top-p is 1e-50; allowed: above 0, at most 1"),
         ({"top_p": 1.1}, "top-p is 1.1; allowed: above 0, at most 1"),

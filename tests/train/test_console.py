@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3_jax.cli import clean_on_signals
-from dsv3_jax.train.console import RunConsole, one_line, printable
+from dsv3_jax.train.console import RunConsole, printable
 from dsv3_jax.train.trouble import said_of
 
 
@@ -22,13 +22,6 @@ def test_printable_text_survives_any_encoding(text):
 
 def test_ordinary_text_is_printed_unchanged():
     assert printable('def f():\n\treturn "é → 日本"', "utf-8") == 'def f():\n\treturn "é → 日本"'
-
-
-@given(st.text())
-def test_one_line_is_one_line(text):
-    shown = one_line(text)
-    assert len(shown) == len(text)
-    assert shown.isprintable()
 
 
 HOSTILE = "bad\n\x1b[2J" + b"\xff".decode("utf-8", "surrogateescape") + ".txt"
