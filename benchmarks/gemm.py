@@ -169,24 +169,25 @@ def product(spec: str, a: "jax.Array", b: "jax.Array") -> "jax.Array":
 
 
 def blocks(rows: int, x_XD, w_EDF, expert_x, dy_XF) -> Form:
+    from dsv3_jax.quant.gemm import grouped_linear
+
+    return differentiated(
+        f"blocks {rows}", lambda x, w, e: grouped_linear(x, e, w), x_XD, w_EDF, dy_XF, expert_x
+    )
+
+
+def differentiated(name: str, grouped: Callable, x, w, dy, experts) -> Form:
+    """Forward as it is, gradients as its own derivative rule has them."""
     import jax
-    import jax.numpy as jnp
 
-    x_xMD, dy_xMF = (a.reshape(len(expert_x), rows, -1) for a in (x_XD, dy_XF))
+    def dx(x, w, experts, dy):
+        return jax.vjp(lambda x: grouped(x, w, experts), x)[1](dy)[0]
 
-    def forward(x_xMD, w_EDF, expert_x):
-        return product("xmd,xdf->xmf", x_xMD, w_EDF[expert_x]).astype(x_xMD.dtype)
+    def dw(x, w, experts, dy):
+        return jax.vjp(lambda w: grouped(x, w, experts), w)[1](dy)[0]
 
-    def dx(dy_xMF, w_EDF, expert_x):
-        return product("xmf,xdf->xmd", dy_xMF, w_EDF[expert_x]).astype(dy_xMF.dtype)
-
-    def dw(x_xMD, dy_xMF, w_EDF, expert_x):
-        dw_xDF = product("xmd,xmf->xdf", x_xMD, dy_xMF)
-        onehot_xE = jax.nn.one_hot(expert_x, len(w_EDF), dtype=jnp.float32)
-        return product("xe,xdf->edf", onehot_xE, dw_xDF)
-
-    given = (x_xMD, w_EDF, expert_x), (dy_xMF, w_EDF, expert_x), (x_xMD, dy_xMF, w_EDF, expert_x)
-    return form_of(f"blocks {rows}", (forward, dx, dw), given)
+    given = x, w, experts, dy
+    return form_of(name, (grouped, dx, dw), (given[:3], given, given))
 
 
 def scan(rows: int, x_XD, w_EDF, expert_x, dy_XF) -> Form:
@@ -222,25 +223,16 @@ def scan(rows: int, x_XD, w_EDF, expert_x, dy_XF) -> Form:
 
 
 def ragged(options: Options) -> Form:
-    import jax
     import jax.numpy as jnp
     import numpy as np
     from jax import lax
 
-    model, w_EDF = bench_cpu(), weights(options)
+    model = bench_cpu()
     copies_E = np.bincount(chosen(options).reshape(-1), minlength=options.experts)
-    sizes_E = jnp.asarray(copies_E, jnp.int32)
     x_JD = normal(options, copies_E.sum(), model.d_model)
     dy_JF = normal(options, copies_E.sum(), model.expert_hidden)
-
-    def dx(x_JD, w_EDF, sizes_E, dy_JF):
-        return jax.vjp(lambda x: lax.ragged_dot(x, w_EDF, sizes_E), x_JD)[1](dy_JF)[0]
-
-    def dw(x_JD, w_EDF, sizes_E, dy_JF):
-        return jax.vjp(lambda w: lax.ragged_dot(x_JD, w, sizes_E), w_EDF)[1](dy_JF)[0]
-
-    all_of_it = x_JD, w_EDF, sizes_E, dy_JF
-    return form_of("ragged", (lax.ragged_dot, dx, dw), (all_of_it[:3], all_of_it, all_of_it))
+    sizes_E = jnp.asarray(copies_E, jnp.int32)
+    return differentiated("ragged", lax.ragged_dot, x_JD, weights(options), dy_JF, sizes_E)
 
 
 def dense(options: Options) -> Form:

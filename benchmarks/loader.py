@@ -58,23 +58,15 @@ def main(args: list[str]) -> None:
 
 def training_tokens_per_second(cfg: RunConfig, seconds: float) -> float:
     """Of steps on one batch, after the first."""
-    import jax
-    import jax.numpy as jnp
+    from contenders.dsv3_step import step_of
 
-    from dsv3_jax.data.loader import Batch
-    from dsv3_jax.train.step import Coefficients, init_state, make_step
-
-    graphdef, state = init_state(cfg)
-    step = make_step(graphdef, cfg)
-    tokens_BT = jnp.zeros((cfg.train.rows, cfg.data.length), jnp.int32)
-    batch = Batch(tokens_BT, tokens_BT)
-    coefficients = Coefficients(*(jnp.float32(x) for x in (1e-3, 1e-3, 0.3, jnp.inf)))
-    state, _ = jax.block_until_ready(step(state, batch, coefficients))
+    step = step_of(cfg)
+    step()
     steps, begun = 0, time.perf_counter()
     while time.perf_counter() < begun + seconds:
-        state, _ = jax.block_until_ready(step(state, batch, coefficients))
+        step()
         steps += 1
-    return steps * tokens_BT.size / (time.perf_counter() - begun)
+    return steps * cfg.train.rows * cfg.data.length / (time.perf_counter() - begun)
 
 
 def tokens_per_second(rows, options: Options) -> float:

@@ -21,7 +21,6 @@ from typing import Literal
 from contenders.table import quartiles
 
 from dsv3_jax.cli import parse, run
-from dsv3_jax.config import RunConfig
 from dsv3_jax.config.fields import check
 from dsv3_jax.config.presets import bench_cpu, tiny_run
 
@@ -98,6 +97,8 @@ def report(what: str, xs: Sequence[int], points: Sequence[Point], line: Sequence
 
 def point(rows: int, experts: int, options: Options) -> Point:
     """A step on random tokens, compiled by its first run."""
+    from contenders.dsv3_step import step_of
+
     tiny = tiny_run()
     cfg = replace(
         tiny,
@@ -108,28 +109,6 @@ def point(rows: int, experts: int, options: Options) -> Point:
     made = Point(rows * options.length, step_of(cfg))
     made.step()
     return made
-
-
-def step_of(cfg: RunConfig) -> Callable[[], None]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from dsv3_jax.data.loader import Batch
-    from dsv3_jax.train.step import Coefficients, init_state, make_step
-
-    graphdef, state = init_state(cfg)
-    step = make_step(graphdef, cfg)
-    size = cfg.train.rows, cfg.data.length
-    tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, size, np.int32)
-    batch = Batch(jnp.asarray(tokens), jnp.asarray(np.roll(tokens, -1, 1)))
-    coefficients = Coefficients(*(jnp.float32(x) for x in (1e-3, 1e-3, 0.3, jnp.inf)))
-
-    def work() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(step(state, batch, coefficients))
-
-    return work
 
 
 def take_turns(points: Sequence[Point], rounds: int) -> None:

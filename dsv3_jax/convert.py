@@ -74,7 +74,7 @@ class Inspect:
     """What a folder holds: configuration, tensors, dtypes, bytes, what is missing or unknown."""
 
     source: Dir
-    """Hugging Face folder or a run's"""
+    """Hugging Face folder, or a run's, or one `step_...` of its checkpoints"""
 
 
 Command = (

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 PROG = "python -m dsv3_jax.generate"
 DESCRIPTION = """Continue a text.
 
-What the model writes goes to stdout as it comes, everything else to stderr. The same options and
-seed give the same text. Ctrl-C or SIGTERM leaves.
+What the model writes, without the prompt, goes to stdout as it comes, everything else to stderr.
+The same options and seed give the same text. Ctrl-C or SIGTERM leaves.
 """
 
 
@@ -87,6 +87,8 @@ def _generate(options: Options) -> None:
                 f"the prompt has {len(ids)} tokens, begin of sentence included; "
                 f"allowed: below model.max_length = {cfg.max_length}"
             )
+    if sys.stderr.isatty():
+        to_stderr("compiling takes some seconds, longer the first time")
     text, clock = TextStream(tokenizer.token_bytes, options.stop), Clock()
     with user_errors((OSError,)):  # stdout's disk may be full
         written, ended = _write(weights, ids, options.max_tokens, how, text, clock, opened.end_ids)

@@ -138,7 +138,9 @@ def test_a_run_s_checkpoints_are_taken_for_the_run(tmp_path: Path, run: Path, ca
     step = 3 if "step" in within else 4
     assert f"exported step {step} of {run / within}" in capsys.readouterr().out
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert f"folder     {run}: a run" in inspected(capsys, run / within)
+    text = inspected(capsys, run / within)
+    assert f"folder     {run}: a run" in text
+    assert f"step       {step}\n" in text
 
 
 def test_a_run_without_an_average_is_not_called_damaged(tmp_path: Path, run: Path, capsys):

@@ -14,34 +14,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dsv3_jax.process import SETTINGS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-# As it comes, glibc maps every large array anew and gives it back, and the page faults are a third
-# of the time on both sides. So: one heap, of huge pages, that is kept.
-TUNED = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "67108864",
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 Allocator = Literal["tuned", "default"]
 
 TOO_SLOW = 20.0  # seconds of a turn above which a rival stays in the qualifying rounds
 
-Tell = Callable[[str], None]
-
 
 def environment(allocator: Allocator) -> dict[str, str]:
     """This process's variables with these allocator settings and no others."""
-    inherited = {name: value for name, value in os.environ.items() if name not in TUNED}
-    return {**inherited, "PYTHONPATH": str(ROOT), **(TUNED if allocator == "tuned" else {})}
+    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return {**inherited, "PYTHONPATH": str(ROOT), **(SETTINGS if allocator == "tuned" else {})}
 
 
 def check_interpreters(paths: Iterable[str]) -> None:

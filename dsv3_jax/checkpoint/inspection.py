@@ -32,9 +32,12 @@ class Stored(NamedTuple):
 
 
 def inspect(path: Path) -> Iterator[str]:
-    """Lines about a folder. ValueError or OSError if it is neither kind, or cannot be read."""
+    """Lines about a folder, of a run about its newest step or the one that the path names.
+
+    ValueError or OSError if it is neither kind, or cannot be read.
+    """
     place = find(path)
-    return _hf_lines(open_folder(path)) if place.is_hf else _run_lines(place.folder)
+    return _hf_lines(open_folder(path)) if place.is_hf else _run_lines(place.folder, place.step)
 
 
 def _hf_lines(folder: HFFolder) -> Iterator[str]:
@@ -61,7 +64,7 @@ def _hf_lines(folder: HFFolder) -> Iterator[str]:
     yield from _difference_lines(differences(folder, cfg, table, copies(cfg)))
 
 
-def _run_lines(path: Path) -> Iterator[str]:
+def _run_lines(path: Path, step: int | None) -> Iterator[str]:
     cfg = load_json(path / "config.json").model
     steps = store.steps(path / CHECKPOINTS)
     yield f"folder     {path}: a run; checkpoints of steps: {', '.join(map(str, steps)) or 'none'}"
@@ -70,7 +73,7 @@ def _run_lines(path: Path) -> Iterator[str]:
     if not steps:
         return
     damaged: list[str] = []
-    step, groups = store.described(path / CHECKPOINTS, report=damaged.append)
+    step, groups = store.described(path / CHECKPOINTS, step, report=damaged.append)
     yield from (f"damaged    {line}" for line in damaged)
     yield f"step       {step}"
     for group, named in groups.items():

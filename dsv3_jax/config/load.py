@@ -62,8 +62,10 @@ def is_hf_config(content: Any) -> bool:
 def imported_run(model: ModelConfig) -> RunConfig:
     """The default run of a model that comes from elsewhere."""
     data = DataConfig(length=min(DataConfig.length, model.max_length))
-    # The report's 2,000 steps of warm-up would be longer than the default run.
-    return RunConfig(model, data, schedule=ScheduleConfig(warmup_steps=50))
+    # The report's 2,000 steps of warm-up would be longer than the default run. The cosine ends at
+    # 0: people choose the rate that they train on with, and few of them that of the end.
+    schedule = ScheduleConfig(warmup_steps=50, final_learning_rate=0.0)
+    return RunConfig(model, data, schedule=schedule)
 
 
 def _where_and_what(path: Path, error: BaseException) -> str:

@@ -64,6 +64,11 @@ class ScheduleConfig:
         for name in names:
             value = getattr(self, name)
             check(f"schedule.{name}", value, 0 <= value <= LARGEST, ALLOWED)
+        if not self.learning_rate_phases and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"schedule.final_learning_rate is {self.final_learning_rate:g}; allowed: at most "
+                f"schedule.learning_rate = {self.learning_rate:g}, or phases that say otherwise"
+            )
         for name in ("learning_rate", "bias_speed", "mtp_weight", "rows"):
             _check_phases(f"schedule.{name}_phases", getattr(self, f"{name}_phases"))
         for phase in self.rows_phases:

@@ -37,7 +37,8 @@ class Options:
     resume: str | None = None
     """Continue a run (folder or name; without a value the newest), by default with its config"""
     init_from: str | None = None
-    """Start a new run from another's weights (folder or name), by default with its config"""
+    """Start a new run from another's weights (folder or name; or a Hugging Face folder), by default
+    with its config"""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration as JSON and leave"""
     print_schedule: Path | None = None

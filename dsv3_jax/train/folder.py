@@ -115,7 +115,8 @@ def run_at(parent: Path, wanted: str, flag: str) -> RunFolder:
         for path in (given, given.parent, given.parent.parent):  # its checkpoints, or one of them
             if wanted and (path / "config.json").is_file():
                 return RunFolder(path)
-    raise ValueError(f"{flag} {wanted}: no run there (a run's folder holds config.json)")
+    kinds = "a run's folder" if flag == "--resume" else "a folder of a run or of Hugging Face"
+    raise ValueError(f"{flag} {wanted}: no run there ({kinds} holds config.json)")
 
 
 def find_run(parent: Path, wanted: str) -> RunFolder:

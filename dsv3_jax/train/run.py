@@ -34,6 +34,7 @@ from dsv3_jax.train.output import Output
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
+from dsv3_jax.train.schedules import rows_after
 from dsv3_jax.train.snapshot import Position, Snapshot
 from dsv3_jax.train.step import check_state, init_state
 from dsv3_jax.train.trouble import BadSteps
@@ -58,6 +59,12 @@ class Prepared:
     writers: list[Writer]
     weights_from: Path | None = None
     """Whose weights a new run starts from, if it does"""
+
+    @property
+    def origin(self) -> str:
+        """Of the weights that a new run starts from; what is no run has no steps."""
+        imported = "imported_from" in self.checkpoint.meta
+        return f"of {'' if imported else f'step {self.checkpoint.step} of '}{self.weights_from}"
 
 
 class Watch(NamedTuple):
@@ -208,8 +215,10 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         f"model      {(count.main + count.mtp) / 1e6:,.1f} M parameters, "
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
+    tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
     graphdef, start = _start(prepared, say)
+    say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
     step, has_weights = start.position.step, prepared.is_new and prepared.checkpoint is not None
     trainer = Trainer(
         cfg,
@@ -273,7 +282,7 @@ def _start(prepared: Prepared, say: Callable[[str], None]) -> tuple[nnx.GraphDef
             say("           never saved: starting over")
         return graphdef, Snapshot(state, Position())
     if prepared.is_new:
-        say(f"           from the weights of step {checkpoint.step:,} of {prepared.weights_from}")
+        say(f"           from the weights {prepared.origin}")
         return graphdef, Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
     start = snapshot.restore(checkpoint, cfg, state)
     say(f"           resumed after step {start.position.step:,}")
@@ -286,8 +295,7 @@ def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
     if checkpoint is None or position.step == cfg.train.steps:  # nothing will come of it
         return None
     if prepared.is_new:
-        text = f"of step {checkpoint.step} of {prepared.weights_from}"
-        return event_record(cfg, position, "weights", text)
+        return event_record(cfg, position, "weights", prepared.origin)
     before = from_dict(RunConfig, checkpoint.meta["config"])
     changed = [
         text

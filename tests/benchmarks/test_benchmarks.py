@@ -101,11 +101,11 @@ def test_a_kept_command_names_no_place_of_this_machine():
 
 
 def test_the_allocator_is_the_same_for_all(monkeypatch: pytest.MonkeyPatch):
-    from contenders.side_by_side import TUNED, environment
+    from contenders.side_by_side import SETTINGS, environment
 
     monkeypatch.setenv("MALLOC_ARENA_MAX", "7")
-    assert TUNED.items() <= environment("tuned").items()
-    assert not TUNED.keys() & environment("default").keys()
+    assert SETTINGS.items() <= environment("tuned").items()
+    assert not SETTINGS.keys() & environment("default").keys()
 
 
 WORKER = """
@@ -209,6 +209,18 @@ def test_weights_gathered_by_copy_are_left_out_where_they_are_gigabytes():
     few, many = (transformers(Options(torch_python="torch"), rows) for rows in (8, 32))
     assert (len(few), len(many)) == (6, 4)
     assert not any("batched" in c.name for c in many)
+
+
+def test_grouped_products_over_blocks_are_the_same_in_both_forms():
+    """Forward, input and weight gradient, as the benchmark of their speed makes them."""
+    import numpy as np
+    from gemm import Options, block_forms
+
+    blocks, scan = block_forms(Options(tokens=12, experts=4, blocks=(8,)))
+    assert (blocks.name, scan.name) == ("blocks 8", "scan 8")
+    for kind, product in blocks.products.items():
+        made, expected = np.asarray(product()), np.asarray(scan.products[kind]())
+        np.testing.assert_allclose(made, expected.reshape(made.shape), rtol=1e-5, atol=1e-4)
 
 
 def test_a_straight_line_is_found_through_points_on_it():

@@ -52,3 +52,10 @@ def test_rows_of_a_stair_are_whole_micro_batches():
             train=TrainConfig(rows=8, microbatches=2),
             schedule=ScheduleConfig(rows_phases=(Phase(0, 5, 6),)),
         )
+
+
+def test_a_cosine_does_not_rise():
+    with pytest.raises(ValueError, match=r"is 2e-05; allowed: at most .* = 1e-05"):
+        ScheduleConfig(learning_rate=1e-5, final_learning_rate=2e-5)
+    rising = Phase(0, 9, 3e-5, "linear")
+    ScheduleConfig(learning_rate=1e-5, learning_rate_phases=(rising,))

@@ -136,6 +136,8 @@ def test_short_plans_are_complete(cfg: RunConfig):
 
 
 def test_a_plan_of_zeros_in_one_step_can_be_drawn(tmp_path: Path):
-    zeros = ScheduleConfig(learning_rate=0.0, bias_speed=0.0, mtp_weight=0.0)
+    zeros = ScheduleConfig(
+        learning_rate=0.0, final_learning_rate=0.0, bias_speed=0.0, mtp_weight=0.0
+    )
     draw_schedules(RunConfig(train=TrainConfig(steps=1), schedule=zeros), tmp_path / "a.svg")
     assert "nan" not in (tmp_path / "a.svg").read_text().lower()
