@@ -16,64 +16,34 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from contenders.contest_options import ContestOptions, tell_figures
 from contenders.side_by_side import (
-    Allocator,
     Contender,
     check_interpreters,
     contest,
     environment,
     tell,
 )
-from contenders.table import table, write_figures
+from contenders.table import table
 
 from dsv3_jax.cli import parse, run, user_errors
-from dsv3_jax.config.fields import check
 from dsv3_jax.config.presets import bench_cpu
 
 MOST_GATHERED = 2e9  # bytes of weights that batched_mm may gather
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ContestOptions):
     """Who is compared, and how long."""
 
-    torch_python: str | None = None
-    """Interpreter with torch and transformers"""
-    python: tuple[str, ...] = ()
-    """Further interpreters that have this project, with other versions of JAX"""
     rows: tuple[int, ...] = (1, 8, 32)
     """Batches, one contest each"""
     prompt: int = 128
     """Tokens of a prompt"""
     tokens: int = 128
     """Tokens that follow it"""
-    qualify: int = 2
-    """Rounds that choose the baselines"""
-    rounds: int = 9
-    """Alternating rounds after them"""
-    warm_up: int = 2
-    """Texts before the first round, compilation among them"""
-    allocator: Allocator = "tuned"
-    """Of all contenders: settings against page faults, or the system's own"""
-    out: Path | None = None
-    """JSON file that keeps the figures"""
-
-    def __post_init__(self) -> None:
-        for name in ("qualify", "rounds", "warm_up"):
-            check(
-                f"--{name.replace('_', '-')}",
-                getattr(self, name),
-                getattr(self, name) >= 1,
-                "at least 1",
-            )
-
-    @property
-    def interpreters(self) -> list[str]:
-        """All that were named."""
-        return [p for p in (*self.python, self.torch_python) if p]
 
 
 def main(args: Sequence[str]) -> None:
@@ -153,10 +123,7 @@ def report(ran: Sequence[Contender], options: Options) -> None:
 
     sizes = f"float32, {options.tokens} tokens after prompts of {options.prompt}"
     machine = f"{describe()}; allocator {options.allocator}; {sizes}"
-    lines = [machine, "", *table(ran, ("transformers",))]
-    print("\n".join(lines))
-    if options.out:
-        write_figures(options.out, ran, lines, interpreters=options.interpreters, machine=machine)
+    tell_figures(options, ran, machine, table(ran, ("transformers",)))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from contenders.side_by_side import Allocator, Contender, check_interpreters, contest, environment
-from contenders.table import Peak, table, write_figures
+from contenders.contest_options import ContestOptions, tell_figures
+from contenders.side_by_side import Contender, check_interpreters, contest, environment
+from contenders.table import Peak, table
 
 from dsv3_jax.cli import parse, run, user_errors
-from dsv3_jax.config.fields import check
 from dsv3_jax.config.presets import bench_cpu
 from dsv3_jax.plan.cost import train_flops_per_token
 
@@ -42,15 +41,11 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ContestOptions):
     """Who is compared, and how long."""
 
-    torch_python: str | None = None
-    """Interpreter with torch and transformers"""
     maxtext_python: str | None = None
     """Interpreter with MaxText"""
-    python: tuple[str, ...] = ()
-    """Further interpreters that have this project, with other versions of JAX"""
     dtypes: tuple[DType, ...] = ("float32", "bfloat16")
     """Of activations and matrix products"""
     pure_bfloat16: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -61,30 +56,13 @@ class Options:
     """Rows of a step"""
     length: int = 512
     """Tokens of a row"""
-    qualify: int = 2
-    """Rounds that choose the baselines"""
-    rounds: int = 9
-    """Alternating rounds after them"""
     warm_up: int = 3
     """Steps before the first round, compilation among them"""
-    allocator: Allocator = "tuned"
-    """Of all contenders: settings against page faults, or the system's own"""
-    out: Path | None = None
-    """JSON file that keeps the figures"""
-
-    def __post_init__(self) -> None:
-        for name in ("qualify", "rounds", "warm_up"):
-            check(
-                f"--{name.replace('_', '-')}",
-                getattr(self, name),
-                getattr(self, name) >= 1,
-                "at least 1",
-            )
 
     @property
     def interpreters(self) -> list[str]:
         """All that were named."""
-        return [p for p in (*self.python, self.torch_python, self.maxtext_python) if p]
+        return [*super().interpreters, *([self.maxtext_python] if self.maxtext_python else [])]
 
 
 def main(args: Sequence[str]) -> None:
@@ -186,16 +164,9 @@ def report(ran: Sequence[Contender], options: Options) -> None:
     peak = Peak(peaks, train_flops_per_token(bench_cpu(), options.length))
     sizes = f"{options.rows} rows of {options.length} tokens"
     machine = f"{describe()}; allocator {options.allocator}; {sizes}"
-    lines = [
-        machine,
-        "",
-        *table(ran, ("transformers", "MaxText"), peak),
-        "",
-        "matmul peak: " + ", ".join(f"{v / 1e9:,.0f} GFLOP/s in {k}" for k, v in peaks.items()),
-    ]
-    print("\n".join(lines))
-    if options.out:
-        write_figures(options.out, ran, lines, interpreters=options.interpreters, machine=machine)
+    shown = ", ".join(f"{v / 1e9:,.0f} GFLOP/s in {k}" for k, v in peaks.items())
+    lines = [*table(ran, ("transformers", "MaxText"), peak), "", f"matmul peak: {shown}"]
+    tell_figures(options, ran, machine, lines)
 
 
 if __name__ == "__main__":

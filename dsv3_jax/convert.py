@@ -102,7 +102,7 @@ def main(args: Sequence[str]) -> int | None:
 def import_folder(command: Import) -> str:
     """What was written, in a line. ValueError or OSError, one line, for what cannot work."""
     from dsv3_jax.checkpoint.arrays import check_path
-    from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
+    from dsv3_jax.checkpoint.folder_tokenizer import open_tokenizer
     from dsv3_jax.checkpoint.hf import load_pretrained
     from dsv3_jax.checkpoint.hf_folder import open_folder
     from dsv3_jax.checkpoint.new_folder import check_free_name
@@ -112,9 +112,10 @@ def import_folder(command: Import) -> str:
     _check_apart(command.source, command.out)
     check_free_name(command.out, command.overwrite)  # before a model is read in vain
     check_path(command.out.absolute())
-    tokenizer = look_at_tokenizer(command.source, cfg.vocab_size)
-    if not tokenizer.is_usable:
-        to_stderr(f"warning: tokenizer: {tokenizer.said}")
+    try:
+        open_tokenizer(command.source, cfg.vocab_size)
+    except ValueError as error:  # the weights can be had without
+        to_stderr(f"warning: tokenizer: none that can be used: {error}")
     model = load_pretrained(command.source, keep_fp8=command.keep_fp8, skip_mtp=command.skip_mtp)
     write_model(model, command.source, command.out, overwrite=command.overwrite)
     return f"{command.out}: imported; train from it with --init-from {command.out}"

@@ -7,21 +7,13 @@ import json
 import sys
 
 import torch
-import transformers
 from answering import answer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from torch_deepseek import facts_of, model_of
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **options["config"],
-            attn_implementation=options["attention"],
-            experts_implementation=options["experts"],
-        )
-    ).eval()
+    model = model_of(options).eval()
     # No token ends a text, so that every row has all its tokens.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -40,12 +32,7 @@ def main() -> None:
             )
         assert made.shape[1] == length, f"{made.shape[1]} tokens instead of {length}"
 
-    answer(
-        work,
-        warm_up=options["warm_up"],
-        versions=f"transformers {transformers.__version__}, torch {torch.__version__}",
-        weights=str(next(model.parameters()).dtype),
-    )
+    answer(work, warm_up=options["warm_up"], **facts_of(model))
 
 
 if __name__ == "__main__":

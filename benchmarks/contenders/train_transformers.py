@@ -7,22 +7,13 @@ import json
 import sys
 
 import torch
-import transformers
 from answering import answer
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from torch_deepseek import facts_of, model_of
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **options["config"],
-            attn_implementation=options["attention"],
-            experts_implementation=options["experts"],
-            use_cache=False,
-        )
-    ).train()
+    model = model_of(options, use_cache=False).train()
     # "bfloat16" is the recipe's: float32 masters under products in bfloat16; "pure_bfloat16" has
     # no masters and is worse training, but may be faster.
     if options["dtype"] == "pure_bfloat16":
@@ -45,12 +36,7 @@ def main() -> None:
         if not torch.isfinite(loss):
             raise SystemExit(f"the loss is {loss.item()}")
 
-    answer(
-        step,
-        warm_up=options["warm_up"],
-        versions=f"transformers {transformers.__version__}, torch {torch.__version__}",
-        weights=str(next(model.parameters()).dtype),
-    )
+    answer(step, warm_up=options["warm_up"], **facts_of(model))
 
 
 if __name__ == "__main__":

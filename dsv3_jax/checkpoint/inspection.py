@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.folder_tokenizer import look_at_tokenizer
+from dsv3_jax.checkpoint.folder_tokenizer import open_tokenizer
 from dsv3_jax.checkpoint.hf_check import Differences, check_count, differences, lack_of_mtp
 from dsv3_jax.checkpoint.hf_folder import HFFolder, open_folder
 from dsv3_jax.checkpoint.hf_table import abstract_model, copies, entries
@@ -100,7 +100,12 @@ def _model_line(cfg: ModelConfig) -> str:
 
 
 def _tokenizer_line(folder: Path, vocab_size: int | None) -> str:
-    return f"tokenizer  {look_at_tokenizer(folder, vocab_size).said}"
+    try:
+        tokenizer = open_tokenizer(folder, vocab_size)
+    except ValueError as error:
+        return f"tokenizer  none that can be used: {error}"
+    ids = f"{tokenizer.vocab_size:,} ids, begin {tokenizer.bos_id}, end {tokenizer.eos_id}"
+    return f"tokenizer  {Path(tokenizer.name).name}, {ids}"
 
 
 def _sizes(what: str, stored: Iterable[Stored]) -> Iterator[str]:

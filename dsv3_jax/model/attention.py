@@ -29,7 +29,12 @@ def plain_attention(
 
     With segments (int32) a query sees the keys of its own segment only.
     """
-    scores_BHTS = _scores(q_BTHN, k_BSHN, scale, segments_BS)
+    scores_BHTS = wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
+    t, s = scores_BHTS.shape[-2:]
+    seen_BTS = (jnp.arange(s)[None, :] <= jnp.arange(s - t, s)[:, None])[None]
+    if segments_BS is not None:
+        seen_BTS &= segments_BS[:, s - t :, None] == segments_BS[:, None]
+    scores_BHTS = jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf)
     p_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHU.dtype)
     return wide_einsum("bhts,bshu->bthu", p_BHTS, v_BSHU).astype(q_BTHN.dtype)
 
@@ -52,8 +57,7 @@ def _attention_fwd(q_BTHN, k_BTHN, v_BTHU, scale, segments_BT):
     for start, stop in _chunks(q_BHTN.shape[2]):
         k_BHSN, v_BHSU = k_BHTN[:, :, :stop], v_BHTU[:, :, :stop]
         scores_BHTS = wide_einsum("bhtn,bhsn->bhts", q_BHTN[:, :, start:stop], k_BHSN)
-        seen_BHTS = _seen(start, stop, segments_BT)
-        scores_BHTS = jnp.where(seen_BHTS, scores_BHTS, -jnp.inf)
+        scores_BHTS = jnp.where(_seen(start, stop, segments_BT), scores_BHTS, -jnp.inf)
         max_BHT1 = scores_BHTS.max(-1, keepdims=True)
         # The scale acts in the exponent, which costs no pass over the scores of its own.
         p_BHTS = jnp.exp((scores_BHTS - max_BHT1) * scale)
@@ -118,16 +122,3 @@ def _seen(start: int, stop: int, segments_BT: jax.Array | None) -> jax.Array:
 def _chunks(length: int) -> list[tuple[int, int]]:
     size = max(MIN_CHUNK, -(-length // MAX_CHUNKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _scores(q_BTHN, k_BSHN, scale: float, segments_BS: jax.Array | None) -> jax.Array:
-    """Scaled scores, -inf where a key comes after its query or belongs to another segment.
-
-    The last query stands on the last key.
-    """
-    scores_BHTS = wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
-    t, s = scores_BHTS.shape[-2:]
-    seen_BTS = (jnp.arange(s)[None, :] <= jnp.arange(s - t, s)[:, None])[None]
-    if segments_BS is not None:
-        seen_BTS &= segments_BS[:, s - t :, None] == segments_BS[:, None]
-    return jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf)
