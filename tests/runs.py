@@ -25,7 +25,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.model.router import RouterBias
-from dsv3_jax.train import loop, run, step, validation
+from dsv3_jax.train import loop, programs, run, step, validation
 from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.metrics import read_metrics
@@ -96,7 +96,7 @@ class SmallRun:
             patch.setenv("XDG_CACHE_HOME", str(self.home / "cache"))
             patch.setattr(run, "matmul_peak", lambda dtype: 1e9)
             patch.setattr(run, "init_state", random_state)
-            patch.setattr(loop, "make_step", once_per_program(step.make_step))
+            patch.setattr(programs, "make_step", once_per_program(step.make_step))
             patch.setattr(loop, "make_validate", once_per_program(validation.make_validate))
             yield
 
@@ -111,11 +111,11 @@ def jax_option(name: str) -> Iterator[None]:
         jax.config.update(name, False)
 
 
-def random_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+def random_state(cfg: RunConfig) -> TrainState:
     """What `init_state` returns, with NumPy's numbers: no half minute for a compilation."""
     model = random_model(cfg.model, seed=cfg.train.seed)
-    graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
-    return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
+    _, params, biases = nnx.split(model, nnx.Param, RouterBias)
+    return TrainState(params, biases, adamw(cfg.optimizer).init(params))
 
 
 PROGRAMS: dict[tuple, Callable] = {}

@@ -21,7 +21,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.inference.generate import Clock, continued
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import lay_out
-from dsv3_jax.train.step import Coefficients, init_state, make_step
+from dsv3_jax.train.step import Coefficients, abstract_state, init_state, make_step
 
 LOWER = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -46,7 +46,8 @@ def main() -> None:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     with measured(events) as initial:
-        graphdef, state = jax.block_until_ready(init_state(cfg))
+        state = jax.block_until_ready(init_state(cfg))
+    graphdef, _ = abstract_state(cfg)
     if options["program"] == "train":
         parts = {"initial state": initial, "step": train_step(cfg, graphdef, state, events)}
     else:

@@ -19,13 +19,14 @@ from dsv3_jax.config.run import from_dict
 from dsv3_jax.inference.generate import Clock, continued
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import lay_out
-from dsv3_jax.train.step import init_state
+from dsv3_jax.train.step import abstract_state, init_state
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
     cfg = replace(tiny_run(), model=from_dict(ModelConfig, options["model"]))
-    graphdef, state = init_state(cfg)
+    state = init_state(cfg)
+    graphdef, _ = abstract_state(cfg)
     weights = lay_out(nnx.merge(graphdef, state.params, state.biases))
     del state
     size = options["rows"], options["prompt"]

@@ -8,13 +8,13 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.train.step import Coefficients, StepMetrics, init_state, make_step
+from dsv3_jax.train.step import Coefficients, StepMetrics, abstract_state, init_state, make_step
 
 
 def step_of(cfg: RunConfig) -> Callable[[], StepMetrics]:
     """Each call makes a step and waits for it. SystemExit if an update cannot be made."""
-    graphdef, state = init_state(cfg)
-    step = make_step(graphdef, cfg)
+    state = init_state(cfg)
+    step = make_step(abstract_state(cfg)[0], cfg)
     size = cfg.train.rows, cfg.data.length
     tokens = np.random.default_rng(0).integers(0, cfg.model.vocab_size, size, np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.asarray(np.roll(tokens, -1, 1)))

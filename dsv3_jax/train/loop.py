@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax import process
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
@@ -31,6 +30,7 @@ from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.page import write_page
 from dsv3_jax.train.profile import Profile
+from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import (
     event_record,
     experts_record,
@@ -42,7 +42,7 @@ from dsv3_jax.train.records import (
 from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.schedules import Values, rows_after, values_at
 from dsv3_jax.train.snapshot import Position, Snapshot
-from dsv3_jax.train.step import Coefficients, StepMetrics, make_step, stacked_biases
+from dsv3_jax.train.step import Coefficients, StepMetrics, stacked_biases
 from dsv3_jax.train.trouble import BadSteps, SpikeMeter, said_of
 from dsv3_jax.train.validation import make_validate, spread
 
@@ -76,6 +76,7 @@ class Trainer:
         run: RunFolder,
         corpus: Corpus,
         graphdef: nnx.GraphDef,
+        programs: StepPrograms,
         start: Snapshot,
         matmul_peak: float,
         *,
@@ -85,7 +86,7 @@ class Trainer:
         self.cfg, self.run, self.corpus, self.graphdef = cfg, run, corpus, graphdef
         self.debug_nans, self.profile = debug_nans, profile or Profile.none()
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
-        self.step, self.programs = make_step(graphdef, cfg), {}
+        self.programs = programs
         self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
@@ -107,15 +108,6 @@ class Trainer:
         seconds = self.clock.seconds() if self.clock else self.position.seconds
         position = self.position._replace(seconds=seconds)
         return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
-
-    def compile(self) -> None:
-        """Compiles the next step ahead of it, so that no step's time includes that."""
-        values = self._values()
-        rows = jax.ShapeDtypeStruct((values.rows, self.cfg.data.length), jnp.int32)
-        batch = Batch(rows, rows, rows if self.cfg.data.isolate else None)
-        lowered = self.step.lower(self.state, batch, self._coefficients(values))
-        self.programs[values.rows] = lowered.compile()
-        process.give_back()
 
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.
@@ -170,7 +162,7 @@ class Trainer:
         values = self._values()
         if values.rows not in self.programs:  # a stair of a batch ramp
             with self.clock.paused():
-                self.compile()
+                self.programs.wait(values.rows)
         with self.clock.waiting():
             batch = next(self.batches)
         self.profile.before(self.position.step + 1)

@@ -25,14 +25,26 @@ class AdamState(NamedTuple):
 def adamw(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam, decoupled decay.
 
-    Updates come for a learning rate of 1: scale them by -lr.
+    Updates come for a learning rate of 1: scale them by -lr. `update` takes the gradient's global
+    `norm`, which a step has summed by part already.
     """
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
+        clip_by(cfg.clip_norm),
         scale_by_adam(cfg.b1, cfg.b2, cfg.eps, jnp.dtype(cfg.moment_dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=partial(decays, cfg)),
         optax.stateless(partial(_scaled, cfg)),
     )
+
+
+def clip_by(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` for a norm that is given."""
+
+    def update(grads, state, params=None, *, norm: jax.Array, **others):
+        del params, others
+        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def scale_by_adam(

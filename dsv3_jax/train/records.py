@@ -104,9 +104,9 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     still = int((~metrics.bias_moved_L).sum())
     if values.bias_speed and still:
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")
-    silent = to_layers(metrics.silent, cfg.model.num_dense_layers)
-    names = sorted(name for name, zero in silent.items() if zero)
+    squares = to_layers(metrics.squared_norms, cfg.model.num_dense_layers)
+    names = sorted(name for name, square in squares.items() if square == 0)
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        lines.append(f"no gradient reaches {len(names)} of {len(silent)} parameters: {shown}")
+        lines.append(f"no gradient reaches {len(names)} of {len(squares)} parameters: {shown}")
     return lines

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from rich.console import Console
 
 from dsv3_jax.checkpoint import store
@@ -32,11 +31,12 @@ from dsv3_jax.train.machine import describe, matmul_peak, memory_size
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.profile import Profile
+from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
-from dsv3_jax.train.schedules import rows_after
+from dsv3_jax.train.schedules import rows_after, rows_at
 from dsv3_jax.train.snapshot import Position, Snapshot
-from dsv3_jax.train.step import check_state, init_state
+from dsv3_jax.train.step import abstract_state, check_state, init_state
 from dsv3_jax.train.trouble import BadSteps
 from dsv3_jax.train.writers import Writer, open_writers, packages_of
 
@@ -217,14 +217,23 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
-    graphdef, start = _start(prepared, say)
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
+    graphdef, shapes = abstract_state(cfg)
+    programs = StepPrograms(cfg, graphdef, shapes)
+    rows = _first_rows(prepared)
+    if rows:
+        say("           compiling the training step takes some ten seconds")
+        programs.begin(rows)
+    start = _start(prepared, say)
+    if rows:
+        programs.wait(rows)  # before the peak is measured, which it would disturb
     step, has_weights = start.position.step, prepared.is_new and prepared.checkpoint is not None
     trainer = Trainer(
         cfg,
         run,
         prepared.corpus,
         graphdef,
+        programs,
         start,
         matmul_peak(cfg.train.dtype),
         debug_nans=watch.debug_nans,
@@ -236,9 +245,6 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     if has_weights:  # a run stopped before its first checkpoint would start from others
         trainer.save()
         _write_config(cfg, run)
-    if step < cfg.train.steps:
-        say("           compiling the training step takes some ten seconds")
-        trainer.compile()
     log = MetricsLog(run.metrics, None if prepared.is_new else consumed)
     with contextlib.closing(log):
         progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
@@ -273,20 +279,30 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
     return 0
 
 
-def _start(prepared: Prepared, say: Callable[[str], None]) -> tuple[nnx.GraphDef, Snapshot]:
+def _first_rows(prepared: Prepared) -> int:
+    """Of the next step; 0 if all are done."""
+    cfg, checkpoint = prepared.cfg, prepared.checkpoint
+    if prepared.is_new or checkpoint is None:
+        return rows_at(cfg, 0)
+    if checkpoint.step == cfg.train.steps:
+        return 0
+    return rows_at(cfg, checkpoint.meta["consumed_rows"] * cfg.data.length)
+
+
+def _start(prepared: Prepared, say: Callable[[str], None]) -> Snapshot:
     """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    graphdef, state = init_state(cfg)
+    state = init_state(cfg)
     if checkpoint is None:
         if not prepared.is_new:
             say("           never saved: starting over")
-        return graphdef, Snapshot(state, Position())
+        return Snapshot(state, Position())
     if prepared.is_new:
         say(f"           from the weights {prepared.origin}")
-        return graphdef, Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
+        return Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
     start = snapshot.restore(checkpoint, cfg, state)
     say(f"           resumed after step {start.position.step:,}")
-    return graphdef, start
+    return start
 
 
 def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:

@@ -36,9 +36,9 @@ def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list
     assert warnings_of(cfg, values, told_by(np.ones(2, bool))) == told
 
 
-def told_by(moved_L: np.ndarray, silent: nnx.State | None = None) -> SimpleNamespace:
+def told_by(moved_L: np.ndarray, squares: nnx.State | None = None) -> SimpleNamespace:
     """What a first step tells."""
-    return SimpleNamespace(silent=silent or nnx.State({}), bias_moved_L=moved_L)
+    return SimpleNamespace(squared_norms=squares or nnx.State({}), bias_moved_L=moved_L)
 
 
 def test_biases_that_do_not_move_are_told(small: SmallRun):
@@ -47,8 +47,8 @@ def test_biases_that_do_not_move_are_told(small: SmallRun):
 
 
 def test_parameters_without_a_gradient_are_named(small: SmallRun):
-    flags = {"a": True, "b": False, "moe_layers": {"w": True}}
-    silent = nnx.State(jax.tree.map(lambda x: nnx.Param(np.array(x)), flags))
-    silent["moe_layers"]["w"] = nnx.Param(np.array([True, False]))
-    told = warnings_of(small.cfg, values_at(small.cfg, 0, 0, 1), told_by(np.ones(2, bool), silent))
+    values = {"a": 0.0, "b": 1e-30, "moe_layers": {"w": 0.0}}
+    squares = nnx.State(jax.tree.map(lambda x: nnx.Param(np.array(x)), values))
+    squares["moe_layers"]["w"] = nnx.Param(np.array([0.0, 2.0]))
+    told = warnings_of(small.cfg, values_at(small.cfg, 0, 0, 1), told_by(np.ones(2, bool), squares))
     assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]

@@ -35,7 +35,7 @@ def stored(small: SmallRun) -> Path:
         "content": prepared.corpus.content_hash,
         "tokenizer": prepared.corpus.tokenizer.content_hash,
     }
-    state = random_state(cfg)[1]
+    state = random_state(cfg)
     for step in (3, 4):
         position = Position(step, 2 * step)
         now = snapshot.Snapshot(state, position)
@@ -239,7 +239,7 @@ def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
     with small.quick():
         prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
         said: list[str] = []
-        _, start = run_module._start(prepared, said.append)
+        start = run_module._start(prepared, said.append)
     assert (prepared.run.path, prepared.is_new) == (copy, False)
     assert start.position == Position()
     assert not list((copy / "checkpoints").iterdir())

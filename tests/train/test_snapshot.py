@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path):
     ):
         other = with_model(CFG, **changes)
         with pytest.raises(ValueError, match=said):
-            restore(checkpoint, other, random_state(other)[1])
+            restore(checkpoint, other, random_state(other))
 
 
 def leaves(snapshot: Snapshot) -> list[jax.Array]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +24,13 @@ from dsv3_jax.train.step import (
     PARTS,
     Coefficients,
     TrainState,
+    abstract_state,
     gradients,
     init_state,
     make_step,
     move_biases,
     norms_by_part,
-    silent,
+    squared_norms,
 )
 from tests.shapes import FAST_COMPILATION, compiled, random_model, random_tokens, tiny_model
 from tests.tolerances import FLOAT64, assert_close
@@ -150,12 +152,13 @@ def test_decay_leaves_norm_gains_and_biases_alone():
 
 def test_parameters_without_a_gradient_are_found_layer_by_layer():
     _, _, metrics = take_step(0.0, 0.0)
-    assert not any(np.any(zero) for zero in jax.tree.leaves(metrics.silent))
+    assert all(np.all(square > 0) for square in jax.tree.leaves(metrics.squared_norms))
     shapes = nnx.state(jax.eval_shape(lambda: random_model(tiny_model(num_layers=4))), nnx.Param)
     grads = jax.tree.map(lambda p: np.ones(p.shape, np.float32), shapes)
     dict(nnx.to_flat_state(grads))["moe_layers", "mla", "w_o_HU_D"].get_value()[1] = 0
     dict(nnx.to_flat_state(grads))["mtp", 0, "norm_D"].get_value()[:] = 0
-    found = {path: zero.get_value() for path, zero in nnx.to_flat_state(silent(grads))}
+    squares = nnx.to_flat_state(compiled(squared_norms)(grads))
+    found = {path: np.asarray(square.get_value()) == 0 for path, square in squares}
     assert {path: zero.tolist() for path, zero in found.items() if zero.any()} == {
         ("moe_layers", "mla", "w_o_HU_D"): [False, True, False],
         ("mtp", 0, "norm_D"): True,
@@ -236,7 +239,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_every_parameter_counts_in_one_part_of_the_gradient_norm():
     model = random_model(tiny_model(num_layers=3, num_dense_layers=1))
     grads = nnx.state(model, nnx.Param)
-    norms = {part: float(norm) for part, norm in compiled(norms_by_part)(grads).items()}
+    found = compiled(lambda grads: norms_by_part(squared_norms(grads)))(grads)
+    norms = {part: float(norm) for part, norm in found.items()}
     assert set(norms) == {*PARTS.values()}
     total = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grads)))
     np.testing.assert_allclose(np.sqrt(sum(n**2 for n in norms.values())), total, rtol=1e-5)
@@ -311,7 +315,9 @@ def test_a_fresh_state_is_the_model_of_the_seed_with_empty_moments(monkeypatch):
     monkeypatch.setattr(Init, "normal", normal)
     model = tiny_model(num_layers=1, num_dense_layers=0, mtp_depth=0, num_shared_experts=0)
     cfg = replace(RUN, model=model, train=replace(RUN.train, seed=7))
-    graphdef, state = init_state(cfg)
+    state = init_state(cfg)
+    graphdef, shapes = abstract_state(cfg)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
     expected = DeepSeekV3(model, rngs=nnx.Rngs(jax.random.key(7)))
     jax.tree.map(
         np.testing.assert_array_equal,

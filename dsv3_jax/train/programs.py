@@ -1,0 +1,52 @@
+"""Compiled training steps, one for each number of rows: the first while the weights are drawn."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax import process
+from dsv3_jax.config import RunConfig
+from dsv3_jax.data.loader import Batch
+from dsv3_jax.train.step import Coefficients, TrainState, make_step
+
+
+class StepPrograms:
+    """The step of one run, compiled ahead of the step that needs it, so that no step's time
+    includes that.
+    """
+
+    def __init__(self, cfg: RunConfig, graphdef: nnx.GraphDef, shapes: TrainState) -> None:
+        """`shapes` of the state, from `abstract_state`."""
+        self.cfg, self.shapes, self.step = cfg, shapes, make_step(graphdef, cfg)
+        self.programs: dict[int, Future[Callable]] = {}
+
+    def begin(self, rows: int) -> None:
+        """Compiles the step of `rows` rows in a thread of its own."""
+        if rows not in self.programs:
+            thread = ThreadPoolExecutor(1, "compile")
+            self.programs[rows] = thread.submit(self._compiled, rows)
+            thread.shutdown(wait=False)
+
+    def __contains__(self, rows: int) -> bool:
+        """Whether a step of so many rows can begin at once."""
+        return rows in self.programs and self.programs[rows].done()
+
+    def __getitem__(self, rows: int) -> Callable:
+        """`step(state, batch, coefficients)` for `rows` rows, compiled."""
+        return self.programs[rows].result()
+
+    def wait(self, rows: int) -> None:
+        """Until the step of so many rows is compiled."""
+        self.begin(rows)
+        self.programs[rows].result()
+
+    def _compiled(self, rows: int) -> Callable:
+        array = jax.ShapeDtypeStruct((rows, self.cfg.data.length), jnp.int32)
+        batch = Batch(array, array, array if self.cfg.data.isolate else None)
+        coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
+        program = self.step.lower(self.shapes, batch, coefficients).compile()
+        process.give_back()
+        return program
