@@ -1,0 +1,141 @@
+"""Number formats of 8 and 12 bits: E4M3, E5M2, E5M6, HiFloat8, and power-of-two scales in UE8M0
+(report 3.3.2, 3.3.3).
+
+A number is stored as a float8 array where JAX has the type, else as its code: E5M6 in uint16
+(`pack12` makes three bytes of two), HiFloat8 in uint8. Casts go from float32 to the nearest number,
+ties to the even code, and saturate: what is larger than the largest number becomes that. Infinity
+and NaN are never made finite.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsv3_jax.quant import hifloat8
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are cast and what they reach."""
+
+    bits: int
+    largest: float
+    smallest_normal: float
+    """Below it, or outside of HiFloat8's tapered range, precision falls"""
+    smallest: float
+    encode: Callable[[jax.Array], jax.Array]
+    """float32 of any shape -> stored numbers of that shape"""
+    decode: Callable[[jax.Array], jax.Array]
+    """Stored numbers -> float32, exactly"""
+
+
+class Lost(NamedTuple):
+    """How many elements a cast did not keep; int32."""
+
+    saturated: jax.Array
+    """Finite and beyond the largest number"""
+    underflowed: jax.Array
+    """Not 0, and 0 afterwards"""
+
+
+def lost(x: jax.Array, fmt: str) -> Lost:
+    """What casting x (any float dtype and shape) to the format loses."""
+    fmt, x = format_of(fmt), x.astype(jnp.float32)
+    saturated = jnp.isfinite(x) & (jnp.abs(x) > fmt.largest)
+    underflowed = (x != 0) & (fmt.decode(fmt.encode(x)) == 0)
+    return Lost(saturated.sum(dtype=jnp.int32), underflowed.sum(dtype=jnp.int32))
+
+
+def format_of(name: str) -> Format:
+    """ValueError for a name that is not in `FORMATS`."""
+    if name not in FORMATS:
+        raise ValueError(f"fmt is {name!r}; allowed: {', '.join(map(repr, FORMATS))}")
+    return FORMATS[name]
+
+
+def pack12(codes: jax.Array) -> jax.Array:
+    """uint16 codes of 12 bits [..., N] -> bytes [..., 3 ceil(N / 2)]: low bytes of a pair, then
+    their upper halves in one.
+    """
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    low = (codes & 0xFF).astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
+    high = (codes >> 8).astype(jnp.uint8).reshape(low.shape)
+    both = high[..., :1] | (high[..., 1:] << 4)
+    return jnp.concatenate([low, both], -1).reshape(*codes.shape[:-1], -1)
+
+
+def unpack12(packed: jax.Array, size: int) -> jax.Array:
+    """The `size` codes that `pack12` packed, uint16 [..., size]."""
+    triples = packed.reshape(*packed.shape[:-1], -1, 3).astype(jnp.uint16)
+    both = triples[..., 2:]
+    high = jnp.concatenate([both & 0xF, both >> 4], -1) << 8
+    return (triples[..., :2] | high).reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def to_ue8m0(scales: jax.Array) -> jax.Array:
+    """Float32 powers of two from 2^-126 to 2^127 -> `float8_e8m0fnu`, exactly, one byte each."""
+    return lax.bitcast_convert_type((_bits(scales) >> 23).astype(jnp.uint8), jnp.float8_e8m0fnu)
+
+
+def from_ue8m0(scales: jax.Array) -> jax.Array:
+    """Back to float32."""
+    exponent = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint32)
+    return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _code(
+    x: jax.Array, *, mantissa: int, bias: int, largest: float, infinity: int, nan: int
+) -> jax.Array:
+    """Codes of a format with sign, exponent and mantissa, uint32: the rounding done in float32's
+    bits, which XLA:CPU runs twice as fast as its own conversion.
+    """
+    magnitude, dropped = jnp.minimum(jnp.abs(x), largest), 23 - mantissa
+    bits = _bits(magnitude)
+    half = jnp.uint32((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)
+    normal = ((bits + half) >> dropped) - jnp.uint32((127 - bias) << mantissa)
+    # Added to a number whose last place is the format's smallest step, what is below the normal
+    # numbers is rounded to steps.
+    steps = jnp.float32(2.0 ** (1 - bias + dropped))
+    below = _bits(magnitude + steps) - _bits(steps)
+    code = jnp.where(magnitude < 2.0 ** (1 - bias), below, normal)
+    code = jnp.where(jnp.isinf(x), infinity, jnp.where(jnp.isnan(x), nan, code))
+    return code | (_bits(x) >> 31) << (nan.bit_length())
+
+
+def _float8(code: Callable, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: lax.bitcast_convert_type(code(x).astype(jnp.uint8), dtype)
+
+
+def _from_e5m6(codes: jax.Array) -> jax.Array:
+    """The upper 12 bits of a float16."""
+    return lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
+
+
+_e4m3 = partial(_code, mantissa=3, bias=7, largest=448.0, infinity=0x7F, nan=0x7F)
+_e5m2 = partial(_code, mantissa=2, bias=15, largest=57344.0, infinity=0x7C, nan=0x7E)
+_e5m6 = partial(_code, mantissa=6, bias=15, largest=65024.0, infinity=0x7C0, nan=0x7E0)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+FORMATS = {
+    "e4m3": Format(8, 448.0, 2.0**-6, 2.0**-9, _float8(_e4m3, jnp.float8_e4m3fn), _wide),
+    "e5m2": Format(8, 57344.0, 2.0**-14, 2.0**-16, _float8(_e5m2, jnp.float8_e5m2), _wide),
+    "e5m6": Format(
+        12, 65024.0, 2.0**-14, 2.0**-20, lambda x: _e5m6(x).astype(jnp.uint16), _from_e5m6
+    ),
+    "hif8": Format(
+        8, hifloat8.LARGEST, 2.0**-15, hifloat8.SMALLEST, hifloat8.encode, hifloat8.decode
+    ),
+}
