@@ -1,10 +1,11 @@
-"""Number formats of 8 and 12 bits: E4M3, E5M2, E5M6, HiFloat8, and power-of-two scales in UE8M0
-(report 3.3.2, 3.3.3).
+"""Number formats of 8 and 12 bits: E4M3 and E5M6 of the report (3.3.2, 3.3.3), E5M2 and HiFloat8
+to compare them with, and the power-of-two scales of DeepSeek-V3.1 in one byte (UE8M0).
 
 A number is stored as a float8 array where JAX has the type, else as its code: E5M6 in uint16
-(`pack12` makes three bytes of two), HiFloat8 in uint8. Casts go from float32 to the nearest number,
-ties to the even code, and saturate: what is larger than the largest number becomes that. Infinity
-and NaN are never made finite.
+(`pack12` makes three bytes of two), HiFloat8 in uint8. The report does not say how E5M6 is laid
+out; here it is the upper 12 bits of a float16. Casts go from float32 to the nearest number, ties to
+the even code (HiFloat8: away from zero), and saturate: what is larger than the largest number
+becomes that. NaN stays NaN and infinity infinity, or NaN in E4M3, which has none.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,13 @@ class Format:
     """How numbers are cast and what they reach."""
 
     bits: int
+    """Of one number"""
     largest: float
+    """Finite number"""
     smallest_normal: float
-    """Below it, or outside of HiFloat8's tapered range, precision falls"""
+    """Below it numbers lose precision; of HiFloat8, the smallest with a mantissa"""
     smallest: float
+    """Positive number"""
     encode: Callable[[jax.Array], jax.Array]
     """float32 of any shape -> stored numbers of that shape"""
     decode: Callable[[jax.Array], jax.Array]
@@ -35,7 +39,7 @@ class Format:
 
 
 class Lost(NamedTuple):
-    """How many elements a cast did not keep; int32."""
+    """How many elements a cast did not keep; int32, so of fewer than 2^31."""
 
     saturated: jax.Array
     """Finite and beyond the largest number"""
@@ -44,7 +48,7 @@ class Lost(NamedTuple):
 
 
 def lost(x: jax.Array, fmt: str) -> Lost:
-    """What casting x (any float dtype and shape) to the format loses."""
+    """What casting x (any shape, at most float32) to the format loses."""
     fmt, x = format_of(fmt), x.astype(jnp.float32)
     saturated = jnp.isfinite(x) & (jnp.abs(x) > fmt.largest)
     underflowed = (x != 0) & (fmt.decode(fmt.encode(x)) == 0)
@@ -59,8 +63,8 @@ def format_of(name: str) -> Format:
 
 
 def pack12(codes: jax.Array) -> jax.Array:
-    """uint16 codes of 12 bits [..., N] -> bytes [..., 3 ceil(N / 2)]: low bytes of a pair, then
-    their upper halves in one.
+    """uint16 codes of 12 bits [..., N] -> bytes [..., 3 ceil(N / 2)]: the low bytes of a pair, then
+    the upper four bits of both in one.
     """
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
     low = (codes & 0xFF).astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
@@ -83,7 +87,9 @@ def to_ue8m0(scales: jax.Array) -> jax.Array:
 
 
 def from_ue8m0(scales: jax.Array) -> jax.Array:
-    """Back to float32."""
+    """Back to float32, for what `to_ue8m0` made: 2^-127 would be flushed to 0. In bits, as XLA:CPU
+    has no conversion of its own.
+    """
     exponent = lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint32)
     return lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
@@ -93,22 +99,23 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _code(
-    x: jax.Array, *, mantissa: int, bias: int, largest: float, infinity: int, nan: int
+    x: jax.Array, *, bits: int, mantissa: int, bias: int, largest: float, infinity: int, nan: int
 ) -> jax.Array:
     """Codes of a format with sign, exponent and mantissa, uint32: the rounding done in float32's
-    bits, which XLA:CPU runs twice as fast as its own conversion.
+    bits.
     """
     magnitude, dropped = jnp.minimum(jnp.abs(x), largest), 23 - mantissa
-    bits = _bits(magnitude)
-    half = jnp.uint32((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)
-    normal = ((bits + half) >> dropped) - jnp.uint32((127 - bias) << mantissa)
+    wide = _bits(magnitude)
+    # Half of the last place carries into it, the half itself only if the last place is odd.
+    carry = jnp.uint32((1 << (dropped - 1)) - 1) + ((wide >> dropped) & 1)
+    normal = ((wide + carry) >> dropped) - jnp.uint32((127 - bias) << mantissa)
     # Added to a number whose last place is the format's smallest step, what is below the normal
     # numbers is rounded to steps.
     steps = jnp.float32(2.0 ** (1 - bias + dropped))
     below = _bits(magnitude + steps) - _bits(steps)
     code = jnp.where(magnitude < 2.0 ** (1 - bias), below, normal)
     code = jnp.where(jnp.isinf(x), infinity, jnp.where(jnp.isnan(x), nan, code))
-    return code | (_bits(x) >> 31) << (nan.bit_length())
+    return code | (_bits(x) >> 31) << (bits - 1)
 
 
 def _float8(code: Callable, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
@@ -120,9 +127,9 @@ def _from_e5m6(codes: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
 
 
-_e4m3 = partial(_code, mantissa=3, bias=7, largest=448.0, infinity=0x7F, nan=0x7F)
-_e5m2 = partial(_code, mantissa=2, bias=15, largest=57344.0, infinity=0x7C, nan=0x7E)
-_e5m6 = partial(_code, mantissa=6, bias=15, largest=65024.0, infinity=0x7C0, nan=0x7E0)
+_e4m3 = partial(_code, bits=8, mantissa=3, bias=7, largest=448.0, infinity=0x7F, nan=0x7F)
+_e5m2 = partial(_code, bits=8, mantissa=2, bias=15, largest=57344.0, infinity=0x7C, nan=0x7E)
+_e5m6 = partial(_code, bits=12, mantissa=6, bias=15, largest=65024.0, infinity=0x7C0, nan=0x7E0)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -1,30 +1,37 @@
-"""FP8 values with one scale per block of a matrix (report 3.3.2).
+"""Low-precision values with one scale per block of a matrix (report 3.3.2).
 
 `Blocked` is what the published weights are: E4M3 values, and a float32 scale for every 128x128
 block, by which the block's values are multiplied. Sizes that are no multiple of the block end in
 one short block. A weight's tensor name keeps its suffix, that of its scales is in lower case:
 `w_DF` and `s_df`.
 
-A scale is the block's largest magnitude over 448, E4M3's largest number, or the next power of two
-above it. It has no floor but that of float32's normal numbers: below, XLA would flush to zero.
+A scale is the block's largest magnitude over the format's largest number (448 for E4M3), or the
+next power of two above it. It has no floor but that of float32's normal numbers: below, XLA would
+flush to zero. MX formats take the power of two that brings the largest magnitude's exponent to the
+format's largest: up to 1.75 is then saturated to 1.75 (E4M3).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.quant.formats import format_of
+
 WEIGHT_BLOCK = (128, 128)
-FORMATS = {"e4m3": (jnp.float8_e4m3fn, 448.0)}  # dtype and largest finite number
+Scale = Literal["float32", "pow2", "mx"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block", "fmt"]
+)
 @dataclass(frozen=True)
 class Blocked:
-    """values [..., D, F] and scales float32 [..., ceil(D / block[0]), ceil(F / block[1])].
+    """values [..., D, F], as `formats` stores numbers of `fmt`, and scales float32
+    [..., ceil(D / block[0]), ceil(F / block[1])].
 
     Behaves as an array of shape `values.shape` where layers handle weights: `w[...]` is itself,
     `w[i]` indexes leading dimensions, `w.astype(dtype)` is `w.dequantize(dtype)`.
@@ -33,6 +40,7 @@ class Blocked:
     values: jax.Array
     scales: jax.Array
     block: tuple[int, int] = field(default=WEIGHT_BLOCK)
+    fmt: str = "e4m3"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,12 +53,12 @@ class Blocked:
     def __getitem__(self, index: Any) -> "Blocked":
         if index is Ellipsis:
             return self
-        return Blocked(self.values[index], self.scales[index], self.block)
+        return replace(self, values=self.values[index], scales=self.scales[index])
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """values * scales, multiplied in float32 and rounded once to `dtype`."""
-        wide = self.values.astype(jnp.float32) * _spread(self.scales, self.block, self.shape)
-        return wide.astype(dtype)
+        wide = format_of(self.fmt).decode(self.values)
+        return (wide * _spread(self.scales, self.block, self.shape)).astype(dtype)
 
     astype = dequantize
 
@@ -58,42 +66,53 @@ class Blocked:
 def quantize(
     x: jax.Array,
     block: tuple[int, int] = (1, 128),
-    fmt: Literal["e4m3"] = "e4m3",
-    scale: Literal["float32", "pow2"] = "float32",
+    fmt: str = "e4m3",
+    scale: Scale = "float32",
 ) -> Blocked:
     """x [..., D, F] of any float dtype -> x ≈ values * scales, block by block, rounded to nearest.
 
-    A block of zeros has scale 1. NaN and infinities become NaN in their place and do not enter
-    their block's scale. ValueError for another `fmt` or `scale`.
+    A block of zeros has scale 1. NaN and infinities stay what they are in their place (NaN in E4M3,
+    which has no infinity) and do not enter their block's scale. ValueError for a `fmt` that is not
+    in `formats.FORMATS`, another `scale`, or a block without elements.
     """
     return scaled(x, block_scales(x, block, fmt, scale), block, fmt)
+
+
+def retile(x: Blocked, block: tuple[int, int], scale: Scale = "pow2") -> Blocked:
+    """The same numbers in other blocks: 1x128 as 128x1 for the weight gradient (report 3.5.2).
+
+    With powers of two before and after, exact wherever the value stays a normal number of the
+    format in its new block: only the exponent moves.
+    """
+    return quantize(x.dequantize(), block, x.fmt, scale)
 
 
 def block_scales(
     x: jax.Array,
     block: tuple[int, int] = (1, 128),
-    fmt: Literal["e4m3"] = "e4m3",
-    scale: Literal["float32", "pow2"] = "float32",
+    fmt: str = "e4m3",
+    scale: Scale = "float32",
 ) -> jax.Array:
     """Those of `quantize`."""
-    if fmt not in FORMATS:
-        raise ValueError(f"fmt is {fmt!r}; allowed: {', '.join(map(repr, FORMATS))}")
-    if scale not in ("float32", "pow2"):
-        raise ValueError(f"scale is {scale!r}; allowed: 'float32', 'pow2'")
-    return _scales(_block_maxima(x.astype(jnp.float32), block), FORMATS[fmt][1], scale == "pow2")
+    largest = format_of(fmt).largest
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale is {scale!r}; allowed: {', '.join(map(repr, get_args(Scale)))}")
+    if min(block) < 1:
+        raise ValueError(f"block is {block}; allowed: sizes of at least 1")
+    return _scales(_block_maxima(x.astype(jnp.float32), block), largest, scale)
 
 
 def scaled(
     x: jax.Array,
     scales: jax.Array,
     block: tuple[int, int] = (1, 128),
-    fmt: Literal["e4m3"] = "e4m3",
+    fmt: str = "e4m3",
 ) -> Blocked:
     """What `quantize` makes of x with these scales."""
-    dtype, largest = FORMATS[fmt]
-    x = x.astype(jnp.float32)
-    quotient = jnp.clip(x / _spread(scales, block, x.shape), -largest, largest)
-    return Blocked(jnp.where(jnp.isfinite(x), quotient, jnp.nan).astype(dtype), scales, block)
+    kind, x = format_of(fmt), x.astype(jnp.float32)
+    # The quotient of what is finite may not be, if the scales are not x's own.
+    quotient = jnp.clip(x / _spread(scales, block, x.shape), -kind.largest, kind.largest)
+    return Blocked(kind.encode(jnp.where(jnp.isfinite(x), quotient, x)), scales, block, fmt)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:
@@ -124,17 +143,22 @@ def _block_maxima(x: jax.Array, block: tuple[int, int]) -> jax.Array:
     return parts.max((-3, -1))
 
 
-def _scales(maxima: jax.Array, largest: float, pow2: bool) -> jax.Array:
+def _scales(maxima: jax.Array, largest: float, scale: Scale) -> jax.Array:
     """maxima / largest, at least the smallest normal number; 1 where a block is all zero."""
-    if pow2:
+    if scale == "pow2":
         # In the bits: exponent and mantissa of the quotient, rounded up to the next exponent.
-        quotient = _bits(maxima) - _bits(jnp.float32(largest))
-        exponent = jnp.maximum((quotient + 0x7FFFFF) >> 23, -126)
-        scales = lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+        scales = _power_of_two((_bits(maxima) - _bits(jnp.float32(largest)) + 0x7FFFFF) >> 23)
+    elif scale == "mx":
+        scales = _power_of_two((_bits(maxima) >> 23) - (_bits(jnp.float32(largest)) >> 23))
     else:
         # XLA would make a division by a constant this product, but only under jit.
         scales = jnp.maximum(maxima * jnp.float32(1 / largest), jnp.finfo(jnp.float32).tiny)
     return jnp.where(maxima == 0, 1, scales)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent as float32, at least the smallest normal number."""
+    return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32)
 
 
 def _bits(x: jax.Array) -> jax.Array:

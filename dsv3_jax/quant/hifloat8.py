@@ -3,7 +3,9 @@
 After the sign: 11, 10, 01, 001, 0001 announce 4, 3, 2, 1, 0 bits of exponent (its sign, then its
 magnitude without the leading 1) and 1, 2, 3, 3, 3 of mantissa; 0000 announces the powers of two
 2^-22 to 2^-16, by their number from 1. So the precision is highest near 1 and no scale is needed.
-0x00 is 0, 0x80 NaN, 0x6F and 0xEF the infinities. From secondary descriptions of the format.
+0x00 is 0, 0x80 NaN (so 0 has no sign), 0x6F and 0xEF the infinities. Ties go away from zero. All
+256 codes and the ties are those of the package en_dtypes 0.0.4, which however makes infinity of
+what is above 1.5 * 2^15; here it saturates, as all formats do.
 """
 
 import jax
@@ -12,8 +14,8 @@ import numpy as np
 
 LARGEST, SMALLEST = 2.0**15, 2.0**-22
 INFINITY, NAN = 0x6F, 0x80
-# Prefix, its length, bits of exponent, bits of mantissa.
-FIELDS = ((0b11, 2, 4, 1), (0b10, 2, 3, 2), (0b01, 2, 2, 3), (0b001, 3, 1, 3), (0b0001, 4, 0, 3))
+# First code of a prefix, bits of exponent, bits of mantissa.
+FIELDS = ((0x60, 4, 1), (0x40, 3, 2), (0x20, 2, 3), (0x10, 1, 3), (0x08, 0, 3))
 
 
 def value_of(code: int) -> float:
@@ -25,7 +27,7 @@ def value_of(code: int) -> float:
         return sign * np.inf
     if rest < 8:
         return sign * 2.0 ** (rest - 23) if rest else 0.0
-    *_, exponent, mantissa = next(f for f in FIELDS if rest >> (7 - f[1]) == f[0])
+    _, exponent, mantissa = next(field for field in FIELDS if field[0] <= rest)
     power = 0
     if exponent:
         field = rest >> mantissa & ((1 << exponent) - 1)
@@ -39,12 +41,12 @@ FINITE = np.array(sorted(set(range(128)) - {INFINITY}, key=lambda code: VALUES[c
 
 
 def _bounds() -> np.ndarray:
-    """Largest float32 that is rounded to each finite number but the last: the middle between two,
-    or the float before it where the even code is the upper one's.
+    """Largest float32 that is rounded to each finite number but the last: the one before the middle
+    between two.
     """
     values = VALUES[FINITE].astype(np.float64)
     middle = ((values[:-1] + values[1:]) / 2).astype(np.float32)
-    return np.where(FINITE[:-1] % 2 == 0, middle, np.nextafter(middle, np.float32(0)))
+    return np.nextafter(middle, np.float32(0))
 
 
 BOUNDS = _bounds()

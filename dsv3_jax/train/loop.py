@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsv3_jax import process
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
@@ -162,12 +163,13 @@ class Trainer:
         values = self._values()
         if values.rows not in self.programs:  # a stair of a batch ramp
             with self.clock.paused():
-                self.programs.wait(values.rows)
+                self.programs.of(values.rows)
+                process.give_back()
         with self.clock.waiting():
             batch = next(self.batches)
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
-        step = self.programs[values.rows]
+        step = self.programs.of(values.rows)
         self.state, metrics = step(self.state, jax.device_put(batch), coefficients)
         if self.update_average:
             self.average = self.update_average(self.average, self.state.params)

@@ -26,17 +26,17 @@ def adamw(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam, decoupled decay.
 
     Updates come for a learning rate of 1: scale them by -lr. `update` takes the gradient's global
-    `norm`, which a step has summed by part already.
+    `norm` before clipping, a scalar, which a step has summed by part already.
     """
     return optax.chain(
-        clip_by(cfg.clip_norm),
+        clip_by_norm(cfg.clip_norm),
         scale_by_adam(cfg.b1, cfg.b2, cfg.eps, jnp.dtype(cfg.moment_dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=partial(decays, cfg)),
         optax.stateless(partial(_scaled, cfg)),
     )
 
 
-def clip_by(max_norm: float) -> optax.GradientTransformationExtraArgs:
+def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` for a norm that is given."""
 
     def update(grads, state, params=None, *, norm: jax.Array, **others):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax import process
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.train.step import Coefficients, TrainState, make_step
@@ -16,6 +15,8 @@ from dsv3_jax.train.step import Coefficients, TrainState, make_step
 class StepPrograms:
     """The step of one run, compiled ahead of the step that needs it, so that no step's time
     includes that.
+
+    A process that fails while a compilation runs ends when that has ended.
     """
 
     def __init__(self, cfg: RunConfig, graphdef: nnx.GraphDef, shapes: TrainState) -> None:
@@ -31,22 +32,18 @@ class StepPrograms:
             thread.shutdown(wait=False)
 
     def __contains__(self, rows: int) -> bool:
-        """Whether a step of so many rows can begin at once."""
+        """Whether asking for the step of so many rows takes no time."""
         return rows in self.programs and self.programs[rows].done()
 
-    def __getitem__(self, rows: int) -> Callable:
-        """`step(state, batch, coefficients)` for `rows` rows, compiled."""
-        return self.programs[rows].result()
-
-    def wait(self, rows: int) -> None:
-        """Until the step of so many rows is compiled."""
+    def of(self, rows: int) -> Callable:
+        """`step(state, batch, coefficients)` for so many rows; waits until it is compiled, and
+        raises what that raised.
+        """
         self.begin(rows)
-        self.programs[rows].result()
+        return self.programs[rows].result()
 
     def _compiled(self, rows: int) -> Callable:
         array = jax.ShapeDtypeStruct((rows, self.cfg.data.length), jnp.int32)
         batch = Batch(array, array, array if self.cfg.data.isolate else None)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
-        program = self.step.lower(self.shapes, batch, coefficients).compile()
-        process.give_back()
-        return program
+        return self.step.lower(self.shapes, batch, coefficients).compile()

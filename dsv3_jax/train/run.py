@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from dsv3_jax import process
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
@@ -220,13 +221,14 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
     graphdef, shapes = abstract_state(cfg)
     programs = StepPrograms(cfg, graphdef, shapes)
-    rows = _first_rows(prepared)
+    rows = _next_rows(prepared)
     if rows:
-        say("           compiling the training step takes some ten seconds")
+        say("           compiling the training step (up to a minute, kept for the next time)")
         programs.begin(rows)
     start = _start(prepared, say)
     if rows:
-        programs.wait(rows)  # before the peak is measured, which it would disturb
+        programs.of(rows)  # before the peak is measured, which it would disturb
+        process.give_back()
     step, has_weights = start.position.step, prepared.is_new and prepared.checkpoint is not None
     trainer = Trainer(
         cfg,
@@ -279,8 +281,8 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
     return 0
 
 
-def _first_rows(prepared: Prepared) -> int:
-    """Of the next step; 0 if all are done."""
+def _next_rows(prepared: Prepared) -> int:
+    """Rows of the next step, the first one's unless a run is resumed; 0 if all steps are done."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
     if prepared.is_new or checkpoint is None:
         return rows_at(cfg, 0)

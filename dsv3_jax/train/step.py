@@ -69,7 +69,7 @@ class StepMetrics(NamedTuple):
     bias_moved_L: jax.Array
     """bool: whether any of a router's did"""
     squared_norms: nnx.State
-    """Of the gradient of each parameter, for each layer of a stack; 0 where none reached it"""
+    """Of the gradient of each parameter, for each layer of a stack; 0 where none above 1e-19 is"""
 
 
 def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
@@ -183,7 +183,7 @@ def gradients(
 def squared_norms(grads: nnx.State) -> nnx.State:
     """Sum of squares of every parameter's gradient: [L] for a stack of layers, or [].
 
-    Squares of what is below 1e-19 may be 0, as may a gradient that small for the optimiser.
+    What is below 1e-19 may be 0 squared, here as in Adam's second moment.
     """
 
     def of_layers(path: tuple, grad: jax.Array) -> jax.Array:
@@ -196,15 +196,17 @@ def squared_norms(grads: nnx.State) -> nnx.State:
 def norms_by_part(squares: nnx.State) -> dict[str, jax.Array]:
     """Global norm of the gradient of each part of the model, from `squared_norms`.
 
-    All in one vector: XLA:CPU compiles some 50 ms for every small sum of its own.
+    All in one vector, since XLA:CPU compiles every small sum for itself; N counts parameters and
+    their layers, P parts.
     """
     leaves = jax.tree_util.tree_leaves_with_path(squares)
     parts = [part_of(parameter_name(path)) for path, _ in leaves]
-    parts_n = np.repeat(parts, [square.size for _, square in leaves])
-    square_n = jnp.concatenate([square.reshape(-1) for _, square in leaves])
     names = list(dict.fromkeys(parts))
-    square_p = jnp.where(parts_n == np.array(names)[:, None], square_n, 0).sum(-1)
-    return dict(zip(names, jnp.sqrt(square_p), strict=True))
+    part_N = np.repeat(parts, [square.size for _, square in leaves])
+    square_N = jnp.concatenate([square.reshape(-1) for _, square in leaves])
+    # Chosen, not multiplied by 0 or 1: one part's infinity is no other's NaN.
+    square_PN = jnp.where(part_N[None, :] == np.array(names)[:, None], square_N[None, :], 0)
+    return dict(zip(names, jnp.sqrt(square_PN.sum(-1)), strict=True))
 
 
 PARTS = {

@@ -1,9 +1,6 @@
 """Casts against ml_dtypes where it has the type, against tables of all numbers where it has not."""
 
-import itertools
-
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -16,66 +13,8 @@ from dsv3_jax.quant.formats import (
     to_ue8m0,
     unpack12,
 )
+from tests.quant.number_tables import ML, TABLES, hard_numbers, nearest
 from tests.shapes import compiled
-
-ML = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-
-
-def hifloat8_table() -> dict[int, float]:
-    """Code -> number, from the bits as text."""
-    table = {0: 0.0, **{m: 2.0 ** (m - 23) for m in range(1, 8)}}
-    for prefix, exponents, mantissas in (("11", 4, 1), ("10", 3, 2), ("01", 2, 3), ("001", 1, 3)):
-        for sign, *bits in itertools.product("01", repeat=exponents):
-            magnitude = int("1" + "".join(bits), 2)
-            for m in range(2**mantissas):
-                code = int(f"{prefix}{sign}{''.join(bits)}{m:0{mantissas}b}", 2)
-                power = -magnitude if sign == "1" else magnitude
-                table[code] = 2.0**power * (1 + m / 2**mantissas)
-    table |= {8 + m: 1 + m / 8 for m in range(8)}
-    del table[0x6F]  # infinity
-    return table
-
-
-def e5m6_table() -> dict[int, float]:
-    """Code -> number: the finite float16 whose last four bits are 0."""
-    codes = np.arange(0x7C0)
-    return dict(enumerate((codes << 4).astype(np.uint16).view(np.float16).astype(float).tolist()))
-
-
-TABLES = {
-    **{
-        name: {
-            code: float(value)
-            for code, value in enumerate(np.arange(128).astype(np.uint8).view(dtype))
-            if np.isfinite(value)
-        }
-        for name, dtype in ML.items()
-    },
-    "e5m6": e5m6_table(),
-    "hif8": hifloat8_table(),
-}
-
-
-def hard_numbers(table: dict[int, float]) -> np.ndarray:
-    """Float32 of both signs: all numbers, the middles between neighbours and what lies beside
-    those, what is beyond the largest, the smallest float, and random ones of every size.
-    """
-    values = np.sort(np.array([*table.values()]))
-    middles = ((values[:-1] + values[1:]) / 2).astype(np.float32)
-    beside = [np.nextafter(middles, np.float32(to)) for to in (0, np.inf)]
-    draw = np.random.default_rng(0)
-    random = draw.standard_normal(4000) * 2.0 ** draw.integers(-30, 20, 4000)
-    beyond = values[-1] * np.array([1.01, 1.5, 2, 1e10, 1e20])
-    x = np.concatenate([values, middles, *beside, random, beyond, [np.finfo(np.float32).tiny]])
-    return np.concatenate([x, -x]).astype(np.float32)
-
-
-def nearest(x: np.ndarray, table: dict[int, float]) -> np.ndarray:
-    """By distance to every number; of two as near, the one of the even code."""
-    codes, values = np.array([*table]), np.array([*table.values()])
-    distance = np.abs(np.minimum(np.abs(x.astype(float)), values.max())[:, None] - values)
-    order = np.where(distance == distance.min(1, keepdims=True), 1 + codes % 2, 9)
-    return values[order.argmin(1)] * np.where(np.signbit(x), -1, 1)
 
 
 def cast(x: np.ndarray, name: str) -> np.ndarray:
@@ -86,6 +25,27 @@ def cast(x: np.ndarray, name: str) -> np.ndarray:
 def test_a_cast_is_the_nearest_number_of_the_table(name: str):
     x = hard_numbers(TABLES[name])
     np.testing.assert_array_equal(cast(x, name), nearest(x, TABLES[name]).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_has_its_code(name: str):
+    """Both signs; HiFloat8 has one zero."""
+    fmt, (codes, values) = FORMATS[name], zip(*TABLES[name].items(), strict=True)
+    encode, decode = compiled(fmt.encode), compiled(fmt.decode)
+    stored = encode(np.array(values, np.float32))
+    unsigned = jnp.uint16 if name == "e5m6" else jnp.uint8
+    assert np.asarray(stored).view(unsigned).tolist() == list(codes)
+    assert decode(stored).tolist() == list(values)
+    negative = np.asarray(encode(-np.array(values, np.float32))).view(unsigned)[1:]
+    assert negative.tolist() == [code + 2 ** (fmt.bits - 1) for code in codes[1:]]
+
+
+def test_what_is_not_finite_has_its_code():
+    """E5M6 as float16 has it; HiFloat8 as published."""
+    x = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    e5m6, hif8 = (compiled(FORMATS[name].encode)(x) for name in ("e5m6", "hif8"))
+    assert e5m6.tolist() == [0x7C0, 0xFC0, 0x7E0]
+    assert hif8.tolist() == [0x6F, 0xEF, 0x80]
 
 
 @pytest.mark.parametrize("name", ML)
@@ -113,7 +73,11 @@ def test_what_is_not_finite_stays_so_and_zero_is_zero(name: str):
 def test_the_ends_of_a_format_are_as_told(name: str):
     fmt, values = FORMATS[name], np.sort(np.array([*TABLES[name].values()]))
     assert (values[-1], values[1]) == (fmt.largest, fmt.smallest)
-    assert fmt.smallest_normal in values
+    at, below = (
+        np.sum((start <= values) & (values < 2 * start))
+        for start in (fmt.smallest_normal, fmt.smallest_normal / 2)
+    )
+    assert at > below
     assert len(values) < 2 ** (fmt.bits - 1)
 
 
@@ -124,7 +88,7 @@ def test_what_a_cast_loses_is_counted(name: str):
         [fmt.largest, 1.01 * fmt.largest, -3 * fmt.largest, np.inf, np.nan, 0, fmt.smallest,
          fmt.smallest * 0.4, -fmt.smallest * 1e-9], np.float32
     )  # fmt: skip
-    assert tuple(map(int, lost(jnp.asarray(x), name))) == (2, 2)
+    assert tuple(map(int, compiled(lambda x: lost(x, name))(x))) == (2, 2)
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 5), (2, 0), (4, 1)])

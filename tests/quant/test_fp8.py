@@ -11,8 +11,9 @@ from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.generate import decode
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.quant.fp8 import Blocked, grid, quantize
+from dsv3_jax.quant.fp8 import Blocked, grid, quantize, retile
 from dsv3_jax.quant.gemm import grouped_linear, linear
+from tests.quant.number_tables import TABLES, nearest
 from tests.shapes import compiled, normal, random_model, random_tokens, tiny_model
 from tests.tolerances import FLOAT32, assert_close
 
@@ -107,10 +108,62 @@ def test_edges_of_the_range(scale: str):
 
 
 def test_other_formats_and_scales_are_refused():
-    with pytest.raises(ValueError, match="fmt is 'e5m2'; allowed: 'e4m3'"):
-        quantize(jnp.ones((2, 2)), fmt="e5m2")
-    with pytest.raises(ValueError, match="scale is 'int'; allowed: 'float32', 'pow2'"):
+    with pytest.raises(ValueError, match="fmt is 'e3m4'; allowed: 'e4m3', 'e5m2', 'e5m6', 'hif8'"):
+        quantize(jnp.ones((2, 2)), fmt="e3m4")
+    with pytest.raises(ValueError, match="scale is 'int'; allowed: 'float32', 'pow2', 'mx'"):
         quantize(jnp.ones((2, 2)), scale="int")
+    with pytest.raises(ValueError, match=r"block is \(0, 128\); allowed: sizes of at least 1"):
+        quantize(jnp.ones((2, 2)), (0, 128))
+
+
+@pytest.mark.parametrize("scale", ["float32", "pow2", "mx"])
+@pytest.mark.parametrize("fmt", TABLES)
+def test_every_format_in_blocks_is_the_nearest_number_times_the_scale(fmt: str, scale: str):
+    """Blocks of 32 as MX formats have them, the last one short."""
+    draw = np.random.default_rng(2)
+    x = (draw.standard_normal((6, 70)) * 2.0 ** draw.integers(-40, 40, (6, 1))).astype(np.float32)
+    run = compiled(quantize, static_argnames=("block", "fmt", "scale"))
+    blocked = run(x, block=(1, 32), fmt=fmt, scale=scale)
+    largest = max(TABLES[fmt].values())
+    for start in range(0, 70, 32):
+        part = x[:, start : start + 32]
+        ratio = np.abs(part).max(1, keepdims=True) / np.float32(largest)
+        if scale == "float32":
+            s = np.abs(part).max(1, keepdims=True) * np.float32(1 / largest)
+        elif scale == "pow2":
+            s = np.exp2(np.ceil(np.log2(ratio.astype(float)))).astype(np.float32)
+        else:
+            powers = [np.floor(np.log2(v)) for v in (np.abs(part).max(1, keepdims=True), largest)]
+            s = np.exp2(powers[0] - powers[1]).astype(np.float32)
+        np.testing.assert_array_equal(blocked.scales[:, [start // 32]], s)
+        rounded = nearest((part / s).ravel(), TABLES[fmt]).reshape(part.shape).astype(np.float32)
+        np.testing.assert_array_equal(blocked.dequantize()[:, start : start + 32], rounded * s)
+
+
+def test_another_tiling_keeps_every_number_that_stays_normal():
+    """Powers of two before and after: only exponents move, until a number is below 2^-6."""
+    draw = np.random.default_rng(3)
+    x = (draw.standard_normal((256, 256)) * 2.0 ** draw.integers(-9, 9, (256, 256))).astype("f4")
+    rows = compiled(quantize, static_argnames="scale")(x, scale="pow2")
+    columns = compiled(retile, static_argnames="block")(rows, block=(128, 1))
+    before, after = (np.asarray(compiled(Blocked.dequantize)(b)) for b in (rows, columns))
+    stays = np.abs(before / np.repeat(columns.scales, 128, 0)) >= 2.0**-6
+    assert 0.5 < stays.mean() < 0.9
+    assert np.array_equal(after[stays], before[stays])
+    assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("scale", ["float32", "pow2"])
+def test_a_gradient_of_any_size_loses_as_much(scale: str):
+    """No floor under the scale: at 1e-12 of its size it has the same relative error."""
+    g = np.asarray(normal(4, 64, 256), np.float32)
+    errors = []
+    for size in (1.0, 1e-12):
+        small = g * np.float32(size)
+        back = compiled(lambda x: quantize(x, scale=scale).dequantize())(small)
+        errors.append(np.linalg.norm(back - small) / np.linalg.norm(small))
+    assert 0.01 < errors[0] < 0.04
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
 
 
 def test_products_with_a_blocked_weight_are_those_with_the_expanded_one(strict_dtypes):

@@ -1,21 +1,27 @@
 """Steps are compiled in the background, once for each number of rows, in the state's shapes."""
 
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from dsv3_jax.train import programs
+from dsv3_jax.config import Phase
+from dsv3_jax.train import programs, run
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.step import abstract_state
 from tests.runs import SmallRun
 
 
 class Lowered:
-    """In place of a jitted step: keeps what it is lowered for, and compiles to its rows."""
+    """In place of a jitted step: keeps what it is lowered for, and compiles to its rows when it may
+    go on.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.go_on = threading.Event()
 
     def lower(self, *shapes: object) -> "Lowered":
         self.calls.append(shapes)
@@ -23,6 +29,7 @@ class Lowered:
 
     def compile(self) -> str:
         rows, _ = self.calls[-1][1].labels_BT.shape
+        assert self.go_on.wait(60)
         if rows == 13:
             raise MemoryError("no room")
         return f"of {rows} rows"
@@ -45,22 +52,24 @@ def test_each_number_of_rows_is_compiled_once(small: SmallRun, lowered: Lowered)
     assert 2 not in made
     made.begin(2)
     made.begin(2)
-    made.wait(2)
+    assert 2 not in made  # and the caller goes on
+    lowered.go_on.set()
+    assert made.of(2) == "of 2 rows"
     assert 2 in made
     assert 4 not in made
-    made.wait(4)
-    assert (made[2], made[4]) == ("of 2 rows", "of 4 rows")
+    assert (made.of(4), made.of(2)) == ("of 4 rows", "of 2 rows")
     assert len(lowered.calls) == 2
 
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_the_step_is_lowered_for_what_the_loop_hands_it(small, lowered, isolate: bool):
     made = programs_of(small, isolate=isolate)
-    made.wait(3)
+    lowered.go_on.set()
+    made.of(3)
     ((state, batch, coefficients),) = lowered.calls
     length = small.cfg.data.length
     assert state is made.shapes
-    assert {x.shape for x in jax.tree.leaves(batch)} == {(3, length)}
+    assert {(x.shape, str(x.dtype)) for x in jax.tree.leaves(batch)} == {((3, length), "int32")}
     assert (batch.segments_BT is not None) == isolate
     assert {(x.shape, str(x.dtype)) for x in coefficients} == {((), "float32")}
 
@@ -68,5 +77,22 @@ def test_the_step_is_lowered_for_what_the_loop_hands_it(small, lowered, isolate:
 def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_waited_for(small, lowered):
     made = programs_of(small, isolate=False)
     made.begin(13)
+    lowered.go_on.set()
     with pytest.raises(MemoryError, match="no room"):
-        made.wait(13)
+        made.of(13)
+
+
+@pytest.mark.parametrize(
+    ("is_new", "step", "consumed", "rows"),
+    [(True, 0, 0, 3), (True, 4, 9, 3), (False, 2, 6, 3), (False, 4, 12, 6), (False, 6, 24, 0)],
+)
+def test_the_first_program_is_that_of_the_next_step(small, is_new, step, consumed, rows: int):
+    """Of a ramp from 3 rows to 6; weights alone of another run do not count."""
+    length = small.cfg.data.length
+    schedule = replace(small.cfg.schedule, rows_phases=(Phase(0, 12 * length, 3),))
+    cfg = replace(
+        small.cfg, schedule=schedule, train=replace(small.cfg.train, rows=6, microbatches=2)
+    )
+    checkpoint = SimpleNamespace(step=step, meta={"consumed_rows": consumed})
+    assert run._next_rows(SimpleNamespace(cfg=cfg, checkpoint=checkpoint, is_new=is_new)) == rows
+    assert run._next_rows(SimpleNamespace(cfg=cfg, checkpoint=None, is_new=False)) == 3

@@ -25,6 +25,7 @@ from dsv3_jax.train.step import (
     Coefficients,
     TrainState,
     abstract_state,
+    all_finite,
     gradients,
     init_state,
     make_step,
@@ -163,6 +164,24 @@ def test_parameters_without_a_gradient_are_found_layer_by_layer():
         ("moe_layers", "mla", "w_o_HU_D"): [False, True, False],
         ("mtp", 0, "norm_D"): True,
     }
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_weight_that_is_not_finite_is_seen_and_large_ones_are_not(bad: float):
+    """Compiled as a run compiles it: 0 times a weight must not be made 0."""
+    run = jax.jit(all_finite)
+    weights = {"a": np.full((3, 4), 3e38, np.float32), "b": np.ones(5, np.float32)}
+    assert run(weights)
+    for name, place in (("a", (1, 2)), ("b", (4,))):
+        spoilt = {key: value.copy() for key, value in weights.items()}
+        spoilt[name][place] = bad
+        assert not run(spoilt)
+
+
+def test_an_infinite_norm_of_one_part_leaves_the_others_alone():
+    squares = {"embed_VD": jnp.asarray(jnp.inf), "norm_D": jnp.asarray(4.0)}
+    norms = compiled(norms_by_part)(squares)
+    assert {part: float(norm) for part, norm in norms.items()} == {"embedding": np.inf, "norm": 2}
 
 
 def assert_unchanged(before: TrainState, after: TrainState) -> None:
