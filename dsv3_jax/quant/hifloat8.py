@@ -53,7 +53,8 @@ BOUNDS = _bounds()
 
 
 def encode(x: jax.Array) -> jax.Array:
-    """float32 -> the code of the nearest number, uint8."""
+    """Floats, by way of float32 -> the code of the nearest number, uint8."""
+    x = x.astype(jnp.float32)
     codes = jnp.asarray(FINITE)[jnp.searchsorted(jnp.asarray(BOUNDS), jnp.abs(x))]
     codes = jnp.where(jnp.isinf(x), jnp.uint8(INFINITY), codes)
     codes = jnp.where((x < 0) & (codes > 0), codes | jnp.uint8(0x80), codes)

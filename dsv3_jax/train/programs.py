@@ -16,7 +16,7 @@ class StepPrograms:
     """The step of one run, compiled ahead of the step that needs it, so that no step's time
     includes that.
 
-    A process that fails while a compilation runs ends when that has ended.
+    A process that fails while a compilation runs ends only with that.
     """
 
     def __init__(self, cfg: RunConfig, graphdef: nnx.GraphDef, shapes: TrainState) -> None:

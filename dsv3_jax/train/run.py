@@ -224,6 +224,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     rows = _next_rows(prepared)
     if rows:
         say("           compiling the training step (up to a minute, kept for the next time)")
+    if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
         programs.begin(rows)
     start = _start(prepared, say)
     if rows:

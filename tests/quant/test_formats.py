@@ -86,12 +86,12 @@ def test_what_a_cast_loses_is_counted(name: str):
     fmt = FORMATS[name]
     x = np.array(
         [fmt.largest, 1.01 * fmt.largest, -3 * fmt.largest, np.inf, np.nan, 0, fmt.smallest,
-         fmt.smallest * 0.4, -fmt.smallest * 1e-9], np.float32
+         fmt.smallest * 0.4, -fmt.smallest * 1e-9, 1e-40], np.float32
     )  # fmt: skip
     assert tuple(map(int, compiled(lambda x: lost(x, name))(x))) == (2, 2)
 
 
-@pytest.mark.parametrize("shape", [(8,), (3, 5), (2, 0), (4, 1)])
+@pytest.mark.parametrize("shape", [(8,), (3, 5), (2, 0), (0, 4), (4, 1)])
 def test_codes_of_12_bits_come_back_from_their_bytes(shape: tuple[int, ...]):
     codes = np.random.default_rng(0).integers(0, 4096, shape, np.uint16, endpoint=False)
     packed = pack12(jnp.asarray(codes))
@@ -106,6 +106,16 @@ def test_powers_of_two_keep_their_value_in_one_byte():
     assert stored.dtype == jnp.float8_e8m0fnu
     np.testing.assert_array_equal(np.asarray(stored).astype(np.float32), scales)
     np.testing.assert_array_equal(from_ue8m0(stored), scales)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_floats_of_other_widths_are_cast_by_way_of_float32(x64, name: str):
+    x = np.array([1.3, -0.07, 3000.0, 1e-9])
+    for dtype in (jnp.float64, jnp.bfloat16, jnp.float16):
+        stored = compiled(FORMATS[name].encode)(jnp.asarray(x, dtype))
+        expected = compiled(FORMATS[name].encode)(jnp.asarray(x, dtype).astype(jnp.float32))
+        assert stored.shape == x.shape
+        assert stored.tolist() == expected.tolist()
 
 
 def test_another_format_is_refused_with_a_list():

@@ -19,6 +19,8 @@ from dsv3_jax.model.layers import Init
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.train import loss as loss_module
+from dsv3_jax.train import step as step_module
+from dsv3_jax.train.loss import LossParts
 from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.step import (
     PARTS,
@@ -186,6 +188,25 @@ def test_an_infinite_norm_of_one_part_leaves_the_others_alone():
 
 def assert_unchanged(before: TrainState, after: TrainState) -> None:
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(monkeypatch, bad):
+    graphdef, state = state_of(RUN)
+
+    def made_up(graphdef, state, batch, mtp_weight, cfg):
+        grads = jax.tree.map(jnp.ones_like, state.params)
+        grads["norm_D"] = jax.tree.map(lambda g: g.at[3].set(bad), grads["norm_D"])
+        zero = jnp.zeros(())
+        parts = LossParts(zero + 2, zero, zero, jnp.zeros((1, RUN.model.num_experts), jnp.int32))
+        return zero + 2, grads, parts, jnp.ones(B, bool)
+
+    monkeypatch.setattr(step_module, "gradients", made_up)
+    before = jax.tree.map(np.array, state)
+    run = make_step(graphdef, RUN).lower(state, batch_of(RUN), coefficients(0.01, 0.25))
+    after, metrics = run.compile(FAST_COMPILATION)(state, batch_of(RUN), coefficients(0.01, 0.25))
+    assert not metrics.applied
+    assert_unchanged(before, after)
 
 
 def test_a_loss_above_the_limit_changes_nothing():
