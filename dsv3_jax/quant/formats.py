@@ -120,29 +120,42 @@ def _code(
     return code | (_bits(x) >> 31) << (bits - 1)
 
 
-def _float8(code: Callable, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
-    return lambda x: lax.bitcast_convert_type(code(x).astype(jnp.uint8), dtype)
+def _small_float(
+    bits: int,
+    mantissa: int,
+    bias: int,
+    largest: float,
+    infinity: int,
+    nan: int,
+    store: Callable[[jax.Array], jax.Array],
+    decode: Callable[[jax.Array], jax.Array],
+) -> Format:
+    """A format with sign, exponent and mantissa; `store` takes the codes."""
+    code = partial(
+        _code, bits=bits, mantissa=mantissa, bias=bias, largest=largest, infinity=infinity, nan=nan
+    )
+    normal = 2.0 ** (1 - bias)
+    return Format(bits, largest, normal, normal / 2**mantissa, lambda x: store(code(x)), decode)
 
 
-def _from_e5m6(codes: jax.Array) -> jax.Array:
-    """The upper 12 bits of a float16."""
-    return lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
-
-
-_e4m3 = partial(_code, bits=8, mantissa=3, bias=7, largest=448.0, infinity=0x7F, nan=0x7F)
-_e5m2 = partial(_code, bits=8, mantissa=2, bias=15, largest=57344.0, infinity=0x7C, nan=0x7E)
-_e5m6 = partial(_code, bits=12, mantissa=6, bias=15, largest=65024.0, infinity=0x7C0, nan=0x7E0)
+def _float8(dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    return lambda codes: lax.bitcast_convert_type(codes.astype(jnp.uint8), dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
+def _from_e5m6(codes: jax.Array) -> jax.Array:
+    """The upper 12 bits of a float16."""
+    return _wide(lax.bitcast_convert_type(codes << 4, jnp.float16))
+
+
 FORMATS = {
-    "e4m3": Format(8, 448.0, 2.0**-6, 2.0**-9, _float8(_e4m3, jnp.float8_e4m3fn), _wide),
-    "e5m2": Format(8, 57344.0, 2.0**-14, 2.0**-16, _float8(_e5m2, jnp.float8_e5m2), _wide),
-    "e5m6": Format(
-        12, 65024.0, 2.0**-14, 2.0**-20, lambda x: _e5m6(x).astype(jnp.uint16), _from_e5m6
+    "e4m3": _small_float(8, 3, 7, 448.0, 0x7F, 0x7F, _float8(jnp.float8_e4m3fn), _wide),
+    "e5m2": _small_float(8, 2, 15, 57344.0, 0x7C, 0x7E, _float8(jnp.float8_e5m2), _wide),
+    "e5m6": _small_float(
+        12, 6, 15, 65024.0, 0x7C0, 0x7E0, lambda codes: codes.astype(jnp.uint16), _from_e5m6
     ),
     "hif8": Format(
         8, hifloat8.LARGEST, 2.0**-15, hifloat8.SMALLEST, hifloat8.encode, hifloat8.decode

@@ -74,29 +74,28 @@ class StepMetrics(NamedTuple):
 
 def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     """The model's structure, and shapes and dtypes of its `init_state`; nothing is computed."""
-    model = jax.eval_shape(lambda: DeepSeekV3(cfg.model, rngs=nnx.Rngs(0)))
-    graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
-    return graphdef, TrainState(params, biases, jax.eval_shape(adamw(cfg.optimizer).init, params))
+    return jax.eval_shape(partial(_fresh, cfg), jax.random.key(0))
 
 
 def init_state(cfg: RunConfig) -> TrainState:
     """A fresh model and optimiser from `train.seed`, made in one compiled program."""
-
-    def build(key):
-        model = DeepSeekV3(cfg.model, rngs=nnx.Rngs(key))
-        _, params, biases = nnx.split(model, nnx.Param, RouterBias)
-        return TrainState(params, biases, adamw(cfg.optimizer).init(params))
-
     # Runs once, so it is compiled without optimisation: 5 s of CPU time instead of 18 for `tiny`.
-    build = jax.jit(build, compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0}
+    build = jax.jit(lambda key: _fresh(cfg, key)[1], compiler_options=options)
     return build(jax.random.key(cfg.train.seed))
+
+
+def _fresh(cfg: RunConfig, key: jax.Array) -> tuple[nnx.GraphDef, TrainState]:
+    graphdef, params, biases = nnx.split(
+        DeepSeekV3(cfg.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias
+    )
+    return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
 
 
 def check_state(cfg: RunConfig) -> None:
     """ValueError for what only the model's parameters can tell of a configuration."""
     if cfg.optimizer.groups:
-        model = jax.eval_shape(lambda: DeepSeekV3(cfg.model, rngs=nnx.Rngs(0)))
-        check_groups(cfg.optimizer, nnx.state(model, nnx.Param))
+        check_groups(cfg.optimizer, abstract_state(cfg)[1].params)
 
 
 def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
