@@ -90,6 +90,7 @@ def ours(options: Options) -> list[Contender]:
                 "model": dataclasses.asdict(bench_cpu()),
                 "dtype": dtype,
                 "remat": options.remat,
+                "recipe": "dtype",
             },
         )
         for python in (sys.executable, *options.python)

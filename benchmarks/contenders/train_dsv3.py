@@ -12,6 +12,7 @@ import jax
 from answering import answer
 from dsv3_step import step_of
 
+from dsv3_jax.config import QuantConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.config.run import from_dict
@@ -28,6 +29,7 @@ def main() -> None:
             cfg.train, rows=options["rows"], dtype=options["dtype"], remat=options["remat"]
         ),
         data=replace(cfg.data, length=options["length"]),
+        quant=QuantConfig(options["recipe"]),
     )
     step = step_of(cfg)
 

@@ -2,6 +2,7 @@
 
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.model import ModelConfig, ParamCount, YarnConfig
+from dsv3_jax.config.quant import QuantConfig
 from dsv3_jax.config.run import (
     OptimizerConfig,
     OutputConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "ParamCount",
     "ParamGroup",
     "Phase",
+    "QuantConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.quant import DTYPES, QuantConfig
 from dsv3_jax.config.schedule import ScheduleConfig
 
 
@@ -172,9 +173,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
         check_types("", self)
+        dtype = DTYPES.get(self.quant.recipe, self.train.dtype)
+        object.__setattr__(self, "train", dataclasses.replace(self.train, dtype=dtype))
         if self.data.length > self.model.max_length:
             raise ValueError(
                 f"data.length is {self.data.length}; "

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.quant.gemm import linear, wide
 
@@ -113,5 +112,4 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_up_BT_FF = linear(x_BTD, self.w_gate_DF[...], self.w_up_DF[...])
-        h_BTF = swiglu(checkpoint_name(gate_up_BT_FF, "ffn_gate_up"))
-        return linear(h_BTF, self.w_down_FD[...])
+        return linear(gate_up_BT_FF, self.w_down_FD[...], through=swiglu)

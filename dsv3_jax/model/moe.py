@@ -63,9 +63,13 @@ class MoE(nnx.Module):
         x_XD = dispatch(x_TD, layout)
         weights = self.w_gate_EDF[...], self.w_up_EDF[...]
         gate_up_X_FF = grouped_linear(x_XD, layout.expert_x, *weights)
-        gate_up_X_FF = checkpoint_name(gate_up_X_FF, "ffn_gate_up")
-        h_XF = swiglu(gate_up_X_FF, gates_of_copies(gates_TK, layout)[:, None])
-        y_XD = grouped_linear(h_XF, layout.expert_x, self.w_down_EFD[...])
+        y_XD = grouped_linear(
+            gate_up_X_FF,
+            layout.expert_x,
+            self.w_down_EFD[...],
+            through=swiglu,
+            factor_X1=gates_of_copies(gates_TK, layout)[:, None],
+        )
         return combine(y_XD, layout).reshape(x_BTD.shape)
 
     def dense_experts(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
@@ -74,7 +78,7 @@ class MoE(nnx.Module):
         for e in range(self.w_gate_EDF.shape[0]):
             gate_up_BT_FF = linear(x_BTD, self.w_gate_EDF[e], self.w_up_EDF[e])
             gate_BT = jnp.where(routing.experts_BTK == e, routing.gates_BTK, 0).sum(-1)
-            y_BTD += linear(swiglu(gate_up_BT_FF), self.w_down_EFD[e]) * gate_BT[..., None]
+            y_BTD += linear(gate_up_BT_FF, self.w_down_EFD[e], through=swiglu) * gate_BT[..., None]
         return y_BTD.astype(x_BTD.dtype)
 
 

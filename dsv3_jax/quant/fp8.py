@@ -57,8 +57,8 @@ class Blocked:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """values * scales, multiplied in float32 and rounded once to `dtype`."""
-        wide = format_of(self.fmt).decode(self.values)
-        return (wide * _spread(self.scales, self.block, self.shape)).astype(dtype)
+        parts = _parts(format_of(self.fmt).decode(self.values), self.block)
+        return _whole(parts * _beside(self.scales), self.shape).astype(dtype)
 
     astype = dequantize
 
@@ -76,6 +76,18 @@ def quantize(
     in `formats.FORMATS`, another `scale`, or a block without elements.
     """
     return scaled(x, block_scales(x, block, fmt, scale), block, fmt)
+
+
+def rounded(
+    x: jax.Array,
+    block: tuple[int, int] = (1, 128),
+    fmt: str = "e4m3",
+    scale: Scale = "float32",
+) -> jax.Array:
+    """`quantize(...).dequantize()` without the stored numbers: the same float32, bit for bit."""
+    scales = block_scales(x, block, fmt, scale)
+    parts = _quotients(x, scales, block, fmt)
+    return _whole(format_of(fmt).round(parts) * _beside(scales), x.shape)
 
 
 def retile(x: Blocked, block: tuple[int, int], scale: Scale = "pow2") -> Blocked:
@@ -109,10 +121,17 @@ def scaled(
     fmt: str = "e4m3",
 ) -> Blocked:
     """What `quantize` makes of x with these scales."""
-    kind, x = format_of(fmt), x.astype(jnp.float32)
-    # The quotient of what is finite may not be, if the scales are not x's own.
-    quotient = jnp.clip(x / _spread(scales, block, x.shape), -kind.largest, kind.largest)
-    return Blocked(kind.encode(jnp.where(jnp.isfinite(x), quotient, x)), scales, block, fmt)
+    quotients = _whole(_quotients(x, scales, block, fmt), x.shape)
+    return Blocked(format_of(fmt).encode(quotients), scales, block, fmt)
+
+
+def _quotients(x: jax.Array, scales: jax.Array, block: tuple[int, int], fmt: str) -> jax.Array:
+    """x / scales in parts, saturated where x is finite: by scales that are not x's own, the
+    quotient of what is finite may not be.
+    """
+    largest, parts = format_of(fmt).largest, _parts(x.astype(jnp.float32), block)
+    quotients = jnp.clip(parts / _beside(scales), -largest, largest)
+    return jnp.where(jnp.isfinite(parts), quotients, parts)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:
@@ -128,19 +147,33 @@ def abstract_blocked(shape: tuple[int, ...]) -> Blocked:
     )
 
 
-def _spread(scales: jax.Array, block: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
-    """Each block's scale at each of its elements."""
-    rows = jnp.repeat(scales, block[0], axis=-2)[..., : shape[-2], :]
-    return jnp.repeat(rows, block[1], axis=-1)[..., : shape[-1]]
+def _parts(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """x by blocks, [..., rows of blocks, rows of a block, columns of blocks, columns of a block],
+    filled up with zeros.
+    """
+    block = tuple(max(1, min(pair)) for pair in zip(block, x.shape[-2:], strict=True))
+    pad = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % block[0]), (0, -x.shape[-1] % block[1])]
+    rows, columns = grid(x.shape, block)[-2:]
+    filled = jnp.pad(x, pad) if any(map(max, pad)) else x
+    return filled.reshape(*x.shape[:-2], rows, block[0], columns, block[1])
+
+
+def _whole(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`_parts` undone."""
+    r, m, c, n = parts.shape[-4:]
+    whole = parts.reshape(*shape[:-2], r * m, c * n)
+    return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]]
+
+
+def _beside(scales: jax.Array) -> jax.Array:
+    """Each block's scale for its `_parts`."""
+    return scales[..., :, None, :, None]
 
 
 def _block_maxima(x: jax.Array, block: tuple[int, int]) -> jax.Array:
     """Largest finite magnitude in each block."""
-    magnitude = jnp.where(jnp.isfinite(x), jnp.abs(x), 0)
-    pad = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % block[0]), (0, -x.shape[-1] % block[1])]
-    rows, columns = grid(x.shape, block)[-2:]
-    parts = jnp.pad(magnitude, pad).reshape(*x.shape[:-2], rows, block[0], columns, block[1])
-    return parts.max((-3, -1))
+    parts = _parts(x, block)
+    return jnp.where(jnp.isfinite(parts), jnp.abs(parts), 0).max((-3, -1))
 
 
 def _scales(maxima: jax.Array, largest: float, scale: Scale) -> jax.Array:

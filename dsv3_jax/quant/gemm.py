@@ -7,7 +7,7 @@ the way in, and their gradient leaves in the weights' own dtype without ever hav
 to the activations'.
 
 A weight may be a `Blocked`: it is expanded to the activations' dtype before the product, and no
-gradient goes to it.
+gradient goes to it. With a `TrainedWeight` the product is that of `fp8_gemm`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.quant.fp8 import Blocked
+from dsv3_jax.quant.fp8_gemm import Through, fp8_linear, only_live
+from dsv3_jax.quant.trained_weight import TrainedWeight
+
+Weight = jax.Array | Blocked | TrainedWeight
 
 # Fewer rows than these take several weights one after the other: joining costs a copy of them.
 JOINING_ROWS = 64
@@ -45,13 +50,21 @@ def few_rows_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return wide_einsum(spec, jnp.concatenate([x, x], -2), w)[..., :1, :]
 
 
-def linear(x: jax.Array, *weights: jax.Array | Blocked) -> jax.Array:
+def linear(x: jax.Array, *weights: Weight, through: Through | None = None) -> jax.Array:
     """x [..., D] times one weight [D, F], or several side by side -> [..., F + ...] in x's dtype.
 
     Several are one product: the input and its gradient pass memory once, and the wider product runs
-    nearer to the peak.
+    nearer to the peak. With `through` (SwiGLU) the product's input is `through(x)`; of the two, low
+    precision keeps x alone for the backward pass.
     """
+    if isinstance(weights[0], TrainedWeight):
+        return fp8_linear(_rows(x), weights, through).reshape(*x.shape[:-1], -1)
+    x = _through(x, through)
     return _linear(x, tuple(_expanded(w, x.dtype) for w in weights))
+
+
+def _through(x: jax.Array, through: Through | None, factor: jax.Array | None = None) -> jax.Array:
+    return through(checkpoint_name(x, "ffn_gate_up"), factor) if through else x
 
 
 @jax.custom_vjp
@@ -60,6 +73,7 @@ def _linear(x, weights):
 
 
 def _linear_fwd(x, weights):
+    x = checkpoint_name(x, "linear_input")
     x_XD = _rows(x)
     y_XF = _product(partial(few_rows_einsum, "xd,df->xf", x_XD), len(x_XD), weights, x.dtype)
     return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, weights)
@@ -112,13 +126,28 @@ def _rows(x: jax.Array) -> jax.Array:
 
 
 def grouped_linear(
-    x_XD: jax.Array, expert_x: jax.Array, *weights: jax.Array | Blocked
+    x_XD: jax.Array,
+    expert_x: jax.Array,
+    *weights: Weight,
+    through: Through | None = None,
+    factor_X1: jax.Array | None = None,
+    live_X: jax.Array | None = None,
 ) -> jax.Array:
     """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each; weights [E, D, F]. -> [X, F + ...] in x's dtype.
+    each; weights [E, D, F]. With `through` the input is `through(x, factor)`. Rows that are not
+    live (bool [X]) count as zeros, whatever they hold, and so do their gradients. -> [X, F + ...]
+    in x's dtype.
     """
+    if isinstance(weights[0], TrainedWeight):
+        return fp8_linear(x_XD, weights, through, factor_X1, expert_x, live_X)
+    if live_X is not None:
+        y_XD = grouped_linear(
+            only_live(x_XD, live_X), expert_x, *weights, through=through, factor_X1=factor_X1
+        )
+        return only_live(y_XD, live_X)  # and so its gradient
+    x_XD = _through(x_XD, through, factor_X1)
     if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
         weights = tuple(_expanded(w[expert_x], x_XD.dtype) for w in weights)
         expert_x = jnp.arange(expert_x.size, dtype=expert_x.dtype)
@@ -136,6 +165,7 @@ def _blocks(x_XD: jax.Array, expert_x: jax.Array) -> jax.Array:
 
 
 def _grouped_fwd(x_XD, weights, expert_x):
+    x_XD = checkpoint_name(x_XD, "linear_input")
     x_xMD, dtype = _blocks(x_XD, expert_x), x_XD.dtype
 
     def multiply(w_EDF):

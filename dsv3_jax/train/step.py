@@ -22,6 +22,7 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
 from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
+from dsv3_jax.train.quantised import quantised, with_blocks
 
 
 class TrainState(NamedTuple):
@@ -150,8 +151,10 @@ def gradients(
     count = len(batch.labels_BT) * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
+    blocks = quantised(state.params, cfg.quant.recipe)
 
     def one(params, slot_B, micro):
+        params = with_blocks(params, blocks, cfg.quant.recipe)
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.
