@@ -49,8 +49,24 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
                 _publish(temporary, path)
         except (OSError, CheckpointError) as error:
             raise _of_final_name(error, temporary, path) from error
+        except KeyboardInterrupt:
+            _remove_for_good(temporary)
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_for_good(folder: Path) -> None:
+    """TensorStore's threads write on for a moment after their caller was interrupted, and make
+    folders that are gone: so it must be gone twice.
+    """
+    gone = 0
+    for _ in range(_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        gone = 0 if folder.exists() else gone + 1
+        if gone == 2:
+            return
+        time.sleep(0.05)
 
 
 def check_free_name(path: Path, overwrite: bool) -> None:

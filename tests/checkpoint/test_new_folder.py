@@ -206,3 +206,24 @@ def test_what_a_neighbour_of_a_longer_name_is_writing_is_left_alone(tmp_path: Pa
         for name in ("m", "[m]*"):
             write(tmp_path / name, "old")
         assert neighbour.exists()
+
+
+def test_what_threads_write_on_after_an_interruption_is_removed_too(tmp_path: Path):
+    """As TensorStore's do, which also make the folder anew."""
+    writing = threading.Event()
+
+    def write_on(folder: Path) -> None:
+        for i in itertools.count():
+            if writing.is_set() and i > 2000:
+                return
+            with contextlib.suppress(OSError):
+                (folder / "d").mkdir(parents=True, exist_ok=True)
+                (folder / "d" / str(i)).write_text("x")
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", 0, False) as folder:
+        thread = threading.Thread(target=write_on, args=(folder,))
+        thread.start()
+        writing.set()
+        raise KeyboardInterrupt
+    thread.join()
+    assert not list(tmp_path.iterdir())
