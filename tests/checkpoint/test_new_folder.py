@@ -208,22 +208,26 @@ def test_what_a_neighbour_of_a_longer_name_is_writing_is_left_alone(tmp_path: Pa
         assert neighbour.exists()
 
 
-def test_what_threads_write_on_after_an_interruption_is_removed_too(tmp_path: Path):
-    """As TensorStore's do, which also make the folder anew."""
-    writing = threading.Event()
+def test_what_is_written_on_after_an_interruption_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As TensorStore's threads do, which also make the folder anew."""
+    real, left = shutil.rmtree, [1, 2, 3]
 
-    def write_on(folder: Path) -> None:
-        for i in itertools.count():
-            if writing.is_set() and i > 2000:
-                return
-            with contextlib.suppress(OSError):
-                (folder / "d").mkdir(parents=True, exist_ok=True)
-                (folder / "d" / str(i)).write_text("x")
+    def rmtree(folder: Path, **kwargs) -> None:
+        real(folder, **kwargs)
+        if left:
+            (folder / "d").mkdir(parents=True)
+            (folder / "d" / str(left.pop())).touch()
 
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", 0, False) as folder:
-        thread = threading.Thread(target=write_on, args=(folder,))
-        thread.start()
-        writing.set()
-        raise KeyboardInterrupt
-    thread.join()
+    patched = types.SimpleNamespace(**{**vars(shutil), "rmtree": rmtree})
+    monkeypatch.setattr(module, "shutil", patched)
+
+    def interrupted() -> None:
+        with new_folder(tmp_path / "out", 0, overwrite=False):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not left
     assert not list(tmp_path.iterdir())
