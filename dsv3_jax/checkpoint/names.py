@@ -21,7 +21,7 @@ def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
     for path, variable in nnx.to_flat_state(state):
         for part, array in _parts(variable.get_value()).items():
             array = np.asarray(jax.device_get(array))
-            names = _layer_names(path, array.shape, num_dense_layers)
+            names = layer_names(path, array.shape, num_dense_layers)
             if names:
                 named |= {name + part: x for name, x in zip(names, array, strict=True)}
             else:
@@ -41,7 +41,7 @@ def from_layers(
     restored = {}
     for path, variable in nnx.to_flat_state(like):
         held = variable.get_value()
-        names = _layer_names(path, held.shape, num_dense_layers)
+        names = layer_names(path, held.shape, num_dense_layers)
         if names:
             value = _stacked([_taken(held, name, named) for name in names])
         else:
@@ -61,7 +61,7 @@ def as_stored(like: nnx.State, named: Mapping[str, Any], num_dense_layers: int) 
     """`like` with abstract values in the dtypes of `named`: a `Blocked` where that has FP8."""
 
     def changed(path: tuple, variable: nnx.Variable) -> nnx.Variable:
-        name = (_layer_names(path, variable.shape, num_dense_layers) or [_name(path)])[0]
+        name = (layer_names(path, variable.shape, num_dense_layers) or [_name(path)])[0]
         if f"{name}.values" in named:
             return variable.replace(abstract_blocked(variable.shape))
         if name not in named:
@@ -101,8 +101,8 @@ def _expanded(blocked: Blocked) -> jax.Array:
     return blocked.dequantize()
 
 
-def _layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
-    """A name for each layer of a stack; none where `path` is no stack's."""
+def layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
+    """A name for each layer of a stack of this shape; none where `path` is no stack's."""
     first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
     if first is None:
         return []

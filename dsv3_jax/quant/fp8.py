@@ -85,9 +85,18 @@ def rounded(
     scale: Scale = "float32",
 ) -> jax.Array:
     """`quantize(...).dequantize()` without the stored numbers: the same float32, bit for bit."""
+    parts, scales = divided(x, block, fmt, scale)
+    return _whole(format_of(fmt).round(_clipped(parts, fmt)) * _beside(scales), x.shape)
+
+
+def divided(
+    x: jax.Array, block: tuple[int, int], fmt: str, scale: Scale
+) -> tuple[jax.Array, jax.Array]:
+    """x by blocks over their scales, float32 [..., rows of blocks, rows of a block, columns of
+    blocks, columns of a block] and filled up with zeros; and those scales.
+    """
     scales = block_scales(x, block, fmt, scale)
-    parts = _quotients(x, scales, block, fmt)
-    return _whole(format_of(fmt).round(parts) * _beside(scales), x.shape)
+    return _parts(x.astype(jnp.float32), block) / _beside(scales), scales
 
 
 def retile(x: Blocked, block: tuple[int, int], scale: Scale = "pow2") -> Blocked:
@@ -121,17 +130,16 @@ def scaled(
     fmt: str = "e4m3",
 ) -> Blocked:
     """What `quantize` makes of x with these scales."""
-    quotients = _whole(_quotients(x, scales, block, fmt), x.shape)
-    return Blocked(format_of(fmt).encode(quotients), scales, block, fmt)
+    parts = _parts(x.astype(jnp.float32), block)
+    # By scales that are not x's own, the quotient of what is finite may not be.
+    quotients = jnp.where(jnp.isfinite(parts), _clipped(parts / _beside(scales), fmt), parts)
+    return Blocked(format_of(fmt).encode(_whole(quotients, x.shape)), scales, block, fmt)
 
 
-def _quotients(x: jax.Array, scales: jax.Array, block: tuple[int, int], fmt: str) -> jax.Array:
-    """x / scales in parts, saturated where x is finite: by scales that are not x's own, the
-    quotient of what is finite may not be.
-    """
-    largest, parts = format_of(fmt).largest, _parts(x.astype(jnp.float32), block)
-    quotients = jnp.clip(parts / _beside(scales), -largest, largest)
-    return jnp.where(jnp.isfinite(parts), quotients, parts)
+def _clipped(x: jax.Array, fmt: str) -> jax.Array:
+    """Saturated where it is finite."""
+    largest = format_of(fmt).largest
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:

@@ -61,8 +61,8 @@ def fp8_linear(
     first = weights[0]
     static = _Static(first.rule, through, first.measure, tuple(w.slot.dtype for w in weights))
     arrays = _Arrays(expert_x, live_X, tuple(w.blocked for w in weights))
-    slots = tuple(w.slot for w in weights)
-    return _fp8_linear(static, source, factor, slots, first.taps, arrays)
+    slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
+    return _fp8_linear(static, source, factor, slots, taps, arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,14 +71,14 @@ def _fp8_linear(static, source, factor, slots, taps, arrays):
 
 
 def _forward(static, source, factor, slots, taps, arrays):
-    del slots
+    del slots, taps
     rule, source = static.rule, only_live(source, arrays.live_X)
     x_XD = static.through(source, factor) if static.through else source
     name = "ffn_gate_up" if static.through else "linear_input"
     kept = checkpoint_name(keep(source if static.through else x_XD, rule.kept), name)
     x_xMD = rule.input.rounded(_by_group(x_XD, arrays.expert_x))
     y_xMF = jnp.einsum("xmd,xdf->xmf", x_xMD, _weights(arrays))
-    found = static.measure(x_XD, rule.input) if taps else None
+    found = static.measure(x_XD, rule.input) if static.measure else None
     y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
     return y_XF, (kept, factor, found, arrays)
 
@@ -98,7 +98,9 @@ def _backward(static, residuals, dy_XF):
     dsource, dfactor = dx_xMD.reshape(x_XD.shape), None
     if pull:
         dsource, dfactor = pull(dsource)
-    dtaps = found if found is None else (found, static.measure(dy_XF, rule.gradient))
+    # Weights side by side share their input and the gradient of their output.
+    measured = static.measure and (found, static.measure(dy_XF, rule.gradient))
+    dtaps = (measured,) * len(arrays.blocked)
     dslots = _parted(_sum_by_expert(dw_xDF, arrays), arrays.blocked, static.dtypes)
     return dsource.astype(dtype), dfactor, dslots, dtaps, None
 

@@ -32,9 +32,11 @@ from dsv3_jax.train.output import Output
 from dsv3_jax.train.page import write_page
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
+from dsv3_jax.train.quant_health import make_probe, not_finite
 from dsv3_jax.train.records import (
     event_record,
     experts_record,
+    quant_record,
     sample_record,
     train_record,
     validation_record,
@@ -88,6 +90,7 @@ class Trainer:
         self.debug_nans, self.profile = debug_nans, profile or Profile.none()
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
         self.programs = programs
+        self.probe = make_probe(graphdef, cfg)
         self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
@@ -132,6 +135,7 @@ class Trainer:
                 self.checkpoints.close()  # while the run's folder is still held, a second ^C or not
             if self.position.step == self.cfg.train.steps:
                 self._tell_experts(out)
+                self._tell_quant(out)
             unsaved = None
             try:
                 self.checkpoints.finish(self.snapshot, out)
@@ -318,6 +322,7 @@ class Trainer:
             if text:
                 out.keep(sample_record(self.cfg, self.position, text))
             self._tell_experts(out)
+            self._tell_quant(out)
             self.tell_page(out)
         # Not in the middle of trouble: a resumed run would go straight on into it.
         if (
@@ -333,6 +338,16 @@ class Trainer:
         bias_LE = np.asarray(stacked_biases(self.state.biases))
         out.keep(experts_record(self.cfg, self.position, self.load_LE, bias_LE))
         self.load_LE = None
+
+    def _tell_quant(self, out: Output) -> None:
+        """What low precision does to weights, inputs and gradients; not finite ones at once."""
+        if not self.probe:
+            return
+        layers = self.probe(self.state, self.corpus.validation)
+        out.keep(quant_record(self.cfg, self.position, layers))
+        text = not_finite(layers)
+        if text:
+            out.event(event_record(self.cfg, self.position, "not finite", text))
 
     def tell_page(self, out: Output) -> None:
         """The page of a run that has not ended; a disk that is full is no reason to end it."""

@@ -14,7 +14,7 @@ from typing import Any
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.files import replace_file
-from dsv3_jax.train import expert_pictures, page_pictures
+from dsv3_jax.train import expert_pictures, page_pictures, quant_page
 from dsv3_jax.train.console import printable
 from dsv3_jax.train.drawing import short
 from dsv3_jax.train.folder import RunFolder
@@ -58,6 +58,7 @@ def page_html(
         _experts(entries, loads),
         _recipe(cfg, entries),
         _machine(entries),
+        _quant(cfg, entries),
         _events(facts),
         _samples(entries, result),
         _configuration(cfg),
@@ -174,6 +175,15 @@ def _machine(entries: Sequence[dict]) -> str:
         page_pictures.memory(entries),
     ]
     return _section("Speed and memory", _grid(pictures, "pictures"), "")
+
+
+def _quant(cfg: RunConfig, entries: Sequence[dict]) -> str:
+    rows = quant_page.table(entries)
+    if not rows:
+        return ""
+    note = f"recipe {cfg.quant.recipe}; one micro-batch of held-out text at the last validation"
+    pictures = _grid(quant_page.pictures(entries), "pictures large")
+    return _section("Low precision", pictures + _table(quant_page.HEADS, rows), note)
 
 
 def _grid(pictures: Iterable[Picture | None], kind: str) -> str:

@@ -11,6 +11,7 @@ from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
+from dsv3_jax.train.quant_health import Health, Layers
 from dsv3_jax.train.schedules import Values, never_reached
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import StepMetrics
@@ -71,6 +72,20 @@ def experts_record(
         "layers": layers,
         "load_LE": load_LE.tolist(),
         "bias_LE": np.round(bias_LE.astype(float), 6).tolist(),
+    }
+
+
+def quant_record(cfg: RunConfig, position: Position, layers: Layers) -> dict[str, Any]:
+    """Of each quantised parameter, by layer, what low precision does to its tensors: for weight,
+    input and output's gradient the values of `Health`.
+    """
+    return _entry("quant", cfg, position) | {
+        "recipe": cfg.quant.recipe,
+        "fields": list(Health._fields),
+        "layers": {
+            name: {kind: [float(f"{v:.4g}") for v in health] for kind, health in kinds.items()}
+            for name, kinds in layers.items()
+        },
     }
 
 
