@@ -9,7 +9,15 @@ the same number of tokens, and one token in ten are our choice. The decay of
 the report's averaged weights (3.2.3) is unpublished too: `--optimizer.ema-decay` switches them on.
 """
 
-from dsv3_jax.config import DataConfig, OutputConfig, Phase, RunConfig, ScheduleConfig, TrainConfig
+from dsv3_jax.config import (
+    DataConfig,
+    OutputConfig,
+    Phase,
+    QuantConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from dsv3_jax.config.presets import dsv3_671b
 
 T = 10**12  # tokens
@@ -45,5 +53,6 @@ def config() -> RunConfig:
                 for i, rows in enumerate(range(FIRST_ROWS, ROWS, (ROWS - FIRST_ROWS) // STAIRS))
             ),
         ),
+        quant=QuantConfig("fp8"),
         output=OutputConfig(name="dsv3_671b", eval_every=1000, save_every=500),
     )

@@ -25,7 +25,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.model.router import RouterBias
-from dsv3_jax.train import loop, programs, run, step, validation
+from dsv3_jax.train import loop, programs, quant_health, run, step, validation
 from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.metrics import read_metrics
@@ -98,6 +98,7 @@ class SmallRun:
             patch.setattr(run, "init_state", random_state)
             patch.setattr(programs, "make_step", once_per_program(step.make_step))
             patch.setattr(loop, "make_validate", once_per_program(validation.make_validate))
+            patch.setattr(loop, "make_probe", once_per_program(quant_health.make_probe))
             yield
 
 
@@ -128,7 +129,7 @@ def once_per_program(make: Callable) -> Callable:
 
     def known(graphdef: nnx.GraphDef, cfg: RunConfig, *arrays: np.ndarray) -> Callable:
         train = replace(cfg.train, steps=1, seed=0, max_bad_steps=1, spike="off")
-        parts = cfg.model, cfg.data, train, replace(cfg.optimizer, ema_decay=0)
+        parts = cfg.model, cfg.data, train, replace(cfg.optimizer, ema_decay=0), cfg.quant
         key = (make.__name__, *parts, *(array.tobytes() for array in arrays))
         if key not in PROGRAMS:
             PROGRAMS[key] = make(graphdef, cfg, *arrays)

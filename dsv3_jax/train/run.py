@@ -318,7 +318,7 @@ def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
     before = from_dict(RunConfig, checkpoint.meta["config"])
     changed = [
         text
-        for name in ("train", "schedule", "optimizer", "data")
+        for name in ("train", "schedule", "optimizer", "data", "quant")
         for text in _differences(name, getattr(cfg, name), getattr(before, name))
     ]
     text = "; ".join([f"after step {position.step}", *changed])

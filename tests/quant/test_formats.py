@@ -28,6 +28,16 @@ def test_a_cast_is_the_nearest_number_of_the_table(name: str):
 
 
 @pytest.mark.parametrize("name", TABLES)
+def test_rounding_without_a_code_is_the_same_to_the_bit(name: str):
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e38, -1e38], np.float32)
+    x = np.concatenate([hard_numbers(TABLES[name]), special])
+    actual, expected = np.asarray(compiled(FORMATS[name].round)(x)), cast(x, name)
+    assert np.array_equal(np.isnan(actual), np.isnan(expected))
+    finite = ~np.isnan(expected)
+    assert np.array_equal(actual[finite].view(np.uint32), expected[finite].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_every_number_has_its_code(name: str):
     """Both signs; HiFloat8 has one zero."""
     fmt, (codes, values) = FORMATS[name], zip(*TABLES[name].items(), strict=True)

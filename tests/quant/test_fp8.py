@@ -11,7 +11,7 @@ from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.generate import decode
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.quant.fp8 import Blocked, grid, quantize, retile
+from dsv3_jax.quant.fp8 import Blocked, grid, quantize, retile, rounded
 from dsv3_jax.quant.gemm import grouped_linear, linear
 from tests.quant.number_tables import TABLES, nearest
 from tests.shapes import compiled, normal, random_model, random_tokens, tiny_model
@@ -65,6 +65,23 @@ def test_quantize_is_the_loop_over_blocks(block, shape, scale: str):
         values, scales = quantize_by_loop(matrix, block, scale == "pow2")
         assert np.array_equal(matrices(np.asarray(blocked.scales))[i], scales)
         assert np.array_equal(matrices(np.asarray(blocked.values))[i], values)
+
+
+@pytest.mark.parametrize("scale", ["float32", "pow2", "mx"])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m6"])
+@pytest.mark.parametrize(("block", "shape"), RAGGED)
+def test_rounding_without_stored_numbers_is_the_same_to_the_bit(block, shape, fmt, scale):
+    x = np.array(normal(0, *shape)) * 2.0 ** np.array(10 * normal(1, *shape)).round()
+    x[..., 1, 1], x[..., 2, 3], x[..., 0, :] = np.nan, np.inf, 0
+    x = x.astype(np.float32)
+
+    def both(x):
+        return rounded(x, block, fmt, scale), quantize(x, block, fmt, scale).dequantize()
+
+    actual, expected = (np.asarray(y) for y in compiled(both)(x))
+    assert np.array_equal(np.isnan(actual), np.isnan(expected))
+    finite = ~np.isnan(expected)
+    assert np.array_equal(actual[finite].view(np.uint32), expected[finite].view(np.uint32))
 
 
 @pytest.mark.parametrize(("block", "shape"), RAGGED)

@@ -12,14 +12,18 @@ from flax import nnx
 from dsv3_jax.config import DataConfig, QuantConfig, RunConfig, TrainConfig
 from dsv3_jax.config.presets import bench_cpu, dsv3_671b
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.data.packing import Row
 from dsv3_jax.model.precision import CLASSES, class_of
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.quantised import for_products, quantised
 from dsv3_jax.train.step import TrainState, abstract_state, gradients
+from dsv3_jax.train.validation import make_validate
 from tests.jaxprs import equations
+from tests.runs import SmallRun, assert_same_checkpoint
 from tests.shapes import compiled, random_model, random_tokens, tiny_model
 
 T = 8
@@ -182,3 +186,32 @@ def test_what_is_named_is_what_the_backward_pass_takes():
     sizes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.eval_shape(residuals, x, w)]
     weight = [((128, 384), "float8_e4m3fn"), ((1, 3), "float32")]
     assert sorted(sizes) == sorted([((256, 128), "float8_e4m3fn"), ((256, 1), "float32"), *weight])
+
+
+@pytest.mark.slow
+def test_a_run_in_fp8_tells_its_health_and_resumes_bit_for_bit(small: SmallRun):
+    fp8 = ("--config", small.config, "--quant.recipe", "fp8", "--output.name", "fp8")
+    assert small.train(*fp8) == 0
+    assert small.train(*fp8, "--train.steps", 4) == 0
+    whole, half = (small.home / "runs" / f"fp8-00{i}" for i in (1, 2))
+    assert small.train("--resume", half, "--train.steps", 6) == 0
+    assert_same_checkpoint(whole, half, 6)
+    health = [e for e in read_metrics(whole / "metrics.jsonl") if e["kind"] == "quant"]
+    assert [entry["step"] for entry in health] == [3, 6]
+    assert all(entry["recipe"] == "fp8" for entry in health)
+    assert "Low precision" in (whole / "report.html").read_text()
+
+
+def test_validation_computes_in_the_recipe():
+    """Of an FP8 run it is the loss of the weights as they were trained."""
+    graphdef, state, batch = parts_of(RUN)
+    rows = [Row(*pair, None) for pair in zip(*map(np.asarray, batch[:2]), strict=True)]
+    lengths_V = np.ones(RUN.model.vocab_size, int)
+    losses = [
+        make_validate(graphdef, replace(RUN, quant=QuantConfig(recipe)), lengths_V)(
+            state, rows, range(4)
+        ).loss
+        for recipe in ("f32", "fp8")
+    ]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
