@@ -5,8 +5,9 @@
 
 Hardware: the report's job is 2048 H800 for 54 days; on one device it does not fit. The shape of
 the batch ramp and the rate of split tokens are unpublished: eight stairs of 1,536 rows, each over
-the same number of tokens, and one token in ten are our choice. The decay of
-the report's averaged weights (3.2.3) is unpublished too: `--optimizer.ema-decay` switches them on.
+the same number of tokens, and one token in ten are our choice. Linears are
+in FP8 (3.3). The decay of the report's averaged weights (3.2.3) is unpublished too:
+`--optimizer.ema-decay` switches them on.
 """
 
 from dsv3_jax.config import (

@@ -14,6 +14,8 @@ from flax import nnx
 
 from dsv3_jax.quant.fp8 import Blocked, abstract_blocked
 
+_STACKS = ("dense_layers", "moe_layers")
+
 
 def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
     """Host arrays by layer name; stacks come apart."""
@@ -101,11 +103,16 @@ def _expanded(blocked: Blocked) -> jax.Array:
     return blocked.dequantize()
 
 
+def is_stack(name: str) -> bool:
+    """Whether a parameter of this name has a leading dimension of layers."""
+    return name.partition(".")[0] in _STACKS
+
+
 def layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
     """A name for each layer of a stack of this shape; none where `path` is no stack's."""
-    first = {"dense_layers": 0, "moe_layers": num_dense_layers}.get(path[0])
-    if first is None:
+    if path[0] not in _STACKS:
         return []
+    first = num_dense_layers if path[0] == "moe_layers" else 0
     return [".".join((f"layers.{first + i}", *map(str, path[1:]))) for i in range(shape[0])]
 
 

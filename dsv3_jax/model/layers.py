@@ -112,4 +112,4 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_up_BT_FF = linear(x_BTD, self.w_gate_DF[...], self.w_up_DF[...])
-        return linear(gate_up_BT_FF, self.w_down_FD[...], through=swiglu)
+        return linear(gate_up_BT_FF, self.w_down_FD[...], activation=swiglu)

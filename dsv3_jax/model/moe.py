@@ -67,8 +67,8 @@ class MoE(nnx.Module):
             gate_up_X_FF,
             layout.expert_x,
             self.w_down_EFD[...],
-            through=swiglu,
-            factor_X1=gates_of_copies(gates_TK, layout)[:, None],
+            activation=swiglu,
+            gate_X1=gates_of_copies(gates_TK, layout)[:, None],
         )
         return combine(y_XD, layout).reshape(x_BTD.shape)
 
@@ -77,8 +77,9 @@ class MoE(nnx.Module):
         y_BTD = jnp.zeros(x_BTD.shape, wide(x_BTD.dtype))
         for e in range(self.w_gate_EDF.shape[0]):
             gate_up_BT_FF = linear(x_BTD, self.w_gate_EDF[e], self.w_up_EDF[e])
+            y_e_BTD = linear(gate_up_BT_FF, self.w_down_EFD[e], activation=swiglu)
             gate_BT = jnp.where(routing.experts_BTK == e, routing.gates_BTK, 0).sum(-1)
-            y_BTD += linear(gate_up_BT_FF, self.w_down_EFD[e], through=swiglu) * gate_BT[..., None]
+            y_BTD += y_e_BTD * gate_BT[..., None]
         return y_BTD.astype(x_BTD.dtype)
 
 

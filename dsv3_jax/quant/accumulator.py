@@ -31,8 +31,9 @@ class Accumulator:
     """Whether the register takes part in the alignment of each group, or is added afterwards"""
 
     def __post_init__(self) -> None:
-        check("bits", self.bits, 1 <= self.bits <= 24, "1 to 24, float32's own")
         check("group", self.group, self.group >= 1, "at least 1")
+        most = 24 - self.group.bit_length()  # so that float32 holds a group's sum exactly
+        check("bits", self.bits, 1 <= self.bits <= most, f"1 to {most} for group = {self.group}")
         if self.interval is not None:
             holds = self.interval >= 1 and self.interval % self.group == 0
             check("interval", self.interval, holds, f"multiples of group = {self.group}, or None")
@@ -89,7 +90,7 @@ def _added(register_MN: jax.Array, product_MkN: jax.Array, acc: Accumulator) -> 
     largest_MN = jnp.abs(product_MkN).max(1)
     if acc.aligned:
         largest_MN = jnp.maximum(largest_MN, jnp.abs(register_MN))
-    # Sums of so few numbers that share a last place are exact in float32.
+    # Numbers that share a last place; `Accumulator` sees to it that float32 holds their sum.
     sum_MN = _cut(product_MkN, largest_MN[:, None], acc.bits).sum(1)
     if acc.aligned:
         sum_MN += _cut(register_MN, largest_MN, acc.bits)

@@ -44,7 +44,7 @@ class Lost(NamedTuple):
     """How many elements a cast did not keep; int32, so of fewer than 2^31."""
 
     saturated: jax.Array
-    """Finite and beyond the largest number"""
+    """Finite and beyond the largest number, by more than a scale's last bits"""
     underflowed: jax.Array
     """At least 2^-126, and 0 afterwards"""
 
@@ -52,7 +52,7 @@ class Lost(NamedTuple):
 def lost(x: jax.Array, fmt: str) -> Lost:
     """What casting x (any shape, at most float32) to the format loses."""
     fmt, x = format_of(fmt), x.astype(jnp.float32)
-    saturated = jnp.isfinite(x) & (jnp.abs(x) > fmt.largest)
+    saturated = jnp.isfinite(x) & (jnp.abs(x) > fmt.largest * (1 + 2.0**-20))
     # XLA:CPU takes what is below float32's normal numbers for 0, though not everywhere.
     is_zero = jnp.abs(x) < jnp.finfo(jnp.float32).tiny
     underflowed = ~is_zero & (fmt.round(x) == 0)

@@ -58,7 +58,7 @@ class Blocked:
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """values * scales, multiplied in float32 and rounded once to `dtype`."""
         parts = _parts(format_of(self.fmt).decode(self.values), self.block)
-        return _whole(parts * _beside(self.scales), self.shape).astype(dtype)
+        return _whole(parts * _per_block(self.scales), self.shape).astype(dtype)
 
     astype = dequantize
 
@@ -78,7 +78,7 @@ def quantize(
     return scaled(x, block_scales(x, block, fmt, scale), block, fmt)
 
 
-def rounded(
+def fake_quantize(
     x: jax.Array,
     block: tuple[int, int] = (1, 128),
     fmt: str = "e4m3",
@@ -86,7 +86,7 @@ def rounded(
 ) -> jax.Array:
     """`quantize(...).dequantize()` without the stored numbers: the same float32, bit for bit."""
     parts, scales = divided(x, block, fmt, scale)
-    return _whole(format_of(fmt).round(_clipped(parts, fmt)) * _beside(scales), x.shape)
+    return _whole(format_of(fmt).round(parts) * _per_block(scales), x.shape)
 
 
 def divided(
@@ -96,7 +96,7 @@ def divided(
     blocks, columns of a block] and filled up with zeros; and those scales.
     """
     scales = block_scales(x, block, fmt, scale)
-    return _parts(x.astype(jnp.float32), block) / _beside(scales), scales
+    return _parts(x.astype(jnp.float32), block) / _per_block(scales), scales
 
 
 def retile(x: Blocked, block: tuple[int, int], scale: Scale = "pow2") -> Blocked:
@@ -130,16 +130,11 @@ def scaled(
     fmt: str = "e4m3",
 ) -> Blocked:
     """What `quantize` makes of x with these scales."""
-    parts = _parts(x.astype(jnp.float32), block)
+    parts, largest = _parts(x.astype(jnp.float32), block), format_of(fmt).largest
     # By scales that are not x's own, the quotient of what is finite may not be.
-    quotients = jnp.where(jnp.isfinite(parts), _clipped(parts / _beside(scales), fmt), parts)
+    quotients = jnp.clip(parts / _per_block(scales), -largest, largest)
+    quotients = jnp.where(jnp.isfinite(parts), quotients, parts)
     return Blocked(format_of(fmt).encode(_whole(quotients, x.shape)), scales, block, fmt)
-
-
-def _clipped(x: jax.Array, fmt: str) -> jax.Array:
-    """Saturated where it is finite."""
-    largest = format_of(fmt).largest
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:
@@ -173,7 +168,7 @@ def _whole(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]]
 
 
-def _beside(scales: jax.Array) -> jax.Array:
+def _per_block(scales: jax.Array) -> jax.Array:
     """Each block's scale for its `_parts`."""
     return scales[..., :, None, :, None]
 

@@ -1,8 +1,7 @@
 """The derivative rule of linears in low precision (report 3.3.2, 3.3.3, 3.5.2).
 
-Operands are rounded block by block as the weight's rule says and multiplied in float32: products of
-two E4M3 numbers are exact there, and so is the sum within float32's rounding. `accumulator.py`
-emulates what tensor cores make of it.
+Operands are rounded block by block as the weight's rule says, expanded to float32 and multiplied
+there: exact within float32's rounding. `accumulator.py` emulates what tensor cores make of a sum.
 
     Fprop   Y  = X W       X in tiles 1x128            W in 128x128
     Dgrad   dX = dY W^T    dY in tiles 1x128           the same W, transposed
@@ -18,21 +17,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.quant.expert_rows import by_group, only_live, parted, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.kept import keep
 from dsv3_jax.quant.recipes import Rule
 from dsv3_jax.quant.trained_weight import Measure, TrainedWeight
 
-Through = Callable[[jax.Array, jax.Array | None], jax.Array]
+Activation = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+# Names of what linears keep, for policies of recomputation and for whoever counts bytes.
+INPUT, ACTIVATION_INPUT = "linear_input", "ffn_gate_up"
 
 
 class _Static(NamedTuple):
     """What does not depend on numbers."""
 
     rule: Rule
-    through: Through | None
+    activation: Activation | None
     measure: Measure | None
     dtypes: tuple[jnp.dtype, ...]
     """Of the weights' gradients"""
@@ -49,97 +53,84 @@ class _Arrays(NamedTuple):
 def fp8_linear(
     source: jax.Array,
     weights: Sequence[TrainedWeight],
-    through: Through | None = None,
-    factor: jax.Array | None = None,
+    activation: Activation | None = None,
+    gate_X1: jax.Array | None = None,
     expert_x: jax.Array | None = None,
     live_X: jax.Array | None = None,
 ) -> jax.Array:
-    """Rows [X, D] times weights [D, F] side by side, or in blocks times their experts' [E, D, F].
+    """Rows X [X, D] times weights [D, F] side by side, or in blocks times their experts' [E, D, F].
 
-    Arguments as of `gemm.grouped_linear`. -> [X, F + ...] in the dtype of `source`.
+    X is `source`, or `activation(source, gate)` of a source of any width. Arguments as of
+    `gemm.grouped_linear`. -> [X, F + ...] in the dtype of `source`.
     """
     first = weights[0]
-    static = _Static(first.rule, through, first.measure, tuple(w.slot.dtype for w in weights))
+    assert all(w.rule == first.rule for w in weights), "weights side by side have one rule"
+    measure = first.taps and first.taps.measure
+    static = _Static(first.rule, activation, measure, tuple(w.dtype for w in weights))
     arrays = _Arrays(expert_x, live_X, tuple(w.blocked for w in weights))
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
-    return _fp8_linear(static, source, factor, slots, taps, arrays)
+    return _fp8_linear(static, source, gate_X1, slots, taps, arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fp8_linear(static, source, factor, slots, taps, arrays):
-    return _forward(static, source, factor, slots, taps, arrays)[0]
+def _fp8_linear(static, source, gate_X1, slots, taps, arrays):
+    return _forward(static, source, gate_X1, slots, taps, arrays)[0]
 
 
-def _forward(static, source, factor, slots, taps, arrays):
-    del slots, taps
+def _forward(static, source, gate_X1, slots, taps, arrays):
+    del slots
     rule, source = static.rule, only_live(source, arrays.live_X)
-    x_XD = static.through(source, factor) if static.through else source
-    name = "ffn_gate_up" if static.through else "linear_input"
-    kept = checkpoint_name(keep(source if static.through else x_XD, rule.kept), name)
-    x_xMD = rule.input.rounded(_by_group(x_XD, arrays.expert_x))
-    y_xMF = jnp.einsum("xmd,xdf->xmf", x_xMD, _weights(arrays))
-    found = static.measure(x_XD, rule.input) if static.measure else None
+    name = ACTIVATION_INPUT if static.activation else INPUT
+    kept = checkpoint_name(keep(source, rule.kept), name)
+    x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
+    y_xMF = _einsum("xmd,xdf->xmf", rule.input.fake_quantize(x_xMD), _weights(arrays))
+    found = static.measure and static.measure(x_xMD, rule.input)
     y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
-    return y_XF, (kept, factor, found, arrays)
+    return y_XF, (kept, gate_X1, found, taps, arrays)
 
 
 def _backward(static, residuals, dy_XF):
-    kept, factor, found, arrays = residuals
-    rule, dtype, dy_XF = static.rule, dy_XF.dtype, only_live(dy_XF, arrays.live_X)
-    source = kept.values()
-    x_XD, pull = source, None
-    if static.through:
-        x_XD, pull = jax.vjp(static.through, source, factor)
-    x_xMD, dy_xMF = (_by_group(rows, arrays.expert_x) for rows in (x_XD, dy_XF))
-    dx_xMD = jnp.einsum("xmf,xdf->xmd", rule.gradient.rounded(dy_xMF), _weights(arrays))
-    dw_xDF = jnp.einsum(
-        "xmd,xmf->xdf", rule.wgrad_input.rounded(x_xMD), rule.wgrad_gradient.rounded(dy_xMF)
+    kept, gate_X1, found, taps, arrays = residuals
+    rule = static.rule
+    x_XD, pull = jax.vjp(partial(_input, static), kept.dequantize(), gate_X1)
+    x_xMD = by_group(x_XD, arrays.expert_x)
+    dy_xMF = by_group(only_live(dy_XF, arrays.live_X), arrays.expert_x)
+    dx_xMD = _einsum("xmf,xdf->xmd", rule.grad_output.fake_quantize(dy_xMF), _weights(arrays))
+    dw_xDF = _einsum(
+        "xmd,xmf->xdf",
+        rule.wgrad_input.fake_quantize(x_xMD),
+        rule.wgrad_grad_output.fake_quantize(dy_xMF),
     )
-    dsource, dfactor = dx_xMD.reshape(x_XD.shape), None
-    if pull:
-        dsource, dfactor = pull(dsource)
-    # Weights side by side share their input and the gradient of their output.
-    measured = static.measure and (found, static.measure(dy_XF, rule.gradient))
-    dtaps = (measured,) * len(arrays.blocked)
-    dslots = _parted(_sum_by_expert(dw_xDF, arrays), arrays.blocked, static.dtypes)
-    return dsource.astype(dtype), dfactor, dslots, dtaps, None
+    dsource, dgate_X1 = pull(dx_xMD.reshape(x_XD.shape))
+    if static.measure:  # weights side by side share their input and their output's gradient
+        measured = found, static.measure(dy_xMF, rule.grad_output)
+        taps = tuple(jax.tree.unflatten(jax.tree.structure(tap), measured) for tap in taps)
+    return dsource.astype(dy_XF.dtype), dgate_X1, _dslots(dw_xDF, static, arrays), taps, None
 
 
 _fp8_linear.defvjp(_forward, _backward)
 
 
-def only_live(x_XD: jax.Array, live_X: jax.Array | None) -> jax.Array:
-    """Other rows as zeros. Chosen, not multiplied: NaN in a dead row is nobody's NaN."""
-    return x_XD if live_X is None else jnp.where(live_X[:, None], x_XD, 0)
+def _input(static: _Static, source: jax.Array, gate_X1: jax.Array | None) -> jax.Array:
+    return static.activation(source, gate_X1) if static.activation else source
 
 
-def _by_group(x_XD: jax.Array, expert_x: jax.Array | None) -> jax.Array:
-    """[x, M, D]: rows of each expert's block; one block of all rows without experts."""
-    groups = 1 if expert_x is None else expert_x.size
-    return x_XD.reshape(groups, -1, x_XD.shape[-1])
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """In full float32: accelerators would take less by default, and scales have 24 bits."""
+    return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST)
 
 
 def _weights(arrays: _Arrays) -> jax.Array:
     """[x, D, F + ...], float32: what each block of rows is multiplied with."""
-    wide = [w.dequantize() for w in arrays.blocked]
-    w_DF = wide[0] if len(wide) == 1 else jnp.concatenate(wide, -1)
-    return w_DF[None] if arrays.expert_x is None else w_DF[arrays.expert_x]
+    w = side_by_side([w.dequantize() for w in arrays.blocked])
+    return w[None] if arrays.expert_x is None else w[arrays.expert_x]
 
 
-def _sum_by_expert(dw_xDF: jax.Array, arrays: _Arrays) -> jax.Array:
-    """[E, D, F], or [D, F] without experts. A product, as in `gemm`."""
+def _dslots(dw_xDF: jax.Array, static: _Static, arrays: _Arrays) -> tuple[jax.Array, ...]:
+    """The gradient of each weight, summed over its blocks of rows."""
+    shapes = [w.shape for w in arrays.blocked]
     if arrays.expert_x is None:
-        return dw_xDF[0]
-    onehot_xE = jax.nn.one_hot(arrays.expert_x, arrays.blocked[0].shape[0], dtype=dw_xDF.dtype)
-    return jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF)
-
-
-def _parted(
-    dw: jax.Array, blocked: Sequence[Blocked], dtypes: Sequence[jnp.dtype]
-) -> tuple[jax.Array, ...]:
-    """The gradient of weights side by side, for each in its own dtype."""
-    parts, start = [], 0
-    for w, dtype in zip(blocked, dtypes, strict=True):
-        parts.append(dw[..., start : start + w.shape[-1]].astype(dtype))
-        start += w.shape[-1]
-    return tuple(parts)
+        dw = dw_xDF[0]
+    else:
+        dw = sum_by_expert(dw_xDF, arrays.expert_x, shapes[0][0])
+    return parted(dw, [shape[-1] for shape in shapes], static.dtypes)

@@ -19,8 +19,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.quant.expert_rows import by_group, only_live, parted, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
-from dsv3_jax.quant.fp8_gemm import Through, fp8_linear, only_live
+from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT, Activation, fp8_linear
 from dsv3_jax.quant.trained_weight import TrainedWeight
 
 Weight = jax.Array | Blocked | TrainedWeight
@@ -50,21 +51,23 @@ def few_rows_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return wide_einsum(spec, jnp.concatenate([x, x], -2), w)[..., :1, :]
 
 
-def linear(x: jax.Array, *weights: Weight, through: Through | None = None) -> jax.Array:
+def linear(x: jax.Array, *weights: Weight, activation: Activation | None = None) -> jax.Array:
     """x [..., D] times one weight [D, F], or several side by side -> [..., F + ...] in x's dtype.
 
     Several are one product: the input and its gradient pass memory once, and the wider product runs
-    nearer to the peak. With `through` (SwiGLU) the product's input is `through(x)`; of the two, low
-    precision keeps x alone for the backward pass.
+    nearer to the peak. With an `activation` (SwiGLU) the product's input is `activation(x, None)`;
+    of the two, low precision keeps x alone for the backward pass.
     """
     if isinstance(weights[0], TrainedWeight):
-        return fp8_linear(_rows(x), weights, through).reshape(*x.shape[:-1], -1)
-    x = _through(x, through)
+        return fp8_linear(_rows(x), weights, activation).reshape(*x.shape[:-1], -1)
+    x = _input(x, activation)
     return _linear(x, tuple(_expanded(w, x.dtype) for w in weights))
 
 
-def _through(x: jax.Array, through: Through | None, factor: jax.Array | None = None) -> jax.Array:
-    return through(checkpoint_name(x, "ffn_gate_up"), factor) if through else x
+def _input(
+    x: jax.Array, activation: Activation | None, gate_X1: jax.Array | None = None
+) -> jax.Array:
+    return activation(checkpoint_name(x, ACTIVATION_INPUT), gate_X1) if activation else x
 
 
 @jax.custom_vjp
@@ -73,7 +76,7 @@ def _linear(x, weights):
 
 
 def _linear_fwd(x, weights):
-    x = checkpoint_name(x, "linear_input")
+    x = checkpoint_name(x, INPUT)
     x_XD = _rows(x)
     y_XF = _product(partial(few_rows_einsum, "xd,df->xf", x_XD), len(x_XD), weights, x.dtype)
     return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, weights)
@@ -83,7 +86,7 @@ def _linear_bwd(residuals, dy):
     x, weights = residuals
     dy_XF = _rows(dy)
     dx_XD = wide_einsum("xf,df->xd", dy_XF, _joined(weights, dy.dtype)).astype(x.dtype)
-    return dx_XD.reshape(x.shape), _parted(wide_einsum("xd,xf->df", _rows(x), dy_XF), weights)
+    return dx_XD.reshape(x.shape), _gradients(wide_einsum("xd,xf->df", _rows(x), dy_XF), weights)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -101,24 +104,17 @@ def _product(
 ) -> jax.Array:
     """Products with several weights side by side: of many rows, one with the weights joined."""
     if rows < JOINING_ROWS:
-        return _side_by_side([multiply(w.astype(dtype)) for w in weights])
+        return side_by_side([multiply(w.astype(dtype)) for w in weights])
     return multiply(_joined(weights, dtype))
 
 
 def _joined(weights: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
-    return _side_by_side([w.astype(dtype) for w in weights])
+    return side_by_side([w.astype(dtype) for w in weights])
 
 
-def _side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
-    """Joined along the last dimension."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
-
-
-def _parted(dw: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The gradient of joined weights, for each in its own dtype."""
-    ends = np.cumsum([w.shape[-1] for w in weights])
-    parts = jnp.split(dw, ends[:-1], axis=-1)
-    return tuple(part.astype(w.dtype) for part, w in zip(parts, weights, strict=True))
+def _gradients(dw: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Of each weight, from that of all side by side."""
+    return parted(dw, [w.shape[-1] for w in weights], [w.dtype for w in weights])
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -129,25 +125,25 @@ def grouped_linear(
     x_XD: jax.Array,
     expert_x: jax.Array,
     *weights: Weight,
-    through: Through | None = None,
-    factor_X1: jax.Array | None = None,
+    activation: Activation | None = None,
+    gate_X1: jax.Array | None = None,
     live_X: jax.Array | None = None,
 ) -> jax.Array:
     """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each; weights [E, D, F]. With `through` the input is `through(x, factor)`. Rows that are not
-    live (bool [X]) count as zeros, whatever they hold, and so do their gradients. -> [X, F + ...]
-    in x's dtype.
+    each; weights [E, D, F]. With an `activation` the input is `activation(x, gate)`. Rows that are
+    not live (bool [X]) count as zeros, whatever they hold, and so do their gradients.
+    -> [X, F + ...] in x's dtype.
     """
     if isinstance(weights[0], TrainedWeight):
-        return fp8_linear(x_XD, weights, through, factor_X1, expert_x, live_X)
+        return fp8_linear(x_XD, weights, activation, gate_X1, expert_x, live_X)
     if live_X is not None:
         y_XD = grouped_linear(
-            only_live(x_XD, live_X), expert_x, *weights, through=through, factor_X1=factor_X1
+            only_live(x_XD, live_X), expert_x, *weights, activation=activation, gate_X1=gate_X1
         )
         return only_live(y_XD, live_X)  # and so its gradient
-    x_XD = _through(x_XD, through, factor_X1)
+    x_XD = _input(x_XD, activation, gate_X1)
     if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
         weights = tuple(_expanded(w[expert_x], x_XD.dtype) for w in weights)
         expert_x = jnp.arange(expert_x.size, dtype=expert_x.dtype)
@@ -159,14 +155,9 @@ def _grouped(x_XD, weights, expert_x):
     return _grouped_fwd(x_XD, weights, expert_x)[0]
 
 
-def _blocks(x_XD: jax.Array, expert_x: jax.Array) -> jax.Array:
-    """[x, M, D]: M rows of each block x."""
-    return x_XD.reshape(expert_x.size, -1, x_XD.shape[-1])
-
-
 def _grouped_fwd(x_XD, weights, expert_x):
-    x_XD = checkpoint_name(x_XD, "linear_input")
-    x_xMD, dtype = _blocks(x_XD, expert_x), x_XD.dtype
+    x_XD = checkpoint_name(x_XD, INPUT)
+    x_xMD, dtype = by_group(x_XD, expert_x), x_XD.dtype
 
     def multiply(w_EDF):
         return wide_einsum("xmd,xdf->xmf", x_xMD, w_EDF[expert_x])
@@ -177,15 +168,12 @@ def _grouped_fwd(x_XD, weights, expert_x):
 
 def _grouped_bwd(residuals, dy_XF):
     x_XD, weights, expert_x = residuals
-    dy_xMF = _blocks(dy_XF, expert_x)
+    dy_xMF = by_group(dy_XF, expert_x)
     w_xDF = _joined(weights, dy_XF.dtype)[expert_x]
     dx_xMD = wide_einsum("xmf,xdf->xmd", dy_xMF, w_xDF).astype(x_XD.dtype)
-    dw_xDF = wide_einsum("xmd,xmf->xdf", _blocks(x_XD, expert_x), dy_xMF)
-    # Each expert's blocks are summed by a product with a one-hot matrix. It costs E / rows of the
-    # products above (12 % at 16 experts), less than a scatter-add, which XLA:CPU runs on one core.
-    onehot_xE = jax.nn.one_hot(expert_x, weights[0].shape[0], dtype=dw_xDF.dtype)
-    dw_EDF = jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF)
-    return _rows(dx_xMD), _parted(dw_EDF, weights), None
+    dw_xDF = wide_einsum("xmd,xmf->xdf", by_group(x_XD, expert_x), dy_xMF)
+    dw_EDF = sum_by_expert(dw_xDF, expert_x, weights[0].shape[0])
+    return _rows(dx_xMD), _gradients(dw_EDF, weights), None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

@@ -1,6 +1,6 @@
 """What a forward pass keeps for the backward pass, in as few bytes as it takes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -11,26 +11,28 @@ from dsv3_jax.quant.recipes import Operand
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["blocked"], meta_fields=["operand", "columns"]
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scales"],
+    meta_fields=["operand", "shape"],
 )
 @dataclass(frozen=True)
 class Kept:
-    """A `Blocked` whose numbers of 12 bits are packed, two in three bytes, and whose powers of two
-    are one byte each.
-    """
+    """Numbers of 12 bits are packed, two in three bytes; powers of two are one byte each."""
 
-    blocked: Blocked
+    values: jax.Array
+    scales: jax.Array
     operand: Operand
-    columns: int
+    shape: tuple[int, int]
 
-    def values(self) -> jax.Array:
-        """What was kept, as float32."""
-        values, scales = self.blocked.values, self.blocked.scales
+    def dequantize(self) -> jax.Array:
+        """What was kept, float32 [X, D]."""
+        values, scales = self.values, self.scales
         if self.operand.fmt == "e5m6":
-            values = unpack12(values, self.columns)
+            values = unpack12(values, self.shape[-1])
         if self.operand.scale != "float32":
             scales = from_ue8m0(scales)
-        return replace(self.blocked, values=values, scales=scales).dequantize()
+        block = self.operand.block or self.shape
+        return Blocked(values, scales, block, self.operand.fmt).dequantize()
 
 
 def keep(x_XD: jax.Array, operand: Operand) -> Kept:
@@ -41,4 +43,4 @@ def keep(x_XD: jax.Array, operand: Operand) -> Kept:
         values = pack12(values)
     if operand.scale != "float32":
         scales = to_ue8m0(scales)
-    return Kept(replace(blocked, values=values, scales=scales), operand, x_XD.shape[-1])
+    return Kept(values, scales, operand, x_XD.shape)

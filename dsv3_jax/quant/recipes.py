@@ -2,16 +2,18 @@
 backward pass (report 3.3).
 
 A recipe maps classes of linears to rules; a class that it does not name computes in the
-activations' dtype. Which linear is of which class, `model/precision.py` says. To try another recipe
-is to add a table here.
+activations' dtype. Which linear is of which class, `model/precision.py` says. Another recipe is
+another table here, and its name in `config/quant.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 
-from dsv3_jax.quant.fp8 import Blocked, Scale, quantize, rounded
+from dsv3_jax.config.quant import RecipeName
+from dsv3_jax.quant.fp8 import Blocked, Scale, divided, fake_quantize, quantize
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,20 @@ class Operand:
         """x [..., D, F] in blocks; each matrix for itself."""
         return quantize(x, self.block or x.shape[-2:], self.fmt, self.scale)
 
-    def rounded(self, x_xMD: jax.Array) -> jax.Array:
-        """What the GEMM multiplies, float32; x is one matrix of x M rows, and no block of rows
-        reaches over an M.
+    def fake_quantize(self, x_xMD: jax.Array) -> jax.Array:
+        """What the GEMM multiplies, float32. x [x, M, D] are x groups of M rows: no tile reaches
+        over a group's end, and one scale for the whole is one for all groups.
         """
-        if self.block:
-            return rounded(x_xMD, self.block, self.fmt, self.scale)
-        x_XD = x_xMD.reshape(-1, x_xMD.shape[-1])
-        return rounded(x_XD, x_XD.shape, self.fmt, self.scale).reshape(x_xMD.shape)
+        x = self._matrices(x_xMD)
+        return fake_quantize(x, self.block or x.shape, self.fmt, self.scale).reshape(x_xMD.shape)
+
+    def divided(self, x_xMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same groups by blocks over their scales, and those scales: `fp8.divided`."""
+        x = self._matrices(x_xMD)
+        return divided(x, self.block or x.shape, self.fmt, self.scale)
+
+    def _matrices(self, x_xMD: jax.Array) -> jax.Array:
+        return x_xMD if self.block else x_xMD.reshape(-1, x_xMD.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,15 @@ class Rule:
     """X of Fprop: blocks along the inner dimension"""
     weight: Operand
     """W of Fprop and, transposed, of Dgrad"""
-    gradient: Operand
+    grad_output: Operand
     """dY of Dgrad: blocks along the inner dimension"""
     wgrad_input: Operand
     """X of Wgrad, made from what was kept: blocks along the tokens"""
-    wgrad_gradient: Operand
+    wgrad_grad_output: Operand
     """dY of Wgrad"""
     kept: Operand
-    """What the forward pass keeps: X, or the arguments that X is computed from once more"""
+    """What the forward pass keeps: X, or behind SwiGLU its arguments. With recomputation
+    (`train.remat`) these alone are kept, and X is computed and rounded again"""
 
 
 Recipe = Mapping[str, Rule]
@@ -60,14 +69,14 @@ Recipe = Mapping[str, Rule]
 ROW, COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
 
 
-def _fine_grained(x: Scale, dy: Scale, kept: Operand) -> Rule:
+def _fine_grained(x_scale: Scale, dy_scale: Scale, kept: Operand) -> Rule:
     """Every operand E4M3: tiles for activations and gradients, squares for weights."""
     return Rule(
-        input=Operand(ROW, scale=x),
+        input=Operand(ROW, scale=x_scale),
         weight=Operand(SQUARE),
-        gradient=Operand(ROW, scale=dy),
-        wgrad_input=Operand(COLUMN, scale=x),
-        wgrad_gradient=Operand(COLUMN, scale=dy),
+        grad_output=Operand(ROW, scale=dy_scale),
+        wgrad_input=Operand(COLUMN, scale=x_scale),
+        wgrad_grad_output=Operand(COLUMN, scale=dy_scale),
         kept=kept,
     )
 
@@ -82,24 +91,31 @@ FP8: Recipe = {
 }
 
 
-def _every(recipe: Recipe, **changes: Operand) -> Recipe:
-    return {name: replace(rule, **changes) for name, rule in recipe.items()}
-
-
-def _with_scale(rule: Rule, scale: Scale) -> Rule:
-    return Rule(**{name: replace(operand, scale=scale) for name, operand in vars(rule).items()})
+def _changed(recipe: Recipe, operands: Iterable[str], **changes: Any) -> Recipe:
+    """The same recipe with these operands of every rule changed."""
+    return {
+        kind: replace(rule, **{name: replace(getattr(rule, name), **changes) for name in operands})
+        for kind, rule in recipe.items()
+    }
 
 
 # As was usual before: E4M3 forward, E5M2 backward.
 _FORWARD, _BACKWARD = Operand(None), Operand(None, "e5m2")
-_PER_TENSOR = Rule(_FORWARD, _FORWARD, _BACKWARD, _FORWARD, _BACKWARD, _FORWARD)
+_PER_TENSOR = Rule(
+    input=_FORWARD,
+    weight=_FORWARD,
+    grad_output=_BACKWARD,
+    wgrad_input=_FORWARD,
+    wgrad_grad_output=_BACKWARD,
+    kept=_FORWARD,
+)
 
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[RecipeName, Recipe] = {
     "dtype": {},
     "f32": {},
     "bf16": {},
     "fp8": FP8,
-    "fp8_pow2": {name: _with_scale(rule, "pow2") for name, rule in FP8.items()},
+    "fp8_pow2": _changed(FP8, [field.name for field in fields(Rule)], scale="pow2"),
     "fp8_per_tensor": dict.fromkeys(FP8, _PER_TENSOR),
-    "fp8_square_gradients": _every(FP8, gradient=Operand(SQUARE), wgrad_gradient=Operand(SQUARE)),
+    "fp8_square_gradients": _changed(FP8, ["grad_output", "wgrad_grad_output"], block=SQUARE),
 }

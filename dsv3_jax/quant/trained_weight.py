@@ -16,24 +16,37 @@ Measure = Callable[[jax.Array, Operand], jax.Array]
 
 @partial(
     jax.tree_util.register_dataclass,
+    data_fields=["input", "grad_output"],
+    meta_fields=["measure"],
+)
+@dataclass(frozen=True)
+class Taps:
+    """Zeros, never read: their gradients are what `measure` finds in a linear's input and in its
+    output's gradient, [x, M, D] and [x, M, F] (groups of rows), before they are rounded.
+    """
+
+    input: jax.Array
+    grad_output: jax.Array
+    measure: Measure
+
+
+@partial(
+    jax.tree_util.register_dataclass,
     data_fields=["blocked", "slot", "taps"],
-    meta_fields=["rule", "measure"],
+    meta_fields=["rule"],
 )
 @dataclass(frozen=True)
 class TrainedWeight:
     """Stands in a model where a weight [..., D, F] does: linears multiply with `blocked` by `rule`.
 
-    Behaves as an array of that shape where layers handle weights, as `Blocked` does.
+    As with an array, `w[...]` is itself and `w[i]` indexes leading dimensions.
     """
 
     blocked: Blocked
     slot: jax.Array
     """[..., D, F], never read: its gradient is the weight's. Usually the master weight"""
     rule: Rule
-    taps: tuple[jax.Array, jax.Array] | None = None
-    """Zeros, never read: their gradients are what `measure` finds in the input and in the output's
-    gradient"""
-    measure: Measure | None = None
+    taps: Taps | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,5 +60,5 @@ class TrainedWeight:
     def __getitem__(self, index: Any) -> "TrainedWeight":
         if index is Ellipsis:
             return self
-        taps = self.taps and tuple(tap[index] for tap in self.taps)
+        taps = jax.tree.map(lambda tap: tap[index], self.taps)
         return replace(self, blocked=self.blocked[index], slot=self.slot[index], taps=taps)

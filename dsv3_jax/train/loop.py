@@ -343,7 +343,8 @@ class Trainer:
         """What low precision does to weights, inputs and gradients; not finite ones at once."""
         if not self.probe:
             return
-        layers = self.probe(self.state, self.corpus.validation)
+        weight = self._values().mtp_weight
+        layers = self.probe(self.state, self.corpus.validation, weight)
         out.keep(quant_record(self.cfg, self.position, layers))
         text = not_finite(layers)
         if text:

@@ -58,7 +58,7 @@ def page_html(
         _experts(entries, loads),
         _recipe(cfg, entries),
         _machine(entries),
-        _quant(cfg, entries),
+        _quant(entries),
         _events(facts),
         _samples(entries, result),
         _configuration(cfg),
@@ -177,11 +177,12 @@ def _machine(entries: Sequence[dict]) -> str:
     return _section("Speed and memory", _grid(pictures, "pictures"), "")
 
 
-def _quant(cfg: RunConfig, entries: Sequence[dict]) -> str:
+def _quant(entries: Sequence[dict]) -> str:
     rows = quant_page.table(entries)
     if not rows:
         return ""
-    note = f"recipe {cfg.quant.recipe}; one micro-batch of held-out text at the last validation"
+    recipe = page_pictures.of_kind(entries, "quant")[-1]["recipe"]
+    note = f"recipe {recipe}; one micro-batch of held-out text at the last validation"
     pictures = _grid(quant_page.pictures(entries), "pictures large")
     return _section("Low precision", pictures + _table(quant_page.HEADS, rows), note)
 

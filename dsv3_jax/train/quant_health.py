@@ -16,22 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.checkpoint.names import layer_names
+from dsv3_jax.checkpoint.names import is_stack, layer_names
 from dsv3_jax.config import RunConfig
+from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
-from dsv3_jax.quant.formats import format_of
-from dsv3_jax.quant.fp8 import Blocked, divided
+from dsv3_jax.quant.formats import lost
+from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.recipes import RECIPES, Operand
-from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.quant.trained_weight import Taps
 from dsv3_jax.train.loss import loss
-from dsv3_jax.train.optimizer import parameter_name
-from dsv3_jax.train.quantised import quantised, rule_of, with_blocks
+from dsv3_jax.train.quantized_weights import attach, quantize_weights, quantized
 from dsv3_jax.train.step import TrainState
 
 KINDS = ("weight", "input", "gradient")
 # XLA compiles this program for a few runs of it: without optimisation, in a third of the time.
-OPTIONS = {"xla_backend_optimization_level": 0}
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 class Health(NamedTuple):
@@ -40,87 +40,76 @@ class Health(NamedTuple):
     underflow: float
     """Share of the numbers that are not 0, and are 0 after rounding"""
     saturation: float
-    """Share of the finite numbers beyond the format's largest"""
+    """Share of them that are finite and beyond the format's largest"""
     not_finite: float
-    """Share of NaN and infinities"""
+    """Share of them that are NaN or infinities"""
     smallest_scale: float
     largest_scale: float
 
 
-Layers = dict[str, dict[str, Health]]  # parameter by layer -> kind -> health
+HealthByLayer = dict[str, dict[str, Health]]  # parameter of a layer -> kind -> health
 
 
-def measure(x: jax.Array, operand: Operand) -> jax.Array:
-    """x [..., D, F] -> `Health` as float32 [5]."""
-    block, fmt = operand.block or x.shape[-2:], format_of(operand.fmt)
-    parts, scales = divided(x, block, operand.fmt, operand.scale)
-    size, finite = jnp.abs(parts), jnp.isfinite(parts)
-    # What is no normal number of float32, XLA:CPU may take for 0.
-    counts = size >= jnp.finfo(jnp.float32).tiny
-    # The scale is rounded too: a block's own largest number may be above by a last bit.
-    saturated = finite & (size > fmt.largest * (1 + 2.0**-20))
-    underflowed = counts & (fmt.round(jnp.minimum(size, fmt.largest)) == 0)
-    total = jnp.maximum(counts.sum() + (~finite & ~counts).sum(), 1)
-    shares = [where.sum() / total for where in (underflowed, saturated, ~finite)]
-    used = counts.any((-3, -1))  # a block of zeros has scale 1, which says nothing
+def measure(x_xMD: jax.Array, operand: Operand) -> jax.Array:
+    """x [x, M, D], groups of rows as the operand rounds them -> `Health` as float32 [5]."""
+    parts, scales = operand.divided(x_xMD)
+    not_finite, counts = ~jnp.isfinite(parts), parts != 0
+    losses = lost(parts, operand.fmt)
+    total = jnp.maximum(counts.sum(), 1)
+    counted = losses.underflowed, losses.saturated, not_finite.sum()
+    used = (counts & ~not_finite).any((-3, -1))  # a block of zeros has scale 1: it says nothing
     smallest = jnp.where(used, scales, jnp.inf).min()
     largest = jnp.where(used, scales, 0).max()
-    return jnp.stack([*shares, smallest, largest]).astype(jnp.float32)
+    return jnp.stack([*(count / total for count in counted), smallest, largest]).astype(jnp.float32)
 
 
 def make_probe(
     graphdef: nnx.GraphDef, cfg: RunConfig
-) -> Callable[[TrainState, Rows], Layers] | None:
-    """`probe(state, rows)`; None for a recipe that quantises nothing."""
+) -> Callable[[TrainState, Rows, float], HealthByLayer] | None:
+    """`probe(state, rows, mtp_weight)`; None for a recipe that quantises nothing."""
     size, recipe = cfg.train.rows // cfg.train.microbatches, cfg.quant.recipe
 
-    @partial(jax.jit, compiler_options=OPTIONS)
-    def find(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        blocks = quantised(state.params, recipe)
-        taps = {name: _no_taps(name, blocked) for name, blocked in blocks.items()}
+    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    def measure_all(state: TrainState, batch: Batch, mtp_weight: jax.Array) -> dict[str, jax.Array]:
+        blocks = quantize_weights(state.params, recipe)
         valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1) * cfg.train.microbatches
 
         def total(taps):
-            def watch(weight: TrainedWeight, name: str) -> TrainedWeight:
-                return replace(weight, taps=taps[name], measure=measure)
+            model = nnx.merge(graphdef, attach(state.params, blocks, recipe, taps), state.biases)
+            return loss(model, batch, valid_tokens, mtp_weight, cfg.train)[0]
 
-            params = with_blocks(state.params, blocks, recipe, watch)
-            model = nnx.merge(graphdef, params, state.biases)
-            return loss(model, batch, valid_tokens, 1.0, cfg.train)[0]
+        taps = {name: _zero_taps(name, blocked) for name, blocked in blocks.items()}
+        tapped, weights = jax.grad(total)(taps), _weights(state.params, recipe)
+        return {
+            name: jnp.stack([weights[name], tap.input, tap.grad_output], -2)
+            for name, tap in tapped.items()
+        }
 
-        weights = _weights(state.params, recipe)
-        tapped = jax.grad(total)(taps)
-        return {name: jnp.stack([weights[name], *tapped[name]], -2) for name in blocks}
-
-    def probe(state: TrainState, rows: Rows) -> Layers:
+    def probe(state: TrainState, rows: Rows, mtp_weight: float) -> HealthByLayer:
         batch = stack([rows[index % len(rows)] for index in range(size)])
-        return _by_layer(jax.device_get(find(state, batch)), cfg.model.num_dense_layers)
+        found = measure_all(state, batch, jnp.float32(mtp_weight))
+        return _by_layer(jax.device_get(found), cfg.model.num_dense_layers)
 
     return probe if RECIPES[recipe] else None
 
 
-def _is_stack(name: str) -> bool:
-    return bool(layer_names(tuple(name.split(".")), (1,), 0))
+def _zero_taps(name: str, blocked: Blocked) -> Taps:
+    zeros = jnp.zeros((*blocked.shape[: is_stack(name)], len(Health._fields)))
+    return Taps(zeros, zeros, measure)
 
 
-def _no_taps(name: str, blocked: Blocked) -> tuple[jax.Array, jax.Array]:
-    layers = blocked.shape[:1] if _is_stack(name) else ()
-    return (jnp.zeros((*layers, len(Health._fields))),) * 2
-
-
-def _weights(params: nnx.State, recipe: str) -> dict[str, jax.Array]:
+def _weights(params: nnx.State, recipe: RecipeName) -> dict[str, jax.Array]:
     """`measure` of each weight that is quantised, for each layer of a stack."""
     found = {}
-    for path, weight in jax.tree_util.tree_leaves_with_path(params):
-        name = parameter_name(path)
-        rule = rule_of(recipe, name)
-        if rule:
-            of_one = partial(measure, operand=rule.weight)
-            found[name] = jax.vmap(of_one)(weight) if _is_stack(name) else of_one(weight)
+    for name, master, rule in quantized(params, recipe):
+        # One scale for a matrix is one for each expert's.
+        operand = replace(rule.weight, block=rule.weight.block or master.shape[-2:])
+        of_one = partial(measure, operand=operand)
+        found[name] = jax.vmap(of_one)(master) if is_stack(name) else of_one(master)
     return found
 
 
-def _by_layer(found: dict[str, np.ndarray], num_dense_layers: int) -> Layers:
+def _by_layer(found: dict[str, np.ndarray], num_dense_layers: int) -> HealthByLayer:
     """Arrays [..., kind, field] by parameter -> values by layer."""
     layers = {}
     for name, array in found.items():
@@ -131,7 +120,7 @@ def _by_layer(found: dict[str, np.ndarray], num_dense_layers: int) -> Layers:
     return layers
 
 
-def not_finite(layers: Layers) -> str:
+def not_finite(layers: HealthByLayer) -> str:
     """Which tensors hold NaN or infinities; empty if none does."""
     found = [
         f"{kind} of {name}"

@@ -1,7 +1,8 @@
 """The part of a run's page about low precision: what is lost, by kind of tensor and over time."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from dsv3_jax.train.drawing import BLUE, GREEN, ORANGE
@@ -40,15 +41,17 @@ def table(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
     """Underflow over the run, and the range of scales."""
     found = of_kind(entries, "quant")
+    if not found:
+        return []
     tokens = [float(entry["tokens"]) for entry in found]
     shares, ranges = [], []
     for kind in KINDS:
-        by_entry = [list(_of_kind(entry, kind)) for entry in found]
-        means = [100 * _mean(h.underflow for h in healths) for healths in by_entry]
+        by_entry = [[_health(kinds[kind]) for kinds in entry["layers"].values()] for entry in found]
+        means = [100 * fmean(h.underflow for h in healths) for healths in by_entry]
         shares.append(Curve(kind, COLORS[kind], tokens, means, _MARKED))
         for label, ends in (
-            (kind, [min((h.smallest_scale for h in hs), default=math.nan) for hs in by_entry]),
-            ("", [max((h.largest_scale for h in hs), default=math.nan) for hs in by_entry]),
+            (kind, [min(h.smallest_scale for h in healths) for healths in by_entry]),
+            ("", [max(h.largest_scale for h in healths) for healths in by_entry]),
         ):
             ranges.append(Curve(label, COLORS[kind], tokens, ends, _MARKED))
     frame = frame_of(entries)
@@ -56,7 +59,7 @@ def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
         draw("Underflow, % of what is not 0, mean of all layers", shares, frame, LARGE, zero=True),
         draw("Smallest and largest scale", ranges, frame, LARGE, log=True),
     ]
-    return [picture for picture in drawn if picture and found]
+    return [picture for picture in drawn if picture]
 
 
 _MARKED = {"marker": "o", "markersize": 3}
@@ -78,25 +81,16 @@ def _health(values: Sequence[float | None]) -> Health:
     return Health(*(math.nan if value is None else value for value in values))
 
 
-def _of_kind(entry: dict[str, Any], kind: str) -> Iterable[Health]:
-    return (_health(kinds[kind]) for kinds in entry["layers"].values() if kind in kinds)
-
-
 def _row(kind: str, parameter: str, tensors: Sequence[Named]) -> tuple[str, ...]:
     healths = [tensor.health for tensor in tensors]
     worst = max(tensors, key=lambda tensor: tensor.health.underflow)
-    saturated, bad = (max(h[i] for h in healths) for i in (1, 2))
+    saturated, bad = max(h.saturation for h in healths), max(h.not_finite for h in healths)
     low, high = min(h.smallest_scale for h in healths), max(h.largest_scale for h in healths)
     return (
-        kind, parameter, str(len(tensors)), _share(_mean(h.underflow for h in healths)),
+        kind, parameter, str(len(tensors)), _share(fmean(h.underflow for h in healths)),
         _share(worst.health.underflow), worst.layer, _share(saturated), _share(bad),
         f"{low:.2g} to {high:.2g}",
     )  # fmt: skip
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
 
 
 def _share(value: float) -> str:

@@ -11,7 +11,7 @@ from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
-from dsv3_jax.train.quant_health import Health, Layers
+from dsv3_jax.train.quant_health import Health, HealthByLayer
 from dsv3_jax.train.schedules import Values, never_reached
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import StepMetrics
@@ -75,7 +75,7 @@ def experts_record(
     }
 
 
-def quant_record(cfg: RunConfig, position: Position, layers: Layers) -> dict[str, Any]:
+def quant_record(cfg: RunConfig, position: Position, layers: HealthByLayer) -> dict[str, Any]:
     """Of each quantised parameter, by layer, what low precision does to its tensors: for weight,
     input and output's gradient the values of `Health`.
     """

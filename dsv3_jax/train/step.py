@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax import lax
 
+from dsv3_jax.checkpoint.names import is_stack
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
@@ -22,7 +23,7 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
 from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
-from dsv3_jax.train.quantised import quantised, with_blocks
+from dsv3_jax.train.quantized_weights import attach, quantize_weights
 
 
 class TrainState(NamedTuple):
@@ -151,10 +152,10 @@ def gradients(
     count = len(batch.labels_BT) * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
-    blocks = quantised(state.params, cfg.quant.recipe)
+    blocks = quantize_weights(state.params, cfg.quant.recipe)
 
     def one(params, slot_B, micro):
-        params = with_blocks(params, blocks, cfg.quant.recipe)
+        params = attach(params, blocks, cfg.quant.recipe)
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.
@@ -189,7 +190,7 @@ def squared_norms(grads: nnx.State) -> nnx.State:
     """
 
     def of_layers(path: tuple, grad: jax.Array) -> jax.Array:
-        stacked = path[0].key in ("dense_layers", "moe_layers")
+        stacked = is_stack(parameter_name(path))
         return jnp.square(grad).sum(tuple(range(stacked, grad.ndim)))
 
     return jax.tree_util.tree_map_with_path(of_layers, grads)

@@ -15,7 +15,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
-from dsv3_jax.train.quantised import for_products
+from dsv3_jax.train.quantized_weights import with_quantized_weights
 from dsv3_jax.train.step import TrainState
 
 
@@ -40,7 +40,7 @@ def make_validate(
 
     @jax.jit
     def nll(params, biases, batch: Batch):
-        model = nnx.merge(graphdef, for_products(params, cfg.quant.recipe), biases)
+        model = nnx.merge(graphdef, with_quantized_weights(params, cfg.quant.recipe), biases)
         valid_BT, dtype = batch.labels_BT >= 0, jnp.dtype(cfg.train.dtype)
         h_BTD, _ = model.hidden(batch.tokens_BT, valid_BT, dtype, segments_BT=batch.segments_BT)
         return cross_entropy(h_BTD, model.head(), batch.labels_BT)

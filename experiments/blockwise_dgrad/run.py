@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from captured import Trained, trained, with_recipe
+from curves import main_losses, relative_error, smoothed, train
+
+from dsv3_jax.checkpoint.names import to_layers
+from dsv3_jax.cli import parse, run
+from dsv3_jax.model.precision import class_of
+from dsv3_jax.train.step import gradients
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from captured import Trained, trained, with_recipe  # noqa: E402
-from curves import main_losses, relative_error, smoothed, train  # noqa: E402
-
-from dsv3_jax.checkpoint.names import to_layers  # noqa: E402
-from dsv3_jax.cli import parse, run  # noqa: E402
-from dsv3_jax.model.precision import class_of  # noqa: E402
-from dsv3_jax.train.step import gradients  # noqa: E402
-
 RECIPES = ("fp8", "fp8_square_gradients")
 STEPS = (500, 1000)
 CONFIG = HERE.parent / "fp8_vs_bf16" / "config.py"

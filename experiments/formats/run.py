@@ -20,20 +20,7 @@ from captured import tensors, trained
 
 from dsv3_jax.cli import parse, run
 from dsv3_jax.quant.formats import format_of
-from dsv3_jax.quant.fp8 import rounded
-
-
-def whole(fmt: str, scale: str) -> Callable:
-    """One scale for the tensor."""
-    return lambda x: rounded(x, x.shape, fmt, scale)
-
-
-def tiles(fmt: str, scale: str, block: tuple[int, int]) -> Callable:
-    return lambda x: rounded(x, block, fmt, scale)
-
-
-def unscaled(fmt: str) -> Callable:
-    return format_of(fmt).round
+from dsv3_jax.quant.recipes import ROW, SQUARE, Operand
 
 
 def centred(fmt: str) -> Callable:
@@ -47,17 +34,16 @@ def centred(fmt: str) -> Callable:
 
 
 FORMATS: dict[str, Callable] = {
-    "E4M3, one scale": whole("e4m3", "float32"),
-    "E5M2, one scale": whole("e5m2", "float32"),
-    "E4M3, 1x128 (weights 128x128)": tiles("e4m3", "float32", (1, 128)),
-    "E4M3, 1x128, powers of two": tiles("e4m3", "pow2", (1, 128)),
-    "E4M3, 128x128": tiles("e4m3", "float32", (128, 128)),
-    "MXFP8: E4M3, 1x32, E8M0": tiles("e4m3", "mx", (1, 32)),
-    "HiFloat8, no scale": unscaled("hif8"),
+    "E4M3, one scale": Operand(None).fake_quantize,
+    "E5M2, one scale": Operand(None, "e5m2").fake_quantize,
+    "E4M3, 1x128": Operand(ROW).fake_quantize,
+    "E4M3, 1x128, powers of two": Operand(ROW, scale="pow2").fake_quantize,
+    "E4M3, 128x128": Operand(SQUARE).fake_quantize,
+    "MXFP8: E4M3, 1x32, E8M0": Operand((1, 32), scale="mx").fake_quantize,
+    "HiFloat8, no scale": format_of("hif8").round,
     "HiFloat8, one power of two": centred("hif8"),
-    "E5M6, 1x128, powers of two": tiles("e5m6", "pow2", (1, 128)),
+    "E5M6, 1x128, powers of two": Operand(ROW, "e5m6", "pow2").fake_quantize,
 }
-SQUARE = tiles("e4m3", "float32", (128, 128))
 
 
 @dataclass(frozen=True)
@@ -80,8 +66,6 @@ def main(args: list[str]) -> None:
         print("| format | relative error, median | worst | numbers that became 0, median | worst |")
         print("| --- | --- | --- | --- | --- |")
         for name, cast in FORMATS.items():
-            if kind == "weight" and name.startswith("E4M3, 1x128 ("):
-                cast = SQUARE
             error, zeros = zip(*(_lost(jax.jit(cast), m) for m in matrices), strict=True)
             print(
                 f"| {name} | {np.median(error):.2%} | {max(error):.2%} | {np.median(zeros):.3%} "

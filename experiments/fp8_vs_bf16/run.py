@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from curves import main_losses, relative_error, smoothed, train
+
+from dsv3_jax.cli import parse, run
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from curves import main_losses, relative_error, smoothed, train  # noqa: E402
-
-from dsv3_jax.cli import parse, run  # noqa: E402
-
 VARIANTS = {
     "bf16": ("--quant.recipe", "bf16"),
     "bf16_sums": ("--quant.recipe", "bf16", "--train.microbatches", "2"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -12,11 +13,13 @@ from dsv3_jax.config import (
     OutputConfig,
     ParamGroup,
     Phase,
+    QuantConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from dsv3_jax.config.presets import PRESETS
+from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.config.run import from_dict
 from tests.shapes import TINY_YARN, tiny_model
 
@@ -153,3 +156,18 @@ def test_a_section_that_is_no_table_is_refused():
 def test_configs_are_values():
     assert ModelConfig() == ModelConfig()
     assert len({tiny_model(), tiny_model(), tiny_model(d_model=64)}) == 2
+
+
+def test_recipes_of_a_dtype_set_it_and_others_leave_it():
+    dtypes = {
+        name: RunConfig(train=TrainConfig(dtype="float64"), quant=QuantConfig(name)).train.dtype
+        for name in get_args(RecipeName)
+    }
+    expected = dict.fromkeys(dtypes, "float64") | {"f32": "float32", "bf16": "bfloat16"}
+    assert dtypes == expected
+
+
+@pytest.mark.parametrize("recipe", ["fp9", "", None, 8])
+def test_a_recipe_that_does_not_exist_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"quant.recipe is .*; allowed: 'dtype', 'f32', 'bf16'"):
+        QuantConfig(recipe)

@@ -43,8 +43,8 @@ def products(x_XD: np.ndarray, w_DF: np.ndarray, dy_XF: np.ndarray, rule: Rule) 
     w, kept = rounded(w_DF, rule.weight), rounded(x_XD, rule.kept)
     pairs = (
         (rounded(x_XD, rule.input), w),
-        (rounded(dy_XF, rule.gradient), w.T),
-        (rounded(kept, rule.wgrad_input).T, rounded(dy_XF, rule.wgrad_gradient)),
+        (rounded(dy_XF, rule.grad_output), w.T),
+        (rounded(kept, rule.wgrad_input).T, rounded(dy_XF, rule.wgrad_grad_output)),
     )
     pairs = [(a.astype(float), b.astype(float)) for a, b in pairs]
     return Products(*(a @ b for a, b in pairs), *(abs(a) @ abs(b) for a, b in pairs))

@@ -11,7 +11,7 @@ from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.generate import decode
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.quant.fp8 import Blocked, grid, quantize, retile, rounded
+from dsv3_jax.quant.fp8 import Blocked, fake_quantize, grid, quantize, retile, scaled
 from dsv3_jax.quant.gemm import grouped_linear, linear
 from tests.quant.number_tables import TABLES, nearest
 from tests.shapes import compiled, normal, random_model, random_tokens, tiny_model
@@ -76,7 +76,7 @@ def test_rounding_without_stored_numbers_is_the_same_to_the_bit(block, shape, fm
     x = x.astype(np.float32)
 
     def both(x):
-        return rounded(x, block, fmt, scale), quantize(x, block, fmt, scale).dequantize()
+        return fake_quantize(x, block, fmt, scale), quantize(x, block, fmt, scale).dequantize()
 
     actual, expected = (np.asarray(y) for y in compiled(both)(x))
     assert np.array_equal(np.isnan(actual), np.isnan(expected))
@@ -105,6 +105,15 @@ def test_every_e4m3_number_comes_back_from_every_power_of_two_scale():
     blocked = quantize(jnp.asarray(x, jnp.float32), (1, 256), scale="pow2")
     assert np.array_equal(np.asarray(blocked.values).view(np.uint8),
                           np.broadcast_to(finite.view(np.uint8), x.shape))  # fmt: skip
+
+
+def test_by_scales_of_others_what_is_finite_is_saturated():
+    """Even where the quotient is beyond float32."""
+    x = jnp.asarray([[3e38, 1.0, -3e38, jnp.inf]], jnp.float32)
+    blocked = compiled(lambda x: scaled(x, jnp.full((1, 1), 2.0**-120), (1, 4)))(x)
+    values = np.asarray(blocked.values).astype(np.float32)[0]
+    assert values[:3].tolist() == [448, 448, -448]
+    assert np.isnan(values[3])
 
 
 @pytest.mark.parametrize("scale", ["float32", "pow2"])

@@ -102,34 +102,36 @@ def test_weights_side_by_side_are_products_side_by_side(grouped: bool):
 
 
 def test_behind_swiglu_only_its_arguments_are_kept_and_it_is_computed_again():
-    rule, factor = FP8["expert_after_swiglu"], jnp.abs(normal(3, 40, 1))
+    rule, gate = FP8["expert_after_swiglu"], jnp.abs(normal(3, 40, 1))
     source, w, dy = lumpy(0, 40, 48) / 64, lumpy(1, 24, 10), lumpy(2, 40, 10)
     expert_x = jnp.zeros(1, jnp.int32)
 
-    def whole(source, factor):
-        h = swiglu(source, factor)
-        kept = keep(source, rule.kept).values()
-        h_again, pull = jax.vjp(swiglu, kept, factor)
+    def whole(source, gate):
+        h = swiglu(source, gate)
+        kept = keep(source, rule.kept).dequantize()
+        h_again, pull = jax.vjp(swiglu, kept, gate)
         return h, h_again, pull
 
-    h, h_again, pull = whole(source, factor)
+    h, h_again, pull = whole(source, gate)
     forward = oracle.products(np.asarray(h), w, dy, rule)
     from_kept = replace(rule, kept=rule.wgrad_input)
     backward = oracle.products(np.asarray(h_again), w, dy, from_kept)
 
-    def product(source, factor, w):
+    def product(source, gate, w):
         weight = TrainedWeight(rule.weight.quantize(w), w, rule)
-        return grouped_linear(source, expert_x, weight, through=swiglu, factor_X1=factor)
+        return grouped_linear(source, expert_x, weight, activation=swiglu, gate_X1=gate)
 
-    y, gradients = compiled(lambda *args: jax.vjp(product, *args[:3])[1](args[3]) and (
-        product(*args[:3]), jax.vjp(product, *args[:3])[1](args[3])
-    ))(source, factor, w[None], dy)  # fmt: skip
-    dsource, dfactor = pull(jnp.asarray(backward.dx, jnp.float32))
+    def whole_rule(source, gate, w, dy):
+        y, pull = jax.vjp(product, source, gate, w)
+        return y, pull(dy)
+
+    y, gradients = compiled(whole_rule)(source, gate, w[None], dy)
+    dsource, dgate = pull(jnp.asarray(backward.dx, jnp.float32))
     # A last bit of SwiGLU more or less moves a number of E4M3 now and then.
     for actual, expected in (
         (y, forward.y),
         (gradients[0], dsource),
-        (gradients[1], dfactor),
+        (gradients[1], dgate),
         (gradients[2][0], backward.dw),
     ):
         error = np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected)
@@ -141,15 +143,18 @@ def test_behind_swiglu_only_its_arguments_are_kept_and_it_is_computed_again():
 def test_padding_changes_no_bit(kind: str, filling: float):
     """128 rows of which 51 are padding, in input and gradient."""
     live_X = jnp.asarray(np.random.default_rng(0).permutation(128) < 77)
-    expert_x, through = jnp.zeros(1, jnp.int32), swiglu if kind == "expert_after_swiglu" else None
-    x, w = lumpy(0, 128, 48 if through else 24), lumpy(1, 1, 24, 10)
+    expert_x, activation = (
+        jnp.zeros(1, jnp.int32),
+        swiglu if kind == "expert_after_swiglu" else None,
+    )
+    x, w = lumpy(0, 128, 48 if activation else 24), lumpy(1, 1, 24, 10)
     dy = lumpy(2, 128, 10)
 
     def product(x, w):
         weight = w if kind == "plain" else trained(jax.lax.stop_gradient(w), FP8[kind])
         if kind != "plain":
             weight = replace(weight, slot=w)
-        return grouped_linear(x, expert_x, weight, through=through, live_X=live_X)
+        return grouped_linear(x, expert_x, weight, activation=activation, live_X=live_X)
 
     def whole(x, w, dy):
         y, pull = jax.vjp(product, x, w)
@@ -201,13 +206,12 @@ def test_what_is_kept_is_what_was_quantised(fmt: str, scale: str):
     operand = Operand((1, 128), fmt, scale)
     x = lumpy(0, 9, 201)
     kept = compiled(lambda x: keep(x, operand))(x)
-    assert np.array_equal(compiled(lambda k: k.values())(kept), oracle.rounded(x, operand))
+    assert np.array_equal(compiled(lambda k: k.dequantize())(kept), oracle.rounded(x, operand))
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(kept)]
     assert sizes == [9 * (303 if fmt == "e5m6" else 201), 9 * 2 * (1 if scale == "pow2" else 4)]
 
 
-def test_rounding_passes_through_the_activations_dtype():
-    """bfloat16 activations: outputs and their gradients are bfloat16, weights' gradients not."""
+def test_outputs_have_the_activations_dtype_and_weights_gradients_their_own():
     x, w, dy = (lumpy(i, *shape) for i, shape in enumerate([(6, 8), (8, 3), (6, 3)]))
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
     y, dx, (dw,) = run(linear, x, [w], dy, FP8["linear"])

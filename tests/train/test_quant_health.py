@@ -16,7 +16,7 @@ from dsv3_jax.quant.recipes import Operand
 from dsv3_jax.train.page import page_html
 from dsv3_jax.train.quant_health import KINDS, Health, make_probe, measure, not_finite
 from dsv3_jax.train.quant_page import table
-from dsv3_jax.train.quantised import quantised
+from dsv3_jax.train.quantized_weights import quantize_weights
 from dsv3_jax.train.records import quant_record
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import TrainState
@@ -50,7 +50,7 @@ def probed(broken: bool = False):
         weight = state.params["dense_layers"]["mla"]["w_o_HU_D"]
         weight.set_value(weight.get_value().at[0, 1, 2].set(np.nan))
     tokens = np.asarray(random_tokens(run_of("fp8").model, 3, T + 1))
-    return probe(state, [Row(row[:-1], row[1:], None) for row in tokens])
+    return probe(state, [Row(row[:-1], row[1:], None) for row in tokens], 0.3)
 
 
 def test_shares_and_scales_are_those_counted_by_hand():
@@ -78,7 +78,7 @@ def test_what_a_power_of_two_scale_cuts_off_is_saturation():
 
 def test_every_quantised_parameter_of_every_layer_is_told_of():
     found, state = probed(), program()[1]
-    names = jax.eval_shape(lambda params: quantised(params, "fp8"), state.params)
+    names = jax.eval_shape(lambda params: quantize_weights(params, "fp8"), state.params)
     assert set(found) == {name.replace("dense_layers.", "layers.0.") for name in names}
     for kinds in found.values():
         assert tuple(kinds) == KINDS
