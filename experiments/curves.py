@@ -3,26 +3,45 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.config.load import load_json
+from dsv3_jax.train.__main__ import resolve
 
 ROOT = Path(__file__).parents[1]
 FADING = 0.9  # of the running mean (report, appendix B.1)
 
 
 def train(folder: Path, name: str, *options: str) -> Path:
-    """The folder of a finished run of this name; it is trained, or resumed, if there is none."""
-    run = folder / f"{name}-001"
-    command = [sys.executable, "-m", "dsv3_jax.train"]
-    if (run / "config.json").exists():
+    """The folder of a finished run of this name; it is trained, or resumed, if there is none.
+
+    ValueError if the folder holds another run of that name. SystemExit if the training ends early.
+    """
+    folder = folder.absolute()
+    run, command = folder / f"{name}-001", [sys.executable, "-m", "dsv3_jax.train"]
+    if run.exists():
+        _check_same(run, resolve(list(options))[0].run)
         command += ["--resume", str(run)]
     else:
         command += [*options, "--output.folder", str(folder), "--output.name", name]
     if not (run / "result.json").exists():
         print(f"== {name}", flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
+        ended = subprocess.run(command, cwd=ROOT, check=False)
+        if ended.returncode:
+            raise SystemExit(ended.returncode)
     return run
+
+
+def _check_same(run: Path, wanted: RunConfig) -> None:
+    found = load_json(run / "config.json")
+    ids = {"bos_id": wanted.model.bos_id, "eos_id": wanted.model.eos_id}  # the tokenizer's
+    found = replace(found, model=replace(found.model, **ids), output=wanted.output)
+    if found != wanted:
+        raise ValueError(f"{run} is a run of another configuration; allowed: another --folder")
 
 
 def main_losses(run: Path) -> np.ndarray:

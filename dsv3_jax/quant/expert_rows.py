@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def by_group(x_XD: jax.Array, expert_x: jax.Array | None) -> jax.Array:
@@ -20,7 +21,7 @@ def sum_by_expert(dw_xDF: jax.Array, expert_x: jax.Array, num_experts: int) -> j
     which XLA:CPU runs on one core.
     """
     onehot_xE = jax.nn.one_hot(expert_x, num_experts, dtype=dw_xDF.dtype)
-    return jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF)
+    return jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF, precision=lax.Precision.HIGHEST)
 
 
 def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
@@ -36,6 +37,6 @@ def parted(
     return tuple(part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True))
 
 
-def only_live(x_XD: jax.Array, live_X: jax.Array | None) -> jax.Array:
+def only_live(x_XD: jax.Array, live_X: jax.Array) -> jax.Array:
     """Other rows as zeros. Chosen, not multiplied: NaN in a dead row is nobody's NaN."""
-    return x_XD if live_X is None else jnp.where(live_X[:, None], x_XD, 0)
+    return jnp.where(live_X[:, None], x_XD, 0)

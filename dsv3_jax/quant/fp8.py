@@ -11,6 +11,7 @@ flush to zero. MX formats take the power of two that brings the largest magnitud
 format's largest: up to 1.75 is then saturated to 1.75 (E4M3).
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -96,7 +97,7 @@ def divided(
     blocks, columns of a block] and filled up with zeros; and those scales.
     """
     scales = block_scales(x, block, fmt, scale)
-    return _parts(x.astype(jnp.float32), block) / _per_block(scales), scales
+    return _quotients(_parts(x.astype(jnp.float32), block), scales), scales
 
 
 def retile(x: Blocked, block: tuple[int, int], scale: Scale = "pow2") -> Blocked:
@@ -132,9 +133,18 @@ def scaled(
     """What `quantize` makes of x with these scales."""
     parts, largest = _parts(x.astype(jnp.float32), block), format_of(fmt).largest
     # By scales that are not x's own, the quotient of what is finite may not be.
-    quotients = jnp.clip(parts / _per_block(scales), -largest, largest)
+    quotients = jnp.clip(_quotients(parts, scales), -largest, largest)
     quotients = jnp.where(jnp.isfinite(parts), quotients, parts)
     return Blocked(format_of(fmt).encode(_whole(quotients, x.shape)), scales, block, fmt)
+
+
+def _quotients(parts: jax.Array, scales: jax.Array) -> jax.Array:
+    """Parts over their scales.
+
+    By a scale that it sees to be one for many, XLA:CPU multiplies with the inverse, which now and
+    then is another number of 8 bits; so each element has a divisor of its own.
+    """
+    return parts / jnp.where(jnp.isfinite(parts), _per_block(scales), 1)
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, ...]:
@@ -183,7 +193,9 @@ def _scales(maxima: jax.Array, largest: float, scale: Scale) -> jax.Array:
     """maxima / largest, at least the smallest normal number; 1 where a block is all zero."""
     if scale == "pow2":
         # In the bits: exponent and mantissa of the quotient, rounded up to the next exponent.
-        scales = _power_of_two((_bits(maxima) - _bits(jnp.float32(largest)) + 0x7FFFFF) >> 23)
+        exponents = (_bits(maxima) - _bits(jnp.float32(largest)) + 0x7FFFFF) >> 23
+        # Largest number times scale is to be finite: above, it is rather saturated.
+        scales = _power_of_two(jnp.minimum(exponents, 127 - math.frexp(largest)[1] + 1))
     elif scale == "mx":
         scales = _power_of_two((_bits(maxima) >> 23) - (_bits(jnp.float32(largest)) >> 23))
     else:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.quant.expert_rows import by_group, only_live, parted, side_by_side, sum_by_expert
+from dsv3_jax.quant.expert_rows import by_group, parted, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.kept import keep
 from dsv3_jax.quant.recipes import Rule
@@ -46,7 +46,6 @@ class _Arrays(NamedTuple):
     """The arguments that no gradient goes to."""
 
     expert_x: jax.Array | None
-    live_X: jax.Array | None
     blocked: tuple[Blocked, ...]
 
 
@@ -56,7 +55,6 @@ def fp8_linear(
     activation: Activation | None = None,
     gate_X1: jax.Array | None = None,
     expert_x: jax.Array | None = None,
-    live_X: jax.Array | None = None,
 ) -> jax.Array:
     """Rows X [X, D] times weights [D, F] side by side, or in blocks times their experts' [E, D, F].
 
@@ -67,7 +65,7 @@ def fp8_linear(
     assert all(w.rule == first.rule for w in weights), "weights side by side have one rule"
     measure = first.taps and first.taps.measure
     static = _Static(first.rule, activation, measure, tuple(w.dtype for w in weights))
-    arrays = _Arrays(expert_x, live_X, tuple(w.blocked for w in weights))
+    arrays = _Arrays(expert_x, tuple(w.blocked for w in weights))
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)
 
@@ -79,7 +77,7 @@ def _fp8_linear(static, source, gate_X1, slots, taps, arrays):
 
 def _forward(static, source, gate_X1, slots, taps, arrays):
     del slots
-    rule, source = static.rule, only_live(source, arrays.live_X)
+    rule = static.rule
     name = ACTIVATION_INPUT if static.activation else INPUT
     kept = checkpoint_name(keep(source, rule.kept), name)
     x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
@@ -94,7 +92,7 @@ def _backward(static, residuals, dy_XF):
     rule = static.rule
     x_XD, pull = jax.vjp(partial(_input, static), kept.dequantize(), gate_X1)
     x_xMD = by_group(x_XD, arrays.expert_x)
-    dy_xMF = by_group(only_live(dy_XF, arrays.live_X), arrays.expert_x)
+    dy_xMF = by_group(dy_XF, arrays.expert_x)
     dx_xMD = _einsum("xmf,xdf->xmd", rule.grad_output.fake_quantize(dy_xMF), _weights(arrays))
     dw_xDF = _einsum(
         "xmd,xmf->xdf",

@@ -136,13 +136,13 @@ def grouped_linear(
     not live (bool [X]) count as zeros, whatever they hold, and so do their gradients.
     -> [X, F + ...] in x's dtype.
     """
+    if live_X is not None:  # derivatives of choosing see to the gradients
+        x_XD = only_live(x_XD, live_X)
+        gate_X1 = None if gate_X1 is None else only_live(gate_X1, live_X)
+        y_XF = grouped_linear(x_XD, expert_x, *weights, activation=activation, gate_X1=gate_X1)
+        return only_live(y_XF, live_X)
     if isinstance(weights[0], TrainedWeight):
-        return fp8_linear(x_XD, weights, activation, gate_X1, expert_x, live_X)
-    if live_X is not None:
-        y_XD = grouped_linear(
-            only_live(x_XD, live_X), expert_x, *weights, activation=activation, gate_X1=gate_X1
-        )
-        return only_live(y_XD, live_X)  # and so its gradient
+        return fp8_linear(x_XD, weights, activation, gate_X1, expert_x)
     x_XD = _input(x_XD, activation, gate_X1)
     if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
         weights = tuple(_expanded(w[expert_x], x_XD.dtype) for w in weights)

@@ -44,6 +44,7 @@ class Health(NamedTuple):
     not_finite: float
     """Share of them that are NaN or infinities"""
     smallest_scale: float
+    """Of blocks that are not all zero; NaN where all are"""
     largest_scale: float
 
 
@@ -58,8 +59,8 @@ def measure(x_xMD: jax.Array, operand: Operand) -> jax.Array:
     total = jnp.maximum(counts.sum(), 1)
     counted = losses.underflowed, losses.saturated, not_finite.sum()
     used = (counts & ~not_finite).any((-3, -1))  # a block of zeros has scale 1: it says nothing
-    smallest = jnp.where(used, scales, jnp.inf).min()
-    largest = jnp.where(used, scales, 0).max()
+    smallest, largest = jnp.where(used, scales, jnp.inf).min(), jnp.where(used, scales, 0).max()
+    smallest, largest = (jnp.where(used.any(), scale, jnp.nan) for scale in (smallest, largest))
     return jnp.stack([*(count / total for count in counted), smallest, largest]).astype(jnp.float32)
 
 

@@ -50,15 +50,16 @@ def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
         means = [100 * fmean(h.underflow for h in healths) for healths in by_entry]
         shares.append(Curve(kind, COLORS[kind], tokens, means, _MARKED))
         for label, ends in (
-            (kind, [min(h.smallest_scale for h in healths) for healths in by_entry]),
-            ("", [max(h.largest_scale for h in healths) for healths in by_entry]),
+            (kind, [_scales(healths)[0] for healths in by_entry]),
+            ("", [_scales(healths)[1] for healths in by_entry]),
         ):
             ranges.append(Curve(label, COLORS[kind], tokens, ends, _MARKED))
     frame = frame_of(entries)
     drawn = [
         draw("Underflow, % of what is not 0, mean of all layers", shares, frame, LARGE, zero=True),
-        draw("Smallest and largest scale", ranges, frame, LARGE, log=True),
     ]
+    if any(math.isfinite(y) for curve in ranges for y in curve.y):
+        drawn.append(draw("Smallest and largest scale", ranges, frame, LARGE, log=True))
     return [picture for picture in drawn if picture]
 
 
@@ -85,12 +86,20 @@ def _row(kind: str, parameter: str, tensors: Sequence[Named]) -> tuple[str, ...]
     healths = [tensor.health for tensor in tensors]
     worst = max(tensors, key=lambda tensor: tensor.health.underflow)
     saturated, bad = max(h.saturation for h in healths), max(h.not_finite for h in healths)
-    low, high = min(h.smallest_scale for h in healths), max(h.largest_scale for h in healths)
+    low, high = _scales(healths)
     return (
         kind, parameter, str(len(tensors)), _share(fmean(h.underflow for h in healths)),
         _share(worst.health.underflow), worst.layer, _share(saturated), _share(bad),
-        f"{low:.2g} to {high:.2g}",
+        f"{low:.2g} to {high:.2g}" if math.isfinite(low) else "–",
     )  # fmt: skip
+
+
+def _scales(healths: Sequence[Health]) -> tuple[float, float]:
+    """Smallest and largest; NaN where there is nothing but zeros."""
+    known = [h for h in healths if math.isfinite(h.smallest_scale)]
+    if not known:
+        return math.nan, math.nan
+    return min(h.smallest_scale for h in known), max(h.largest_scale for h in known)
 
 
 def _share(value: float) -> str:

@@ -20,7 +20,7 @@ from captured import Trained, trained, with_recipe
 from curves import main_losses, relative_error, smoothed, train
 
 from dsv3_jax.checkpoint.names import to_layers
-from dsv3_jax.cli import parse, run
+from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.model.precision import class_of
 from dsv3_jax.train.step import gradients
 
@@ -39,8 +39,14 @@ class Options:
 
 
 def main(args: list[str]) -> None:
-    """Prints both tables."""
+    """The command."""
     options = parse(Options, Options(), prog="run.py", description=__doc__, args=args)
+    with user_errors():
+        tell(options)
+
+
+def tell(options: Options) -> None:
+    """Trains what is missing and prints both tables."""
     runs = {
         recipe: train(options.folder, recipe, "--config", str(CONFIG), "--quant.recipe", recipe)
         for recipe in ("bf16", *RECIPES)

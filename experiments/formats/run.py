@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from captured import tensors, trained
 
-from dsv3_jax.cli import parse, run
+from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.quant.formats import format_of
 from dsv3_jax.quant.recipes import ROW, SQUARE, Operand
 
@@ -57,8 +57,14 @@ class Options:
 
 
 def main(args: list[str]) -> None:
-    """Prints a table for each kind of tensor."""
+    """The command."""
     options = parse(Options, Options(), prog="run.py", description=__doc__, args=args)
+    with user_errors():
+        tell(options)
+
+
+def tell(options: Options) -> None:
+    """Prints a table for each kind of tensor."""
     found = tensors(trained(options.run, options.step))
     for kind in ("input", "weight", "gradient"):
         matrices = [m for of in found.values() for m in _matrices(np.asarray(getattr(of, kind)))]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from curves import main_losses, relative_error, smoothed, train
 
-from dsv3_jax.cli import parse, run
+from dsv3_jax.cli import parse, run, user_errors
 
 HERE = Path(__file__).parent
 VARIANTS = {
@@ -37,8 +37,14 @@ class Options:
 
 
 def main(args: list[str]) -> None:
-    """Prints the table."""
+    """The command."""
     options = parse(Options, Options(), prog="run.py", description=__doc__, args=args)
+    with user_errors():
+        tell(options)
+
+
+def tell(options: Options) -> None:
+    """Trains what is missing, prints the table and draws the curves."""
     config = ("--config", str(HERE / "config.py"))
     runs = {name: train(options.folder, name, *config, *more) for name, more in VARIANTS.items()}
     heads = "run", "smoothed loss at the end", *(f"relative error, {of}" for of in ERRORS)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsv3_jax.config.presets import tiny_run
+
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.parent for path in (ROOT / "experiments").glob("*/run.py"))
 
@@ -59,3 +61,22 @@ def test_errors_are_of_running_means(curves, tmp_path: Path):
     np.testing.assert_allclose(curves.smoothed(np.array([4.0, 2.0, 2.0])), [4, 3.8, 3.62])
     error = curves.relative_error(tmp_path / "b", tmp_path / "a")
     np.testing.assert_allclose(error, [0, 0.1 / 3.8, 0.09 / 3.62])
+
+
+def test_a_folder_of_another_run_is_refused_in_a_line(tmp_path: Path):
+    (tmp_path / "bf16-001").mkdir()
+    other = tiny_run().to_json()
+    (tmp_path / "bf16-001" / "config.json").write_text(other)
+    command = [sys.executable, "experiments/fp8_vs_bf16/run.py", "--folder", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().endswith("allowed: another --folder")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_run_that_is_not_there_is_told_in_a_line(tmp_path: Path):
+    command = [sys.executable, "experiments/formats/run.py", "--run", str(tmp_path / "gone")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "gone" in ended.stderr
+    assert "Traceback" not in ended.stderr

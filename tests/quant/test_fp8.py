@@ -107,6 +107,29 @@ def test_every_e4m3_number_comes_back_from_every_power_of_two_scale():
                           np.broadcast_to(finite.view(np.uint8), x.shape))  # fmt: skip
 
 
+def test_quotients_are_divisions():
+    """Every bfloat16 number from 1 to 2 as the largest of a block, beside many others: a product
+    with the inverse would round some to another number.
+    """
+    numbers = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    largest = numbers[(numbers >= 1) & (numbers < 2)]
+    others = numbers[(numbers > 2.0**-19) & (numbers < 1)]
+    x = np.stack(np.meshgrid(largest, others), -1).reshape(-1, 2)
+    scales = x[:, :1] * np.float32(1 / 448)
+    expected = (x / scales).astype(E4M3).astype(np.float32) * scales
+    assert np.array_equal(compiled(fake_quantize)(x), expected)
+    assert np.array_equal(compiled(lambda x: quantize(x).dequantize())(x), expected)
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("scale", ["pow2", "mx"])
+def test_the_largest_floats_stay_finite(fmt: str, scale: str):
+    x = np.array([[np.finfo(np.float32).max, 1.0, -3.3e38]], np.float32)
+    back = compiled(lambda x: quantize(x, (1, 4), fmt, scale).dequantize())(x)
+    assert np.isfinite(back).all()
+    assert (np.abs(np.asarray(back)[0, ::2]) > 1.6e38).all()
+
+
 def test_by_scales_of_others_what_is_finite_is_saturated():
     """Even where the quotient is beyond float32."""
     x = jnp.asarray([[3e38, 1.0, -3e38, jnp.inf]], jnp.float32)

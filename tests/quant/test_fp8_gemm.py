@@ -138,36 +138,35 @@ def test_behind_swiglu_only_its_arguments_are_kept_and_it_is_computed_again():
         assert error < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["dispatched", "expert_after_swiglu", "plain"])
+@pytest.mark.parametrize("kind", ["dispatched", "expert_after_swiglu", "plain", "plain swiglu"])
 @pytest.mark.parametrize("filling", [0.0, 1e30, np.nan])
 def test_padding_changes_no_bit(kind: str, filling: float):
-    """128 rows of which 51 are padding, in input and gradient."""
+    """128 rows of which 51 are padding, in input, gate and gradient."""
     live_X = jnp.asarray(np.random.default_rng(0).permutation(128) < 77)
-    expert_x, activation = (
-        jnp.zeros(1, jnp.int32),
-        swiglu if kind == "expert_after_swiglu" else None,
-    )
+    activation = swiglu if "swiglu" in kind else None
     x, w = lumpy(0, 128, 48 if activation else 24), lumpy(1, 1, 24, 10)
-    dy = lumpy(2, 128, 10)
+    gate, dy = np.abs(lumpy(3, 128, 1)), lumpy(2, 128, 10)
 
-    def product(x, w):
-        weight = w if kind == "plain" else trained(jax.lax.stop_gradient(w), FP8[kind])
-        if kind != "plain":
-            weight = replace(weight, slot=w)
-        return grouped_linear(x, expert_x, weight, activation=activation, live_X=live_X)
+    def product(x, gate, w):
+        weight = w
+        if kind in FP8:
+            weight = replace(trained(jax.lax.stop_gradient(w), FP8[kind]), slot=w)
+        gate_X1 = gate if activation else None
+        options = {"activation": activation, "gate_X1": gate_X1, "live_X": live_X}
+        return grouped_linear(x, jnp.zeros(1, jnp.int32), weight, **options)
 
-    def whole(x, w, dy):
-        y, pull = jax.vjp(product, x, w)
+    def whole(x, gate, w, dy):
+        y, pull = jax.vjp(product, x, gate, w)
         return y, *pull(dy)
 
     alive = np.asarray(live_X)
-    expected = compiled(whole)(x, w, dy)
-    padded = [np.where(alive[:, None], a, np.float32(filling)) for a in (x, dy)]
-    y, dx, dw = compiled(whole)(padded[0], w, padded[1])
-    assert np.array_equal(y[alive], expected[0][alive])
-    assert np.array_equal(dx[alive], expected[1][alive])
-    assert not np.any(dx[~alive])
-    assert np.array_equal(dw, expected[2])
+    expected = compiled(whole)(x, gate, w, dy)
+    padded = [np.where(alive[:, None], a, np.float32(filling)) for a in (x, gate, dy)]
+    y, dx, dgate, dw = compiled(whole)(*padded[:2], w, padded[2])
+    for actual, wanted in ((y, expected[0]), (dx, expected[1]), (dgate, expected[2])):
+        assert np.array_equal(actual[alive], wanted[alive])
+        assert not np.any(actual[~alive])
+    assert np.array_equal(dw, expected[3])
 
 
 def test_zeros_give_zeros():
@@ -216,3 +215,64 @@ def test_outputs_have_the_activations_dtype_and_weights_gradients_their_own():
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
     y, dx, (dw,) = run(linear, x, [w], dy, FP8["linear"])
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+
+
+ROW, COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
+
+
+def table(recipe: str) -> dict[str, tuple]:
+    """Block, format and scale of input, weight and output's gradient, of Wgrad's two operands and
+    of what is kept.
+    """
+    return {
+        kind: tuple((o.block, o.fmt, o.scale) for o in (
+            rule.input, rule.weight, rule.grad_output,
+            rule.wgrad_input, rule.wgrad_grad_output, rule.kept,
+        ))
+        for kind, rule in RECIPES[recipe].items()
+    }  # fmt: skip
+
+
+def fine_grained(x: str, w: str, dy: str, kept: tuple) -> tuple:
+    return (
+        (ROW, "e4m3", x), (SQUARE, "e4m3", w), (ROW, "e4m3", dy),
+        (COLUMN, "e4m3", x), (COLUMN, "e4m3", dy), kept,
+    )  # fmt: skip
+
+
+def test_recipes_are_the_reports():
+    """3.3.2 and 3.3.3, appendix B.2, and what was usual before."""
+    plain = fine_grained("float32", "float32", "float32", (ROW, "e4m3", "float32"))
+    assert table("fp8") == {
+        "linear": plain,
+        "after_attention": fine_grained("pow2", "float32", "float32", (ROW, "e5m6", "pow2")),
+        "dispatched": fine_grained("pow2", "float32", "float32", (ROW, "e4m3", "pow2")),
+        "after_swiglu": plain,
+        "expert_after_swiglu": fine_grained("float32", "float32", "pow2", plain[-1]),
+    }
+    for kind, operands in table("fp8_pow2").items():
+        assert operands == tuple((*o[:2], "pow2") for o in table("fp8")[kind])
+    for kind, (x, w, dy, wgrad_x, wgrad_dy, kept) in table("fp8_square_gradients").items():
+        assert (x, w, None, wgrad_x, None, kept) == tuple(
+            None if i in (2, 4) else o for i, o in enumerate(table("fp8")[kind])
+        )
+        assert dy == wgrad_dy == (SQUARE, "e4m3", table("fp8")[kind][2][2])
+    forward, backward = (None, "e4m3", "float32"), (None, "e5m2", "float32")
+    whole = forward, forward, backward, forward, backward, forward
+    assert table("fp8_per_tensor") == dict.fromkeys(FP8, whole)
+
+
+def test_one_scale_is_one_for_all_groups_of_rows():
+    x = lumpy(0, 3, 20, 24)
+    actual = compiled(Operand(None).fake_quantize)(x)
+    expected = oracle.rounded(x.reshape(60, 24), Operand(None)).reshape(x.shape)
+    assert np.array_equal(actual, expected)
+
+
+def test_retiled_numbers_lie_on_ties_and_are_rounded_as_in_numpy():
+    """E4M3 over a float32 scale, once more: many quotients lie between two numbers."""
+    rule = FP8["linear"]
+    x = lumpy(0, 256, 200)
+    kept = compiled(lambda x: keep(x, rule.kept).dequantize())(x)
+    again = compiled(rule.wgrad_input.fake_quantize)(kept)
+    assert np.array_equal(again, oracle.rounded(np.asarray(kept), rule.wgrad_input))

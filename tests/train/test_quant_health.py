@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +14,7 @@ from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.data.packing import Row
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.quant.recipes import Operand
+from dsv3_jax.train.metrics import strict_json
 from dsv3_jax.train.page import page_html
 from dsv3_jax.train.quant_health import KINDS, Health, make_probe, measure, not_finite
 from dsv3_jax.train.quant_page import table
@@ -42,37 +44,39 @@ def program():
 
 
 @cache
-def probed(broken: bool = False):
-    """The program's answer about a random model, one of whose weights may hold a NaN."""
+def probed(broken: bool = False, mtp_weight: float = 0.3, first_row: int = 0):
+    """The program's answer about a random model, one of whose weights may hold a NaN, and the two
+    rows from that one on.
+    """
     probe, state = program()
     if broken:
         state = jax.tree.map(lambda x: x, state)
         weight = state.params["dense_layers"]["mla"]["w_o_HU_D"]
         weight.set_value(weight.get_value().at[0, 1, 2].set(np.nan))
-    tokens = np.asarray(random_tokens(run_of("fp8").model, 3, T + 1))
-    return probe(state, [Row(row[:-1], row[1:], None) for row in tokens], 0.3)
+    tokens = np.asarray(random_tokens(run_of("fp8").model, 4, T + 1))[first_row:]
+    return probe(state, [Row(row[:-1], row[1:], None) for row in tokens], mtp_weight)
 
 
 def test_shares_and_scales_are_those_counted_by_hand():
     x = np.zeros((4, 256), np.float32)
-    x[0, :128] = 448  # scale 1
-    x[0, 1:5] = 2.0**-11  # a quarter of the smallest number
+    x[0, :128] = 896  # scale 2
+    x[0, 1:5] = 2.0**-10  # a quarter of the smallest number
     x[1, 128:] = 4480  # scale 10
     x[2, 0], x[2, 1] = np.nan, np.inf
-    x[2, 2] = 44.8
+    x[2, 2] = 1344  # scale 3; the scales of other blocks, all zero, are 1
     nonzero = 128 + 128 + 3
-    found = Health(*compiled(lambda x: measure(x, Operand((1, 128))))(x).tolist())
+    found = Health(*compiled(lambda x: measure(x[None], Operand((1, 128))))(x).tolist())
     assert found.underflow == pytest.approx(4 / nonzero)
     assert found.saturation == 0
     assert found.not_finite == pytest.approx(2 / nonzero)
-    assert found.smallest_scale == pytest.approx(0.1)
+    assert found.smallest_scale == pytest.approx(2)
     assert found.largest_scale == pytest.approx(10)
 
 
 def test_what_a_power_of_two_scale_cuts_off_is_saturation():
     x = np.full((1, 32), 1.0, np.float32)
     x[0, :3] = 1.9  # over 2^-8: 486, above 448
-    found = Health(*compiled(lambda x: measure(x, Operand((1, 32), scale="mx")))(x).tolist())
+    found = Health(*compiled(lambda x: measure(x[None], Operand((1, 32), scale="mx")))(x).tolist())
     assert found.saturation == pytest.approx(3 / 32)
 
 
@@ -103,6 +107,30 @@ def test_what_is_not_finite_is_named_where_it_is():
     assert not_finite(found).endswith("more")
     alone = {name: {"weight": found[name]["weight"], "input": found[name]["input"]}}
     assert not_finite(alone) == f"weight of {name}"
+
+
+def test_operands_rows_and_weight_of_the_loss_are_those_of_training():
+    found, name = probed(), "mtp.0.block.moe.w_down_EFD"
+    fractions = {kind: np.frexp(found[name][kind].smallest_scale)[0] for kind in KINDS}
+    assert fractions["gradient"] == 0.5  # a power of two, which the input's scale is not
+    assert fractions["input"] != 0.5
+    one, two = (probed(mtp_weight=weight)[name]["gradient"] for weight in (0.25, 0.5))
+    assert two.largest_scale == 2 * one.largest_scale
+    other = probed(first_row=1)["layers.0.mla.w_dq_DQ"]["input"]
+    assert other != probed()["layers.0.mla.w_dq_DQ"]["input"]
+
+
+def test_tensors_of_zeros_have_no_scales():
+    zeros = compiled(lambda x: measure(x, Operand((1, 128))))(jnp.zeros((1, 4, 8)))
+    nothing, some = Health(*zeros.tolist()), Health(0.0, 0.0, 0.0, 0.5, 2.0)
+    assert nothing[:3] == (0, 0, 0)
+    assert np.isnan(nothing[3:]).all()
+    for healths, shown in (((nothing, some), "0.5 to 2"), ((nothing,), "–")):
+        layers = {f"layers.{i}.mla.w_o": dict.fromkeys(KINDS, h) for i, h in enumerate(healths)}
+        entry = quant_record(run_of("fp8"), Position(step=1, consumed_rows=2), layers)
+        entry = json.loads(strict_json(entry))
+        assert {row[-1] for row in table([entry])} == {shown}
+        assert "Low precision" in page_html("run", CFG, "machine", [*make_entries(), entry], None)
 
 
 def test_a_recipe_of_nothing_has_no_such_program():

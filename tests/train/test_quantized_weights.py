@@ -17,6 +17,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.data.packing import Row
 from dsv3_jax.model.precision import CLASSES, class_of
 from dsv3_jax.model.router import RouterBias
+from dsv3_jax.quant.fp8 import quantize
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.train.metrics import read_metrics
@@ -58,6 +59,32 @@ def distance(actual, expected) -> list[float]:
     return [
         float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30)) for a, b in pairs
     ]
+
+
+def test_classes_are_the_reports():
+    """The output projection alone follows attention; only routed experts have dispatched inputs."""
+    kinds = {
+        "linear": "mla.w_q_D_HNR mla.w_dq_DQ mla.w_uq_Q_HNR mla.w_dkv_D_CR mla.w_ukv_C_HNU "
+        "dense.w_gate_DF dense.w_up_DF moe.shared.w_gate_DF moe.shared.w_up_DF",
+        "after_attention": "mla.w_o_HU_D",
+        "dispatched": "moe.w_gate_EDF moe.w_up_EDF",
+        "after_swiglu": "dense.w_down_FD moe.shared.w_down_FD",
+        "expert_after_swiglu": "moe.w_down_EFD",
+    }
+    for kind, names in kinds.items():
+        for name in names.split():
+            assert class_of(f"moe_layers.{name}") == class_of(f"mtp.0.block.{name}") == kind
+
+
+def test_masters_are_quantised_as_they_are():
+    """Not from the activations' dtype."""
+    params = parts_of(RUN)[1].params
+    master = params["mtp"][0]["block"]["mla"]["w_dq_DQ"].get_value()
+    assert np.any(master != master.astype(jnp.bfloat16).astype(jnp.float32))
+    found = jax.jit(lambda p: quantize_weights(p, "fp8"))(params)["mtp.0.block.mla.w_dq_DQ"]
+    expected = jax.jit(lambda w: quantize(w, (128, 128)))(master)
+    assert np.array_equal(found.values.view(jnp.uint8), expected.values.view(jnp.uint8))
+    assert np.array_equal(found.scales, expected.scales)
 
 
 def test_every_parameter_of_the_table_is_found_and_no_other_is_quantised():
