@@ -15,9 +15,9 @@ class QuantConfig:
     """Low precision (report 3.3)."""
 
     recipe: RecipeName = "dtype"
-    """Of linears. dtype: in train.dtype, which f32 and bf16 set; fp8: E4M3 in blocks of 1x128 and
-    128x128; fp8_pow2: with powers of two as scales; fp8_per_tensor (one scale each) and
-    fp8_square_gradients (128x128 for them too) are for comparison"""
+    """Of linears. dtype: as train.dtype; f32, bf16: these, and train.dtype too; fp8: E4M3 in blocks
+    of 1x128 and 128x128; fp8_pow2: all scales powers of two. For comparison, fp8_per_tensor: one
+    scale a tensor, gradients E5M2; fp8_square_gradients: gradients in blocks of 128x128 as well"""
 
     def __post_init__(self) -> None:
         check_types("quant", self)

@@ -81,7 +81,9 @@ def _fine_grained(x_scale: Scale, dy_scale: Scale, kept: Operand) -> Rule:
     )
 
 
-# What is re-tiled after it was stored, or travels between devices, has powers of two as scales.
+# Powers of two where the report has them: for the output projection's input, which is kept in E5M6
+# and re-tiled from there, and for what travels between devices. Other inputs are re-tiled as well,
+# with float32 scales, and so rounded twice.
 FP8: Recipe = {
     "linear": _fine_grained("float32", "float32", Operand(ROW)),
     "after_attention": _fine_grained("pow2", "float32", Operand(ROW, "e5m6", "pow2")),

@@ -90,7 +90,7 @@ class Trainer:
         self.debug_nans, self.profile = debug_nans, profile or Profile.none()
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
         self.programs = programs
-        self.probe = make_probe(graphdef, cfg)
+        self.probe, self.probed = make_probe(graphdef, cfg), False
         self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
@@ -343,6 +343,9 @@ class Trainer:
         """What low precision does to weights, inputs and gradients; not finite ones at once."""
         if not self.probe:
             return
+        if not self.probed:
+            out.message("  compiling what measures low precision (up to a minute, once)")
+            self.probed = True
         weight = self._values().mtp_weight
         layers = self.probe(self.state, self.corpus.validation, weight)
         out.keep(quant_record(self.cfg, self.position, layers))

@@ -89,7 +89,8 @@ def _row(kind: str, parameter: str, tensors: Sequence[Named]) -> tuple[str, ...]
     low, high = _scales(healths)
     return (
         kind, parameter, str(len(tensors)), _share(fmean(h.underflow for h in healths)),
-        _share(worst.health.underflow), worst.layer, _share(saturated), _share(bad),
+        _share(worst.health.underflow), worst.layer if worst.health.underflow else "",
+        _share(saturated), _share(bad),
         f"{low:.2g} to {high:.2g}" if math.isfinite(low) else "–",
     )  # fmt: skip
 
@@ -103,4 +104,4 @@ def _scales(healths: Sequence[Health]) -> tuple[float, float]:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:.3f} %" if value else "0"
+    return f"{100 * value:.2g} %" if value else "0"

@@ -24,6 +24,7 @@ from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
+from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable, new_run
@@ -216,6 +217,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         f"model      {(count.main + count.mtp) / 1e6:,.1f} M parameters, "
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
+    if RECIPES[cfg.quant.recipe]:
+        say(f"           linears by the recipe {cfg.quant.recipe}, in emulated GEMMs")
     tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")

@@ -2,8 +2,8 @@
 
     python experiments/blockwise_dgrad/run.py [--folder FOLDER]
 
-Takes the runs `bf16` and `fp8` of fp8_vs_bf16 from the folder, and trains a third of the same
-configuration with `--quant.recipe fp8_square_gradients`. 15 to 25 minutes on two CPU cores.
+Takes the runs `bf16` and `fp8` of fp8_vs_bf16 from the folder, or trains them, and trains another
+of that configuration with `--quant.recipe fp8_square_gradients`: 10 to 25 minutes on two CPU cores.
 """
 
 import sys

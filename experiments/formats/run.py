@@ -65,6 +65,8 @@ def main(args: list[str]) -> None:
 
 def tell(options: Options) -> None:
     """Prints a table for each kind of tensor."""
+    if not (options.run / "config.json").exists():
+        raise ValueError(f"{options.run} is no run; allowed: one of fp8_vs_bf16, trained before")
     found = tensors(trained(options.run, options.step))
     for kind in ("input", "weight", "gradient"):
         matrices = [m for of in found.values() for m in _matrices(np.asarray(getattr(of, kind)))]

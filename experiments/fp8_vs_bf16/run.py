@@ -3,7 +3,7 @@
     python experiments/fp8_vs_bf16/run.py [--folder FOLDER]
 
 Runs that are in the folder already are not trained again; one that was stopped goes on. Writes
-curves.png beside this file. About an hour on two CPU cores.
+curves.png beside this file. 30 to 60 minutes on two CPU cores.
 """
 
 import sys
