@@ -119,11 +119,8 @@ def _contender(
 
 def report(ran: Sequence[Contender], options: Options) -> None:
     """Prints the table, and keeps the figures if asked to."""
-    from dsv3_jax.train.machine import describe
-
     sizes = f"float32, {options.tokens} tokens after prompts of {options.prompt}"
-    machine = f"{describe()}; allocator {options.allocator}; {sizes}"
-    tell_figures(options, ran, machine, table(ran, ("transformers",)))
+    tell_figures(options, ran, sizes, table(ran, ("transformers",)))
 
 
 if __name__ == "__main__":

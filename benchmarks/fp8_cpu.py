@@ -71,11 +71,8 @@ def _contender(options: Options, python: str, recipe: RecipeName) -> Contender:
 
 def report(ran: Sequence[Contender], options: Options) -> None:
     """Prints the table, and keeps the figures if asked to."""
-    from dsv3_jax.train.machine import describe
-
     sizes = f"{options.rows} rows of {options.length} tokens"
-    machine = f"{describe()}; allocator {options.allocator}; {sizes}"
-    tell_figures(options, ran, machine, table(ran, ("float32",)))
+    tell_figures(options, ran, sizes, table(ran, ("float32",)))
 
 
 if __name__ == "__main__":

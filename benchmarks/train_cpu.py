@@ -156,18 +156,15 @@ def _contender(options: Options, *, more: dict[str, Any], **fields: Any) -> Cont
 
 def report(ran: Sequence[Contender], options: Options) -> None:
     """Prints the table, and keeps the figures if asked to."""
-    from dsv3_jax.train.machine import describe
-
     peaks: dict[str, float] = {}
     for c in ran:
         if "matmul_peak" in c.facts:
             peaks[c.group] = max(c.facts["matmul_peak"], peaks.get(c.group, 0))
     peak = Peak(peaks, train_flops_per_token(bench_cpu(), options.length))
     sizes = f"{options.rows} rows of {options.length} tokens"
-    machine = f"{describe()}; allocator {options.allocator}; {sizes}"
     shown = ", ".join(f"{v / 1e9:,.0f} GFLOP/s in {k}" for k, v in peaks.items())
     lines = [*table(ran, ("transformers", "MaxText"), peak), "", f"matmul peak: {shown}"]
-    tell_figures(options, ran, machine, lines)
+    tell_figures(options, ran, sizes, lines)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,43 @@
-"""Loss curves of runs that share a seed, data and steps: made, read, compared."""
+"""Loss curves of runs of fp8_vs_bf16's configuration, which share seed, data and steps: made, read,
+compared.
+"""
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from dsv3_jax.cli import parse, user_errors
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_json
 from dsv3_jax.train.__main__ import resolve
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+CONFIG = HERE / "fp8_vs_bf16" / "config.py"
 FADING = 0.9  # of the running mean (report, appendix B.1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the runs lie."""
+
+    folder: Path = Path("runs/fp8_vs_bf16")
+    """Of the runs"""
+
+
+def command(tell: Callable[[Path], None], description: str) -> Callable[[list[str]], None]:
+    """The main function of an experiment that tells what its folder of runs holds."""
+
+    def main(args: list[str]) -> None:
+        options = parse(Options, Options(), prog="run.py", description=description, args=args)
+        with user_errors():
+            tell(options.folder)
+
+    return main
 
 
 def train(folder: Path, name: str, *options: str) -> Path:
@@ -21,16 +45,16 @@ def train(folder: Path, name: str, *options: str) -> Path:
 
     ValueError if the folder holds another run of that name. SystemExit if the training ends early.
     """
-    folder = folder.absolute()
-    run, command = folder / f"{name}-001", [sys.executable, "-m", "dsv3_jax.train"]
+    folder, options = folder.absolute(), ("--config", str(CONFIG), *options)
+    run, words = folder / f"{name}-001", [sys.executable, "-m", "dsv3_jax.train"]
     if run.exists():
         _check_same(run, resolve(list(options))[0].run)
-        command += ["--resume", str(run)]
+        words += ["--resume", str(run)]
     else:
-        command += [*options, "--output.folder", str(folder), "--output.name", name]
+        words += [*options, "--output.folder", str(folder), "--output.name", name]
     if not (run / "result.json").exists():
         print(f"== {name}", flush=True)
-        ended = subprocess.run(command, cwd=ROOT, check=False)
+        ended = subprocess.run(words, cwd=HERE.parent, check=False)
         if ended.returncode:
             raise SystemExit(ended.returncode)
     return run

@@ -41,9 +41,12 @@ class ContestOptions:
 
 
 def tell_figures(
-    options: ContestOptions, ran: Sequence[Contender], machine: str, lines: Sequence[str]
+    options: ContestOptions, ran: Sequence[Contender], sizes: str, lines: Sequence[str]
 ) -> None:
-    """Prints the machine and the table, and keeps the figures if asked to."""
+    """Prints the machine, sizes of the work and the table, and keeps the figures if asked to."""
+    from dsv3_jax.train.machine import describe  # JAX comes in here, not before --help
+
+    machine = f"{describe()}; allocator {options.allocator}; {sizes}"
     lines = [machine, "", *lines]
     print("\n".join(lines))
     if options.out:

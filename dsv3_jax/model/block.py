@@ -12,6 +12,7 @@ from dsv3_jax.model.layers import FeedForward, Init, rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.router import RouterStats
+from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT
 
 Remat = Literal["none", "report", "full"]
 
@@ -24,7 +25,7 @@ KEPT_BY_REPORT = (
     "mla_kv_latent",
     "attention_out",
     "attention_lse",
-    "ffn_gate_up",
+    ACTIVATION_INPUT,
     "router_scores",
     "router_experts",
     "moe_layout",

@@ -7,7 +7,6 @@ of that configuration with `--quant.recipe fp8_square_gradients`: 10 to 25 minut
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -17,39 +16,21 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from captured import Trained, trained, with_recipe
-from curves import main_losses, relative_error, smoothed, train
+from curves import command, main_losses, relative_error, smoothed, train
 
 from dsv3_jax.checkpoint.names import to_layers
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import run
 from dsv3_jax.model.precision import class_of
 from dsv3_jax.train.step import gradients
 
-HERE = Path(__file__).parent
 RECIPES = ("fp8", "fp8_square_gradients")
 STEPS = (500, 1000)
-CONFIG = HERE.parent / "fp8_vs_bf16" / "config.py"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where the runs lie."""
-
-    folder: Path = Path("runs/fp8_vs_bf16")
-    """Of the runs of fp8_vs_bf16"""
-
-
-def main(args: list[str]) -> None:
-    """The command."""
-    options = parse(Options, Options(), prog="run.py", description=__doc__, args=args)
-    with user_errors():
-        tell(options)
-
-
-def tell(options: Options) -> None:
+def tell(folder: Path) -> None:
     """Trains what is missing and prints both tables."""
     runs = {
-        recipe: train(options.folder, recipe, "--config", str(CONFIG), "--quant.recipe", recipe)
-        for recipe in ("bf16", *RECIPES)
+        recipe: train(folder, recipe, "--quant.recipe", recipe) for recipe in ("bf16", *RECIPES)
     }
     print("| run | smoothed loss at the end | relative error to bf16, mean of the last half |")
     print("| --- | --- | --- |")
@@ -94,4 +75,4 @@ def layer_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(command(tell, __doc__))

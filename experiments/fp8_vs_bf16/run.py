@@ -7,18 +7,16 @@ curves.png beside this file. 30 to 60 minutes on two CPU cores.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from curves import main_losses, relative_error, smoothed, train
+from curves import command, main_losses, relative_error, smoothed, train
 
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import run
 
-HERE = Path(__file__).parent
 VARIANTS = {
     "bf16": ("--quant.recipe", "bf16"),
     "bf16_sums": ("--quant.recipe", "bf16", "--train.microbatches", "2"),
@@ -28,25 +26,9 @@ ERRORS = "largest", "largest after warm-up", "mean of the last half", "its mean 
 WARM = 50  # steps, those of the warm-up, whose losses fall fast: told apart
 
 
-@dataclass(frozen=True)
-class Options:
-    """Where the runs lie."""
-
-    folder: Path = Path("runs/fp8_vs_bf16")
-    """Of the runs"""
-
-
-def main(args: list[str]) -> None:
-    """The command."""
-    options = parse(Options, Options(), prog="run.py", description=__doc__, args=args)
-    with user_errors():
-        tell(options)
-
-
-def tell(options: Options) -> None:
+def tell(folder: Path) -> None:
     """Trains what is missing, prints the table and draws the curves."""
-    config = ("--config", str(HERE / "config.py"))
-    runs = {name: train(options.folder, name, *config, *more) for name, more in VARIANTS.items()}
+    runs = {name: train(folder, name, *more) for name, more in VARIANTS.items()}
     heads = "run", "smoothed loss at the end", *(f"relative error, {of}" for of in ERRORS)
     print(f"| {' | '.join(heads)} |")
     print("|" + " --- |" * len(heads))
@@ -58,7 +40,7 @@ def tell(options: Options) -> None:
             f"| {np.abs(error[WARM:]).max():.3f} % | {half.mean():+.3f} % "
             f"| {np.abs(half).mean():.3f} % |"
         )
-    draw(runs, HERE / "curves.png")
+    draw(runs, Path(__file__).with_name("curves.png"))
 
 
 def draw(runs: dict[str, Path], path: Path) -> None:
@@ -80,4 +62,4 @@ def draw(runs: dict[str, Path], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(command(tell, __doc__))

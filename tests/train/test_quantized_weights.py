@@ -18,6 +18,7 @@ from dsv3_jax.data.packing import Row
 from dsv3_jax.model.precision import CLASSES, class_of
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.quant.fp8 import quantize
+from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.train.metrics import read_metrics
@@ -37,7 +38,7 @@ RUN = RunConfig(
     train=TrainConfig(rows=4, dtype="float32", balance_weight=0.0),
     quant=QuantConfig("fp8"),
 )
-KEPT = ("linear_input", "ffn_gate_up")
+KEPT = (INPUT, ACTIVATION_INPUT)
 
 
 def parts_of(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState, Batch]:
