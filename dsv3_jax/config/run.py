@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.fields import check, check_types
+from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.quant import DTYPES, QuantConfig
 from dsv3_jax.config.schedule import ScheduleConfig
@@ -174,6 +175,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         check_types("", self)
@@ -189,6 +191,8 @@ class RunConfig:
                 f"data.length is {self.data.length}; "
                 f"allowed: more than model.mtp_depth = {self.model.mtp_depth}"
             )
+        self.mesh.check_model(self.model)
+        self.mesh.check_rows(self.train.rows, self.train.microbatches)
         part = self.train.rows // self.train.microbatches
         for phase in self.schedule.rows_phases:
             if phase.value % part:

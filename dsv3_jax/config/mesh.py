@@ -1,0 +1,83 @@
+"""How a run is spread over devices."""
+
+import math
+from dataclasses import dataclass, fields
+
+from dsv3_jax.config.fields import check, check_types
+from dsv3_jax.config.model import ModelConfig
+
+AXES = ("pipe", "data", "node", "local")
+MAX_DEVICES = 2**20
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices in a grid. Experts are spread over node x local; tokens, and the optimiser's state,
+    over data x node x local (report 3.2).
+    """
+
+    pipe: int = 1
+    """Pipeline ranks"""
+    data: int = 1
+    """Groups of devices that each hold all experts"""
+    node: int = 1
+    """Nodes a group of experts lies on"""
+    local: int = 1
+    """Devices in a node"""
+    bucket_factor: float = 1.25
+    """Rows of an exchange's bucket over a device's share under balanced routing: what does not fit
+    goes in further rounds"""
+
+    def __post_init__(self) -> None:
+        check_types("mesh", self)
+        for name in AXES:
+            size = getattr(self, name)
+            check(f"mesh.{name}", size, 1 <= size <= MAX_DEVICES, f"1 to {MAX_DEVICES:,}")
+        check("mesh.pipe", self.pipe, self.pipe == 1, "1, since pipelines are not built yet")
+        factor = self.bucket_factor
+        check("mesh.bucket_factor", factor, 0 < factor <= 1024, "above 0, up to 1024")
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def token_shards(self) -> int:
+        """Devices that have tokens of their own."""
+        return self.data * self.node * self.local
+
+    @property
+    def expert_shards(self) -> int:
+        """Devices that experts are spread over."""
+        return self.node * self.local
+
+    def check_model(self, model: ModelConfig) -> None:
+        """ValueError for a model whose experts cannot be spread like this."""
+        if model.num_dense_layers == model.num_layers and not model.mtp_depth:
+            return
+        if model.num_experts % self.expert_shards:
+            raise ValueError(
+                f"model.num_experts is {model.num_experts}; allowed: multiples of the "
+                f"{self.expert_shards} devices of mesh.node x mesh.local"
+            )
+        if model.num_groups > 1 and model.num_groups % self.node:
+            raise ValueError(
+                f"model.num_groups is {model.num_groups}; allowed: multiples of mesh.node = "
+                f"{self.node}, so that a group's experts lie on one node, or 1 for no groups"
+            )
+
+    def check_rows(self, rows: int, microbatches: int) -> None:
+        """ValueError for rows of a step that the devices cannot share evenly."""
+        part = rows // microbatches
+        if part % self.token_shards:
+            raise ValueError(
+                f"train.rows / train.microbatches is {part} rows; allowed: multiples of the "
+                f"{self.token_shards} devices of mesh.data x mesh.node x mesh.local"
+            )
+
+
+def shape_of(mesh: MeshConfig) -> str:
+    """`data 2 x node 2 x local 2`: axes of more than one device."""
+    sizes = {field.name: getattr(mesh, field.name) for field in fields(mesh)}
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes[axis] > 1)

@@ -1,0 +1,77 @@
+"""The grid of devices, and where weights lie on it (report 3.2).
+
+Axes: `pipe` ranks of a pipeline, `data` groups of devices that each hold all experts, `node` and
+`local` the nodes of a group and the devices of a node. Experts are sharded over node and local,
+tokens over data, node and local. Axes of one device are normal.
+
+Within `jax.shard_map` values are typed by the axes over which they differ; `varying` and
+`varying_like` say so where JAX cannot know: of weights before they enter a derivative rule, of the
+first carry of a loop.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from dsv3_jax.config.mesh import AXES, MeshConfig
+
+DATA, NODE, LOCAL = AXES[1:]
+TOKEN_AXES = (DATA, NODE, LOCAL)
+EXPERT_AXES = (NODE, LOCAL)
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration. ValueError if there are too few devices.
+
+    Given devices are taken in their order, `local` fastest. Otherwise JAX's own: by their topology
+    on a TPU, elsewhere in their order, in which those of one host are neighbours.
+    """
+    shape = tuple(getattr(cfg, axis) for axis in AXES)
+    found = jax.devices() if devices is None else list(devices)
+    if len(found) < cfg.size:
+        raise ValueError(
+            f"mesh has {' x '.join(map(str, shape))} = {cfg.size} devices ({', '.join(AXES)}); "
+            f"here are {len(found)} (--devices {cfg.size} emulates them on a CPU)"
+        )
+    found, types = found[: cfg.size], (AxisType.Explicit,) * len(AXES)
+    if devices is None and found[0].platform == "tpu":
+        return jax.make_mesh(shape, AXES, types, devices=found)
+    return Mesh(np.array(found).reshape(shape), AXES, axis_types=types)
+
+
+def weight_spec(name: str) -> PartitionSpec:
+    """How a weight lies on the mesh while it is computed with.
+
+    The letters that end a parameter's name name its dimensions; behind a dimension of layers in a
+    stack. A first dimension of experts, E, is spread over node and local; all else is whole on
+    every device.
+    """
+    stacked = name.startswith(("dense_layers.", "moe_layers."))
+    if re.search(r"_E[A-Z]+$", name):
+        return PartitionSpec(*[None] * stacked, EXPERT_AXES)
+    return PartitionSpec()
+
+
+def varying(tree: Any, axes: Sequence[str]) -> Any:
+    """The same values, typed as differing over these axes too."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in _varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def varying_like(tree: Any, *others: Any) -> Any:
+    """The same values, typed as differing over every axis over which any of the others does."""
+    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(others)))
+    return varying(tree, tuple(axis for axis in AXES if axis in axes))
+
+
+def _varying_axes(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
