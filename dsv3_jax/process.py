@@ -11,6 +11,7 @@ user's own.
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ SETTINGS = {
     "MALLOC_ARENA_MAX": "1",  # XLA's threads would each keep a heap of their own
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+MAX_EMULATED = 4096
 ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
@@ -63,6 +65,29 @@ def compilation_cache(environment: Mapping[str, str]) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     return {name: environment.get(name, value) for name, value in defaults.items()}
+
+
+def emulate(devices: int | None) -> None:
+    """So many devices on the CPU, asked for before JAX has begun; None leaves them as they are.
+
+    ValueError for a number that cannot be, or another one in XLA_FLAGS.
+    """
+    if devices is None:
+        return
+    if not 1 <= devices <= MAX_EMULATED:
+        raise ValueError(f"--devices is {devices}; allowed: 1 to {MAX_EMULATED:,}")
+    flags = os.environ.get("XLA_FLAGS", "")
+    asked = re.findall(r"--xla_force_host_platform_device_count=(\S+)", flags)
+    if asked and asked[-1] != str(devices):
+        raise ValueError(
+            f"--devices is {devices}, and XLA_FLAGS asks for {asked[-1]} emulated devices; "
+            "allowed: one of them"
+        )
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if not asked:
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def give_back() -> None:

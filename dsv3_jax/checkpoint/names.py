@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from dsv3_jax.parallel.mesh import STACKS
 from dsv3_jax.quant.fp8 import Blocked, abstract_blocked
-
-_STACKS = ("dense_layers", "moe_layers")
 
 
 def to_layers(state: nnx.State, num_dense_layers: int) -> dict[str, np.ndarray]:
@@ -48,9 +48,17 @@ def from_layers(
             value = _stacked([_taken(held, name, named) for name in names])
         else:
             value = _taken(held, _name(path), named)
-        value = jax.tree.map(lambda x, to: jax.numpy.asarray(x, to.dtype), value, held)
+        value = jax.tree.map(_placed, value, held)
         restored[path] = variable.replace(value)
     return nnx.from_flat_state(restored)
+
+
+def _placed(x: np.ndarray, to: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """In the dtype and in the place of `to`, if it says one."""
+    sharding = getattr(to, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return jax.numpy.asarray(x, to.dtype)
+    return jax.device_put(np.asarray(x, to.dtype), sharding)  # to each device its own shard
 
 
 def shapes(like: nnx.State, num_dense_layers: int) -> dict[str, tuple[int, ...]]:
@@ -103,14 +111,9 @@ def _expanded(blocked: Blocked) -> jax.Array:
     return blocked.dequantize()
 
 
-def is_stack(name: str) -> bool:
-    """Whether a parameter of this name has a leading dimension of layers."""
-    return name.partition(".")[0] in _STACKS
-
-
 def layer_names(path: tuple, shape: tuple[int, ...], num_dense_layers: int) -> list[str]:
     """A name for each layer of a stack of this shape; none where `path` is no stack's."""
-    if path[0] not in _STACKS:
+    if path[0] not in STACKS:
         return []
     first = num_dense_layers if path[0] == "moe_layers" else 0
     return [".".join((f"layers.{first + i}", *map(str, path[1:]))) for i in range(shape[0])]

@@ -12,6 +12,8 @@ from dsv3_jax.model.layers import FeedForward, Init, rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.router import RouterStats
+from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.dispatch import RECEIVED
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT
 
 Remat = Literal["none", "report", "full"]
@@ -29,6 +31,7 @@ KEPT_BY_REPORT = (
     "router_scores",
     "router_experts",
     "moe_layout",
+    RECEIVED,
 )
 
 
@@ -51,20 +54,24 @@ class Block(nnx.Module):
         rope_BTR: jax.Array,
         valid_BT: jax.Array,
         segments_BT: jax.Array | None = None,
+        plan: Exchange | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
-        """The stream after this layer, and its router's statistics (None for a dense layer)."""
+        """The stream after this layer, and its router's statistics (None for a dense layer).
+
+        With a `plan`, experts are spread over devices, within a `shard_map`.
+        """
         normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.eps)
         x_BTD += self.mla(normed_BTD, rope_BTR, segments_BT)
-        return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT)
+        return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT, plan)
 
     def feed_forward(
-        self, x_BTD: jax.Array, valid_BT: jax.Array
+        self, x_BTD: jax.Array, valid_BT: jax.Array, plan: Exchange | None = None
     ) -> tuple[jax.Array, RouterStats | None]:
         """The second half: x + FFN(norm(x))."""
         normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.eps)
         if hasattr(self, "dense"):
             return x_BTD + self.dense(normed_BTD), None
-        y_BTD, stats = self.moe(normed_BTD, valid_BT)
+        y_BTD, stats = self.moe(normed_BTD, valid_BT, plan)
         return x_BTD + y_BTD, stats
 
 

@@ -15,6 +15,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.router import RouterStats
+from dsv3_jax.parallel.buckets import Exchange
 from dsv3_jax.quant.gemm import linear
 
 
@@ -36,12 +37,13 @@ class MTP(nnx.Module):
         rope_BTR: jax.Array,
         valid_BT: jax.Array,
         segments_BT: jax.Array | None = None,
+        plan: Exchange | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states of the depth before and embedded tokens i + k -> normed hidden states."""
         embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)
         h_BTD = rms_norm(h_BTD, self.hidden_norm_D[...], self.eps)
         x_BTD = linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])
-        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT, segments_BT)
+        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT, segments_BT, plan)
         return rms_norm(x_BTD, self.norm_D[...], self.eps), stats
 
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
+from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.quant.gemm import wide
 
 
@@ -32,11 +33,13 @@ class Routing(NamedTuple):
 class RouterStats(NamedTuple):
     """What the trainer needs of a router.
 
-    int32 load [E] over valid tokens; balance = mean over rows of sum f P (Eq. 17 without alpha).
+    int32 load [E] over valid tokens; balance = mean over rows of sum f P (Eq. 17 without alpha);
+    and what an exchange between devices took, if there was one.
     """
 
     load_E: jax.Array
     balance: jax.Array
+    traffic: Traffic | None = None
 
 
 class Router(nnx.Module):

@@ -15,6 +15,7 @@ from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
+from dsv3_jax.parallel.buckets import Exchange
 from dsv3_jax.quant.gemm import few_rows_einsum
 
 # So few layers of a kind are written out in the program: what they keep for the backward pass need
@@ -65,6 +66,7 @@ class DeepSeekV3(nnx.Module):
         remat: Remat = "none",
         segments_BT: jax.Array | None = None,
         slot_B: jax.Array | None = None,
+        plan: Exchange | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states after the final norm [B, T, D] in `dtype`, and router statistics stacked
         over the MoE layers.
@@ -75,6 +77,7 @@ class DeepSeekV3(nnx.Module):
                 its start.
             slot_B: zeros, added to a row's embedding: where a row's gradient is not finite, the
                 slot's is not.
+            plan: of the exchange with experts on other devices, within a `shard_map`.
         """
         if tokens_BT.shape[1] > self.cfg.max_length:
             raise ValueError(
@@ -90,7 +93,9 @@ class DeepSeekV3(nnx.Module):
         def run(x_BTD, layers, count):
             scanned = count > UNROLLED
             body = rematerialised(
-                lambda x, block: block(x, rope_BTR, valid_BT, segments_BT), remat, scanned=scanned
+                lambda x, block: block(x, rope_BTR, valid_BT, segments_BT, plan),
+                remat,
+                scanned=scanned,
             )
             return lax.scan(body, x_BTD, layers, unroll=1 if scanned else count)
 
@@ -110,6 +115,7 @@ class DeepSeekV3(nnx.Module):
         valid_BT: jax.Array | None = None,
         remat: Remat = "none",
         segments_BT: jax.Array | None = None,
+        plan: Exchange | None = None,
     ) -> list[tuple[jax.Array, RouterStats]]:
         """Each depth's normed hidden states and statistics, from the main model's `hidden`.
 
@@ -122,7 +128,7 @@ class DeepSeekV3(nnx.Module):
             embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
             valid = valid_BT & shift_left(valid_BT, k, fill=False) & same_segment(segments_BT, k)
             depth = rematerialised(
-                lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid, segments_BT),
+                lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid, segments_BT, plan),
                 remat,
                 scanned=False,
             )

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from dsv3_jax.config.mesh import AXES, MeshConfig
 
 DATA, NODE, LOCAL = AXES[1:]
+STACKS = ("dense_layers", "moe_layers")  # first names of parameters with a dimension of layers
 TOKEN_AXES = (DATA, NODE, LOCAL)
 EXPERT_AXES = (NODE, LOCAL)
 
@@ -51,10 +52,14 @@ def weight_spec(name: str) -> PartitionSpec:
     stack. A first dimension of experts, E, is spread over node and local; all else is whole on
     every device.
     """
-    stacked = name.startswith(("dense_layers.", "moe_layers."))
     if re.search(r"_E[A-Z]+$", name):
-        return PartitionSpec(*[None] * stacked, EXPERT_AXES)
+        return PartitionSpec(*[None] * is_stacked(name), EXPERT_AXES)
     return PartitionSpec()
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a parameter of this name has a leading dimension of layers."""
+    return name.partition(".")[0] in STACKS
 
 
 def varying(tree: Any, axes: Sequence[str]) -> Any:

@@ -43,6 +43,8 @@ class Options:
     """Print the resolved configuration as JSON and leave"""
     print_schedule: Path | None = None
     """Draw learning rate, batch, bias speed and MTP weight as a .png, .svg or .pdf and leave"""
+    devices: int | None = None
+    """Emulate this many devices on the CPU, for a configuration's mesh (XLA_FLAGS does as well)"""
     debug_nans: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say in which layer a loss or gradient stops being finite; slower"""
     profile: str | None = None
@@ -70,6 +72,8 @@ def main(args: Sequence[str]) -> int | None:
 
 
 def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | None) -> int:
+    with user_errors():
+        process.emulate(options.devices)
     # JAX comes in here, not before --help.
     from dsv3_jax.checkpoint.arrays import CheckpointError
     from dsv3_jax.train.console import RunConsole

@@ -30,7 +30,7 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
     cfg, run, corpus = trainer.cfg, trainer.run, trainer.corpus
     rows = corpus.validation
     validation = trainer.validate(trained.state, rows, range(len(rows)))
-    text = continuation(trainer.graphdef, trained.state, cfg, corpus)
+    text = continuation(trainer.graphdef, trainer.whole_state, cfg, corpus)
     averaged = None
     records = [validation_record(validation, trained.position, cfg, whole=True)]
     if trained.average is not None:

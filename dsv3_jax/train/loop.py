@@ -1,4 +1,4 @@
-"""The training loop on one device: steps, records, validations, checkpoints, a clean stop.
+"""The training loop: steps, records, validations, checkpoints, a clean stop.
 
 On an accelerator the loop keeps one step in flight: it hands the device the next step before it
 reads the results of the last, so the device never waits for the host. On CPUs both are the same
@@ -45,7 +45,7 @@ from dsv3_jax.train.records import (
 from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.schedules import Values, rows_after, values_at
 from dsv3_jax.train.snapshot import Position, Snapshot
-from dsv3_jax.train.step import Coefficients, StepMetrics, stacked_biases
+from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState, stacked_biases
 from dsv3_jax.train.trouble import BadSteps, SpikeMeter, said_of
 from dsv3_jax.train.validation import make_validate, spread
 
@@ -91,7 +91,9 @@ class Trainer:
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
         self.programs = programs
         self.probe, self.probed = make_probe(graphdef, cfg), False
-        self.validate = make_validate(graphdef, cfg, corpus.tokenizer.byte_lengths_V)
+        lengths_V = corpus.tokenizer.byte_lengths_V
+        self.sharding = programs.sharding
+        self.validate = make_validate(graphdef, cfg, lengths_V, self.sharding)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
         self.average, self.update_average = None, None
@@ -112,6 +114,11 @@ class Trainer:
         seconds = self.clock.seconds() if self.clock else self.position.seconds
         position = self.position._replace(seconds=seconds)
         return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
+
+    @property
+    def whole_state(self) -> TrainState:
+        """On one device, for what knows of one."""
+        return self.sharding.on_one_device(self.state)
 
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.
@@ -174,7 +181,7 @@ class Trainer:
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
         step = self.programs.of(values.rows)
-        self.state, metrics = step(self.state, jax.device_put(batch), coefficients)
+        self.state, metrics = step(self.state, self.sharding.put_rows(batch), coefficients)
         if self.update_average:
             self.average = self.update_average(self.average, self.state.params)
         rows = self.position.consumed_rows + values.rows
@@ -268,7 +275,7 @@ class Trainer:
     def _bad_layer(self, batch: Batch, row: int) -> str:
         """Where one row stops being finite: the whole batch may not fit at once."""
         one = Batch(*(x if x is None else x[row : row + 1] for x in batch))
-        return first_bad_layer(self.graphdef, self.state, one, self.cfg.train)
+        return first_bad_layer(self.graphdef, self.whole_state, one, self.cfg.train)
 
     def _rewind(self, flight: Flight, out: Output) -> bool:
         """Back to the newest regular checkpoint, if there is one, and on with the rows after the
@@ -318,7 +325,7 @@ class Trainer:
             result = self.validate(self.state, rows, chosen)
             whole = result.rows == len(rows)
             out.validation(validation_record(result, self.position, self.cfg, whole))
-            text = continuation(self.graphdef, self.state, self.cfg, self.corpus)
+            text = continuation(self.graphdef, self.whole_state, self.cfg, self.corpus)
             if text:
                 out.keep(sample_record(self.cfg, self.position, text))
             self._tell_experts(out)
@@ -347,7 +354,7 @@ class Trainer:
             out.message("  compiling what measures low precision (up to a minute, once)")
             self.probed = True
         weight = self._values().mtp_weight
-        layers = self.probe(self.state, self.corpus.validation, weight)
+        layers = self.probe(self.whole_state, self.corpus.validation, weight)
         out.keep(quant_record(self.cfg, self.position, layers))
         text = not_finite(layers)
         if text:

@@ -14,7 +14,7 @@ from typing import Any
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.files import replace_file
-from dsv3_jax.train import expert_pictures, page_pictures, quant_page
+from dsv3_jax.train import exchange_page, expert_pictures, page_pictures, quant_page
 from dsv3_jax.train.console import printable
 from dsv3_jax.train.drawing import short
 from dsv3_jax.train.folder import RunFolder
@@ -58,6 +58,7 @@ def page_html(
         _experts(entries, loads),
         _recipe(cfg, entries),
         _machine(entries),
+        _exchange(entries),
         _quant(entries),
         _events(facts),
         _samples(entries, result),
@@ -175,6 +176,13 @@ def _machine(entries: Sequence[dict]) -> str:
         page_pictures.memory(entries),
     ]
     return _section("Speed and memory", _grid(pictures, "pictures"), "")
+
+
+def _exchange(entries: Sequence[dict]) -> str:
+    pictures = exchange_page.pictures(entries)
+    if not pictures:
+        return ""
+    return _section("Between devices", _grid(pictures, "pictures"), exchange_page.NOTE)
 
 
 def _quant(entries: Sequence[dict]) -> str:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.train.sharding import ONE_DEVICE, Sharding
 from dsv3_jax.train.step import Coefficients, TrainState, make_step
 
 
@@ -19,9 +20,16 @@ class StepPrograms:
     A process that fails while a compilation runs ends only with that.
     """
 
-    def __init__(self, cfg: RunConfig, graphdef: nnx.GraphDef, shapes: TrainState) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        graphdef: nnx.GraphDef,
+        shapes: TrainState,
+        sharding: Sharding = ONE_DEVICE,
+    ) -> None:
         """`shapes` of the state, from `abstract_state`."""
-        self.cfg, self.shapes, self.step = cfg, shapes, make_step(graphdef, cfg)
+        self.cfg, self.sharding = cfg, sharding
+        self.shapes, self.step = sharding.placed_shapes(shapes), make_step(graphdef, cfg, sharding)
         self.programs: dict[int, Future[Callable]] = {}
 
     def begin(self, rows: int) -> None:
@@ -43,7 +51,8 @@ class StepPrograms:
         return self.programs[rows].result()
 
     def _compiled(self, rows: int) -> Callable:
-        array = jax.ShapeDtypeStruct((rows, self.cfg.data.length), jnp.int32)
+        shape = rows, self.cfg.data.length
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.rows)
         batch = Batch(array, array, array if self.cfg.data.isolate else None)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
         return self.step.lower(self.shapes, batch, coefficients).compile()

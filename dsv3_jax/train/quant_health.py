@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv3_jax.checkpoint.names import is_stack, layer_names
+from dsv3_jax.checkpoint.names import layer_names
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
+from dsv3_jax.parallel.mesh import is_stacked
 from dsv3_jax.quant.formats import lost
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.recipes import RECIPES, Operand
@@ -95,7 +96,7 @@ def make_probe(
 
 
 def _zero_taps(name: str, blocked: Blocked) -> Taps:
-    zeros = jnp.zeros((*blocked.shape[: is_stack(name)], len(Health._fields)))
+    zeros = jnp.zeros((*blocked.shape[: is_stacked(name)], len(Health._fields)))
     return Taps(zeros, zeros, measure)
 
 
@@ -106,7 +107,7 @@ def _weights(params: nnx.State, recipe: RecipeName) -> dict[str, jax.Array]:
         # One scale for a matrix is one for each expert's.
         operand = replace(rule.weight, block=rule.weight.block or master.shape[-2:])
         of_one = partial(measure, operand=operand)
-        found[name] = jax.vmap(of_one)(master) if is_stack(name) else of_one(master)
+        found[name] = jax.vmap(of_one)(master) if is_stacked(name) else of_one(master)
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.clock import Clock
+from dsv3_jax.train.exchange_records import exchange_entry
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
 from dsv3_jax.train.quant_health import Health, HealthByLayer
 from dsv3_jax.train.schedules import Values, never_reached
@@ -30,29 +31,33 @@ def train_record(
     rate = clock.rows_per_second() * cfg.data.length
     violation_L = metrics.max_violation_L
     bias_LE = metrics.bias_LE
-    return _entry("train", cfg, position) | {
-        "rows": position.consumed_rows,
-        "step_rows": values.rows,
-        "loss": float(metrics.loss),
-        "main_loss": float(metrics.parts.main),
-        "mtp_loss": float(metrics.parts.mtp),
-        "balance_loss": float(metrics.parts.balance),
-        "grad_norm": float(metrics.grad_norm),
-        "grad_norms": {part: float(norm) for part, norm in metrics.grad_norms.items()},
-        "learning_rate": values.learning_rate,
-        "bias_speed": values.bias_speed,
-        "mtp_weight": values.mtp_weight,
-        "max_violation": float(violation_L.mean()) if violation_L.size else None,
-        "bias_min": float(bias_LE.min()) if bias_LE.size else None,
-        "bias_max": float(bias_LE.max()) if bias_LE.size else None,
-        "tokens_per_second": rate,
-        "matmul_share": rate * flops_share,
-        "data_wait": clock.data_wait(),
-        "peak_memory": peak_memory(),
-        "device_peak_memory": device_peak_memory(),
-        "skipped": position.skipped,
-        "seconds": clock.seconds(),
-    }
+    return (
+        _entry("train", cfg, position)
+        | {
+            "rows": position.consumed_rows,
+            "step_rows": values.rows,
+            "loss": float(metrics.loss),
+            "main_loss": float(metrics.parts.main),
+            "mtp_loss": float(metrics.parts.mtp),
+            "balance_loss": float(metrics.parts.balance),
+            "grad_norm": float(metrics.grad_norm),
+            "grad_norms": {part: float(norm) for part, norm in metrics.grad_norms.items()},
+            "learning_rate": values.learning_rate,
+            "bias_speed": values.bias_speed,
+            "mtp_weight": values.mtp_weight,
+            "max_violation": float(violation_L.mean()) if violation_L.size else None,
+            "bias_min": float(bias_LE.min()) if bias_LE.size else None,
+            "bias_max": float(bias_LE.max()) if bias_LE.size else None,
+            "tokens_per_second": rate,
+            "matmul_share": rate * flops_share,
+            "data_wait": clock.data_wait(),
+            "peak_memory": peak_memory(),
+            "device_peak_memory": device_peak_memory(),
+            "skipped": position.skipped,
+            "seconds": clock.seconds(),
+        }
+        | ({"exchange": exchange_entry(cfg, metrics.exchange)} if metrics.exchange else {})
+    )
 
 
 def validation_record(
@@ -116,6 +121,12 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     warm, steps = cfg.schedule.warmup_steps, cfg.train.steps
     if warm > steps:
         lines.append(f"the warm-up of {warm:,} steps is longer than the run of {steps:,}")
+    if cfg.mesh.node > 1 and cfg.model.num_groups == 1 and routed:
+        nodes = min(cfg.model.experts_per_token, cfg.mesh.node)
+        lines.append(
+            f"model.num_groups is 1: routing is not limited, a token may go to {nodes} of "
+            f"mesh.node = {cfg.mesh.node} nodes"
+        )
     still = int((~metrics.bias_moved_L).sum())
     if values.bias_speed and still:
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 from dsv3_jax import process
@@ -24,12 +23,14 @@ from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus, build_corpus
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
+from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable, new_run
 from dsv3_jax.train.loop import Trainer
-from dsv3_jax.train.machine import describe, matmul_peak, memory_size
+from dsv3_jax.train.machine import describe, matmul_peak
+from dsv3_jax.train.memory import check_memory
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.profile import Profile
@@ -37,6 +38,7 @@ from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.schedules import rows_after, rows_at
+from dsv3_jax.train.sharding import Sharding, make_sharding
 from dsv3_jax.train.snapshot import Position, Snapshot
 from dsv3_jax.train.step import abstract_state, check_state, init_state
 from dsv3_jax.train.trouble import BadSteps
@@ -96,11 +98,12 @@ def prepare(
     if resume is None:
         check_writable(cfg.output)
     packages_of(cfg)
+    make_mesh(cfg.mesh)  # where there are so many devices
     say(f"machine    {describe()}")
     if resume:
         check_trained(resume.path)
     check_state(cfg)
-    _check_memory(cfg)
+    check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
         checkpoint = _load(cfg, resume or init_from, None if resume else WEIGHTS, say)
@@ -170,19 +173,6 @@ def _write_config(cfg: RunConfig, run: RunFolder) -> None:
     replace_file(run.config, f"{cfg.to_json()}\n".encode())
 
 
-def _check_memory(cfg: RunConfig) -> None:
-    """ValueError if the model cannot be trained here, whatever the batch."""
-    count = cfg.model.param_count()
-    moments = 2 * jnp.dtype(cfg.optimizer.moment_dtype).itemsize
-    needed = (count.main + count.mtp) * (4 + 4 + moments)  # masters, gradients, moments
-    if needed > memory_size():
-        raise ValueError(
-            f"the model has {(count.main + count.mtp) / 1e9:,.1f} B parameters, whose masters, "
-            f"moments and gradients take {needed / 1e9:,.0f} GB; this device has "
-            f"{memory_size() / 1e9:,.0f} GB (--print-config only shows the configuration)"
-        )
-
-
 def _check_profile(cfg: RunConfig, watch: Watch, done: int) -> None:
     """ValueError if the steps to trace are not all to come."""
     if watch.profile and not done < watch.profile[0] <= watch.profile[1] <= cfg.train.steps:
@@ -223,13 +213,14 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
     graphdef, shapes = abstract_state(cfg)
-    programs = StepPrograms(cfg, graphdef, shapes)
+    sharding = make_sharding(cfg, shapes.params)
+    programs = StepPrograms(cfg, graphdef, shapes, sharding)
     rows = _next_rows(prepared)
     if rows:
         say("           compiling the training step (up to a minute, kept for the next time)")
     if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
         programs.begin(rows)
-    start = _start(prepared, say)
+    start = _start(prepared, sharding, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb
         process.give_back()
@@ -295,10 +286,10 @@ def _next_rows(prepared: Prepared) -> int:
     return rows_at(cfg, checkpoint.meta["consumed_rows"] * cfg.data.length)
 
 
-def _start(prepared: Prepared, say: Callable[[str], None]) -> Snapshot:
+def _start(prepared: Prepared, sharding: Sharding, say: Callable[[str], None]) -> Snapshot:
     """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    state = init_state(cfg)
+    state = init_state(cfg, sharding)
     if checkpoint is None:
         if not prepared.is_new:
             say("           never saved: starting over")

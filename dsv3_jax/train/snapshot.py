@@ -128,8 +128,10 @@ def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) 
 
 
 def _emptied(tree: Any) -> Any:
-    """The shapes and dtypes of arrays whose memory is given back."""
-    shapes = jax.eval_shape(lambda: tree)
+    """Shapes, dtypes and places of arrays whose memory is given back."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
     for x in jax.tree.leaves(tree):
         x.delete()
     return shapes

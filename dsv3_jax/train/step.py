@@ -1,5 +1,5 @@
-"""One training step on one device: gradients summed over micro-batches, AdamW, and the routers'
-bias update (report 2.1.2, 4.2).
+"""One training step: gradients summed over micro-batches and devices, AdamW on each device's
+shards, and the routers' bias update (report 2.1.2, 3.2, 4.2).
 
 A step whose loss or gradient is not finite, or whose loss is above a limit, changes nothing.
 """
@@ -15,15 +15,17 @@ import optax
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.checkpoint.names import is_stack
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.parallel.dispatch import Traffic
+from dsv3_jax.parallel.mesh import is_stacked
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
 from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
 from dsv3_jax.train.quantized_weights import attach, quantize_weights
+from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, Sharding
 
 
 class TrainState(NamedTuple):
@@ -72,6 +74,18 @@ class StepMetrics(NamedTuple):
     """bool: whether any of a router's did"""
     squared_norms: nnx.State
     """Of the gradient of each parameter, for each layer of a stack; 0 where none above 1e-19 is"""
+    exchange: "Exchanged | None"
+    """Of tokens with experts on other devices"""
+
+
+class Exchanged(NamedTuple):
+    """What the exchanges of a step took: every router's, MTP's last [L], over its micro-batches."""
+
+    total: Traffic
+    """Of all devices"""
+    most_received_L: jax.Array
+    """Token copies at the fullest device"""
+    most_rounds_L: jax.Array
 
 
 def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
@@ -79,11 +93,16 @@ def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     return jax.eval_shape(partial(_fresh, cfg), jax.random.key(0))
 
 
-def init_state(cfg: RunConfig) -> TrainState:
-    """A fresh model and optimiser from `train.seed`, made in one compiled program."""
+def init_state(cfg: RunConfig, sharding: Sharding = ONE_DEVICE) -> TrainState:
+    """A fresh model and optimiser from `train.seed`, made in one compiled program, each device its
+    shards.
+    """
     # Runs once, so it is compiled without optimisation: 5 s of CPU time instead of 18 for `tiny`.
     options = {"xla_backend_optimization_level": 0}
-    build = jax.jit(lambda key: _fresh(cfg, key)[1], compiler_options=options)
+    placements = sharding.placements(sharding.state(abstract_state(cfg)[1]))
+    build = jax.jit(
+        lambda key: _fresh(cfg, key)[1], compiler_options=options, out_shardings=placements
+    )
     return build(jax.random.key(cfg.train.seed))
 
 
@@ -100,7 +119,7 @@ def check_state(cfg: RunConfig) -> None:
         check_groups(cfg.optimizer, abstract_state(cfg)[1].params)
 
 
-def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
+def make_step(graphdef: nnx.GraphDef, cfg: RunConfig, sharding: Sharding = ONE_DEVICE) -> Callable:
     """Compiled `step(state, batch, coefficients) -> (state, StepMetrics)`.
 
     The state is donated.
@@ -109,10 +128,10 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
 
     def step(state: TrainState, batch: Batch, coefficients: Coefficients):
         total, grads, parts, row_is_finite_B = gradients(
-            graphdef, state, batch, coefficients.mtp_weight, cfg
+            graphdef, state, batch, coefficients.mtp_weight, cfg, sharding
         )
 
-        squares = squared_norms(grads)
+        squares = sharding.sum_of_shards(squared_norms(grads))
         norms = norms_by_part(squares)
         norm = optax.tree.norm(norms)
         applied = jnp.isfinite(total) & jnp.isfinite(norm) & (parts.main <= coefficients.loss_limit)
@@ -131,56 +150,85 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig) -> Callable:
             norm,
             norms,
             applied,
-            all_finite(after.params),
+            sharding.sum((~all_finite(after.params)).astype(jnp.int32)) == 0,
             row_is_finite_B,
             max_violation(parts.load_LE),
             bias_LE,
             (bias_LE != stacked_biases(state.biases)).any(-1),
             squares,
+            exchanged(parts.traffic, sharding),
         )
-        return after, metrics
+        return after, metrics._replace(parts=parts._replace(traffic=None))
 
+    state = sharding.state(abstract_state(cfg)[1])
+    told = StepMetrics(*[WHOLE] * len(StepMetrics._fields))._replace(row_is_finite_B=ROWS)
+    step = sharding.per_device(step, (state, ROWS, WHOLE), (state, told))
     return jax.jit(step, donate_argnums=0)
 
 
 def gradients(
-    graphdef: nnx.GraphDef, state: TrainState, batch: Batch, mtp_weight: jax.Array, cfg: RunConfig
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    batch: Batch,
+    mtp_weight: jax.Array,
+    cfg: RunConfig,
+    sharding: Sharding = ONE_DEVICE,
 ) -> tuple[jax.Array, nnx.State, LossParts, jax.Array]:
     """Loss, float32 gradients and loss parts of a whole step's rows, in micro-batches one after the
     other; and whether each row's gradient is finite, bool [B].
+
+    Of several devices, each has its rows, and of the gradients its shards; traffic is its own.
     """
-    count = len(batch.labels_BT) * cfg.train.microbatches // cfg.train.rows
-    valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1)
+    count = len(batch.labels_BT) * sharding.devices * cfg.train.microbatches // cfg.train.rows
+    valid_tokens = jnp.maximum(sharding.sum((batch.labels_BT >= 0).sum()), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
-    blocks = quantize_weights(state.params, cfg.quant.recipe)
+    params = sharding.gather(state.params)
+    blocks = quantize_weights(params, cfg.quant.recipe)
 
     def one(params, slot_B, micro):
         params = attach(params, blocks, cfg.quant.recipe)
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.
-        return loss(model, micro, valid_tokens, mtp_weight, cfg.train, 1 / count, slot_B)
+        row_share = 1 / (count * sharding.devices)
+        return loss(
+            model, micro, valid_tokens, mtp_weight, cfg.train, row_share, slot_B, sharding.plan
+        )
 
     def value_and_grad(micro):
         slot_B = jnp.zeros(len(micro.labels_BT), wide(jnp.dtype(cfg.train.dtype)))
         value, (grads, dslot_B) = jax.value_and_grad(one, (0, 1), has_aux=True)(
-            state.params, slot_B, micro
+            params, sharding.differing(slot_B), micro
         )
-        return (*value, grads), jnp.isfinite(dslot_B)
+        return sharding.differing((*value, grads)), jnp.isfinite(dslot_B)
+
+    def of_all_devices(sums):
+        total, parts, grads = sums
+        traffic = parts.traffic
+        total, parts = sharding.sum((total, parts._replace(traffic=None)))
+        return total, sharding.reduce(grads), parts._replace(traffic=traffic)
 
     first = jax.tree.map(lambda x: x[0], parts_of)
     if count == 1:
-        (total, parts, grads), row_is_finite_B = value_and_grad(first)
-        return total, grads, parts, row_is_finite_B
+        sums, row_is_finite_B = value_and_grad(first)
+        return *of_all_devices(sums), row_is_finite_B
 
     def accumulate(carry, micro):
         sums, row_is_finite_B = value_and_grad(micro)
         return jax.tree.map(jnp.add, carry, sums), row_is_finite_B
 
     shapes, _ = jax.eval_shape(value_and_grad, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (total, parts, grads), row_is_finite_MB = lax.scan(accumulate, zeros, parts_of)
-    return total, grads, parts, row_is_finite_MB.reshape(-1)
+    zeros = sharding.differing(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    sums, row_is_finite_MB = lax.scan(accumulate, zeros, parts_of)
+    return *of_all_devices(sums), row_is_finite_MB.reshape(-1)
+
+
+def exchanged(traffic: Traffic | None, sharding: Sharding) -> Exchanged | None:
+    """Of all devices, from each device's own."""
+    if traffic is None:
+        return None
+    most = sharding.max((traffic.received, traffic.rounds))
+    return Exchanged(sharding.sum(traffic), *most)
 
 
 def squared_norms(grads: nnx.State) -> nnx.State:
@@ -190,7 +238,7 @@ def squared_norms(grads: nnx.State) -> nnx.State:
     """
 
     def of_layers(path: tuple, grad: jax.Array) -> jax.Array:
-        stacked = is_stack(parameter_name(path))
+        stacked = is_stacked(parameter_name(path))
         return jnp.square(grad).sum(tuple(range(stacked, grad.ndim)))
 
     return jax.tree_util.tree_map_with_path(of_layers, grads)

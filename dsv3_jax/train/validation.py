@@ -16,7 +16,8 @@ from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.train.quantized_weights import with_quantized_weights
-from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, Sharding
+from dsv3_jax.train.step import TrainState, abstract_state
 
 
 class Validation(NamedTuple):
@@ -31,19 +32,31 @@ class Validation(NamedTuple):
 
 
 def make_validate(
-    graphdef: nnx.GraphDef, cfg: RunConfig, byte_lengths_V: np.ndarray
+    graphdef: nnx.GraphDef,
+    cfg: RunConfig,
+    byte_lengths_V: np.ndarray,
+    sharding: Sharding = ONE_DEVICE,
 ) -> Callable[[TrainState, Rows, Sequence[int]], Validation]:
     """`validate(state, rows, indices)`; compiled once for batches as large as a training micro-
     batch.
     """
     size = cfg.train.rows // cfg.train.microbatches
 
-    @jax.jit
     def nll(params, biases, batch: Batch):
-        model = nnx.merge(graphdef, with_quantized_weights(params, cfg.quant.recipe), biases)
+        params = with_quantized_weights(sharding.gather(params), cfg.quant.recipe)
+        model = nnx.merge(graphdef, params, biases)
         valid_BT, dtype = batch.labels_BT >= 0, jnp.dtype(cfg.train.dtype)
-        h_BTD, _ = model.hidden(batch.tokens_BT, valid_BT, dtype, segments_BT=batch.segments_BT)
-        return cross_entropy(h_BTD, model.head(), batch.labels_BT)
+        h_BTD, _ = model.hidden(
+            batch.tokens_BT,
+            valid_BT,
+            dtype,
+            segments_BT=batch.segments_BT,
+            plan=sharding.plan,
+        )
+        return sharding.sum(cross_entropy(h_BTD, model.head(), batch.labels_BT))
+
+    specs = sharding.params(abstract_state(cfg)[1].params)
+    nll = jax.jit(sharding.per_device(nll, (specs, WHOLE, ROWS), WHOLE))
 
     def validate(state: TrainState, rows: Rows, indices: Sequence[int]) -> Validation:
         nats, tokens, num_bytes = 0.0, 0, 0
@@ -53,7 +66,7 @@ def make_validate(
             absent = ((0, size - len(chosen)), (0, 0))  # the last batch is filled up
             batch = Batch(*(x if x is None else np.pad(x, absent) for x in batch))
             batch.labels_BT[len(chosen) :] = -1
-            nats += float(nll(state.params, state.biases, batch))
+            nats += float(nll(state.params, state.biases, sharding.put_rows(batch)))
             counted = batch.labels_BT[batch.labels_BT >= 0]
             tokens += counted.size
             num_bytes += int(byte_lengths_V[counted].sum())

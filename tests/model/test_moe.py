@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def value_and_gradients(method: str, moe: MoE, x, routing: Routing, dy) -> tuple
 @partial(compiled, static_argnums=0)
 def _value_and_gradients(method, moe, x, gates, experts, dy):
     def call(moe, x, gates):
-        return getattr(moe, method)(x, Routing(experts, gates))
+        y = getattr(moe, method)(x, Routing(experts, gates))
+        return y if method == "dense_experts" else y[0]
 
     y, pull = jax.vjp(call, moe, x, gates)
     return y, pull(dy)
@@ -140,7 +142,8 @@ def test_a_token_does_not_depend_on_the_others(x64):
 
 def check_layout(layout: Layout, experts_TK: np.ndarray, num_experts: int, rows: int) -> int:
     """Asserts what `MoE.routed` relies on; returns the number of blocks in use."""
-    slot_TK, copy_X, expert_x = (np.asarray(part) for part in layout)
+    slot_TK, copy_X = np.asarray(layout.copies.slot_RJ), np.asarray(layout.copies.copy_S)
+    expert_x = np.asarray(layout.expert_x)
     copies = experts_TK.size
     assert len(expert_x) == num_blocks(copies, num_experts, rows)
     assert len(copy_X) == len(expert_x) * rows
@@ -160,7 +163,7 @@ def test_every_small_routing_is_laid_out_and_the_worst_fills_all_blocks(rows: in
     make_layouts = compiled(jax.vmap(partial(lay_out, num_experts=3, rows=rows)))
     layouts = jax.tree.map(np.asarray, make_layouts(jnp.asarray(every, jnp.int32)))
     used = [
-        check_layout(Layout(*(part[i] for part in layouts)), routing, 3, rows)
+        check_layout(jax.tree.map(itemgetter(i), layouts), routing, 3, rows)
         for i, routing in enumerate(every)
     ]
     assert max(used) == num_blocks(5, 3, rows)

@@ -38,7 +38,7 @@ class Lowered:
 @pytest.fixture
 def lowered(monkeypatch) -> Lowered:
     step = Lowered()
-    monkeypatch.setattr(programs, "make_step", lambda graphdef, cfg: step)
+    monkeypatch.setattr(programs, "make_step", lambda graphdef, cfg, sharding: step)
     return step
 
 

@@ -15,10 +15,11 @@ import pytest
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config.load import load_json
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.train import memory, snapshot
 from dsv3_jax.train import run as run_module
-from dsv3_jax.train import snapshot
 from dsv3_jax.train.folder import RunFolder, locked
 from dsv3_jax.train.run import prepare
+from dsv3_jax.train.sharding import ONE_DEVICE
 from dsv3_jax.train.snapshot import Position
 from tests.runs import SmallRun, contents, random_state, with_model
 
@@ -195,7 +196,7 @@ def test_another_tokenizer_than_that_of_the_weights_is_warned_of(
 def test_a_model_that_does_not_fit_is_refused_before_its_folder_is_made(
     small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(run_module, "memory_size", lambda: 10**5)
+    monkeypatch.setattr(memory, "memory_size", lambda: 10**5)
     with pytest.raises(SystemExit) as stop:
         small.train("--config", small.config, "--output.folder", tmp_path)
     assert stop.value.code == 2
@@ -239,7 +240,7 @@ def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
     with small.quick():
         prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
         said: list[str] = []
-        start = run_module._start(prepared, said.append)
+        start = run_module._start(prepared, ONE_DEVICE, said.append)
     assert (prepared.run.path, prepared.is_new) == (copy, False)
     assert start.position == Position()
     assert not list((copy / "checkpoints").iterdir())

@@ -194,7 +194,7 @@ def assert_unchanged(before: TrainState, after: TrainState) -> None:
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(monkeypatch, bad):
     graphdef, state = state_of(RUN)
 
-    def made_up(graphdef, state, batch, mtp_weight, cfg):
+    def made_up(graphdef, state, batch, mtp_weight, cfg, sharding):
         grads = jax.tree.map(jnp.ones_like, state.params)
         grads["norm_D"] = jax.tree.map(lambda g: g.at[3].set(bad), grads["norm_D"])
         zero = jnp.zeros(())

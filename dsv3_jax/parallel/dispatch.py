@@ -1,0 +1,285 @@
+"""The dropless exchange of tokens and experts over two hops (report 3.2.2, 3.3.3).
+
+Hop 1, over `node`: a token goes at most once to each node that has experts of its choice, to the
+device with its own local index. Hop 2, over `local`: from there one copy for each expert. Results
+come back the same way and are summed where they meet, in float32; between devices they are of the
+activations' dtype. Payloads of the way there may be FP8 with powers of two as scales, forward and
+for the gradient before the down-projection; on the wire they are bytes, since XLA:CPU would make
+float16 of FP8.
+
+Shapes are static, routing is not. A bucket holds so many rows for each target, and what does not
+fit waits for the next round, until every copy is served: all devices of a group agree on the
+number of rounds. Round 0 is plain differentiable code, whose residuals are kept; it is all there is
+under balanced traffic. The others are a loop with a derivative rule that computes them again. So
+nothing is dropped, and temporary memory is bounded by the buckets, whatever the routing:
+
+    hop 1   nodes  * node_rows  rows    node_rows  = factor * T * nodes a token / nodes, at most T
+    hop 2   locals * local_rows rows    local_rows = factor * T * K / locals
+
+of payload there and of results back, for two rounds at most (one kept, one at work), and with each
+the blocks of experts' rows that `apply` makes of hop 2's rows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.parallel.buckets import Exchange, Queue, Tables, local_table, node_table, queue_of
+from dsv3_jax.parallel.copies import Copies, fill_slots, fill_values, sum_copies, values_of_copies
+from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE, varying_like
+from dsv3_jax.parallel.wire import Wire, pack, unpack
+from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.recipes import Operand
+
+# Names of what has come from other devices, for policies of recomputation.
+RECEIVED = "moe_received"
+
+# (rows [R, D], their experts here [R, 1], `num_local` where none, gates [R, 1], weights) -> [R, D]
+Apply = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+
+
+class Traffic(NamedTuple):
+    """What one device's exchange did in one layer, int32."""
+
+    tokens: jax.Array
+    """Of this device"""
+    received: jax.Array
+    """Token copies that this device's experts computed"""
+    rounds: jax.Array
+    crossing_tokens: jax.Array
+    """Tokens of which a copy left this node"""
+    crossings: jax.Array
+    """Pairs of a token and a node other than its own, to which it was sent: rows of hop 1"""
+    local_copies: jax.Array
+    """Copies of this device's tokens for another local index: rows of hop 2"""
+
+
+def exchange(
+    plan: Exchange,
+    wire: Wire,
+    apply: Apply,
+    x_TD: jax.Array,
+    experts_TK: jax.Array,
+    gates_TK: jax.Array,
+    weights: Any,
+) -> tuple[jax.Array, Traffic]:
+    """sum_k gate_k E_k(x) of this device's tokens [T, D] in their dtype, and what that took.
+
+    Within a `shard_map` over the mesh's axes. `experts_TK` int32 are ids among all experts;
+    `weights` are those of this device's experts, `apply` what they do with rows that have come.
+    """
+    queue = queue_of(plan, experts_TK)
+    zero = jnp.zeros_like(queue.rounds)
+    y_TD, more = _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, (zero, zero))
+    rest_TD, rounds = _rest(plan, wire, apply, x_TD, gates_TK, weights, queue, more)
+    return (y_TD + rest_TD).astype(x_TD.dtype), _traffic(plan, queue, rounds)
+
+
+def _swap(tree: Any, axis: str) -> Any:
+    """Bucket g of every device of the axis goes to its device g; buckets come in that order."""
+    size = lax.axis_size(axis)
+    if size == 1:
+        return tree
+
+    def one(x: jax.Array) -> jax.Array:
+        return lax.all_to_all(x.reshape(size, -1, *x.shape[1:]), axis, 0, 0).reshape(x.shape)
+
+    return jax.tree.map(one, tree)
+
+
+# --- payloads there and back ---------------------------------------------------------------------
+
+
+def _there(tree: Any, tables: Tables) -> Any:
+    for axis, copies in ((NODE, tables.node), (LOCAL, tables.local)):
+        if copies is not None:
+            tree = _swap(jax.tree.map(partial(fill_slots, copies=copies), tree), axis)
+    return tree
+
+
+def _back(y_SD: jax.Array, tables: Tables) -> jax.Array:
+    """Summed where copies meet; of the last sum [T, D] the wide dtype."""
+    y = sum_copies(_swap(y_SD, LOCAL), tables.local)
+    if tables.node is None:
+        return y
+    return sum_copies(_swap(y.astype(y_SD.dtype), NODE), tables.node)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _deliver(wire: Wire, x_TD: jax.Array, tables: Tables) -> jax.Array:
+    """Rows [S, D] of hop 2's slots, zeros in empty ones."""
+    return _delivered(x_TD, wire.there, tables)
+
+
+def _delivered(x_TD: jax.Array, operand: Operand | None, tables: Tables) -> jax.Array:
+    received = checkpoint_name(_there(pack(x_TD, operand), tables), RECEIVED)
+    return unpack(received, operand, x_TD.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(wire: Wire, y_SD: jax.Array, tables: Tables) -> jax.Array:
+    """Each token's copies summed [T, D]: `_deliver` transposed."""
+    return _back(y_SD, tables)
+
+
+def _deliver_bwd(wire, tables, dx_SD):
+    return _back(dx_SD, tables).astype(dx_SD.dtype), None
+
+
+def _collect_bwd(wire, residuals, dy_TD):
+    tables, like = residuals
+    return _delivered(dy_TD.astype(like.dtype), wire.back, tables), None
+
+
+_deliver.defvjp(lambda wire, x_TD, t: (_delivered(x_TD, wire.there, t), t), _deliver_bwd)
+_collect.defvjp(
+    lambda wire, y_SD, t: (_back(y_SD, t), (t, jnp.zeros((), y_SD.dtype))), _collect_bwd
+)
+
+
+@jax.custom_vjp
+def _deliver_gates(gates_TK: jax.Array, tables: Tables) -> jax.Array:
+    """The gate of each slot's copy [S], 0 in empty ones."""
+    return _values_there(gates_TK, tables)
+
+
+def _values_there(v_TK: jax.Array, tables: Tables) -> jax.Array:
+    return _swap(fill_values(_rows_there(v_TK, tables.node), tables.local), LOCAL)
+
+
+def _rows_there(v_TK: jax.Array, by_node: Copies | None) -> jax.Array:
+    """Hop 1 alone."""
+    return v_TK if by_node is None else _swap(fill_slots(v_TK, by_node), NODE)
+
+
+def _deliver_gates_bwd(tables, dgate_S):
+    dgates_RK = values_of_copies(_swap(dgate_S, LOCAL), tables.local)
+    if tables.node is None:
+        return dgates_RK, None
+    # Of the experts of other nodes a row brings zeros.
+    return sum_copies(_swap(dgates_RK, NODE), tables.node), None
+
+
+_deliver_gates.defvjp(lambda g, tables: (_values_there(g, tables), tables), _deliver_gates_bwd)
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+def _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns):
+    """What the copies of one round add to the results [T, D], wide; and how many turns hop 2 takes
+    for those rows.
+    """
+    node_turn, local_turn = turns
+    by_node = node_table(plan, queue, node_turn)
+    # 0 stands for no expert, as in empty slots.
+    experts_RK = _rows_there(queue.experts_TK + 1, by_node) - 1
+    by_local, here_RK, more = local_table(plan, experts_RK, len(x_TD), local_turn)
+    tables = Tables(by_node, by_local)
+    expert_S = _swap(fill_values(here_RK + 1, by_local), LOCAL) - 1
+    expert_S = jnp.where(expert_S < 0, plan.num_local, expert_S)
+    x_SD = _deliver(wire, x_TD, tables)
+    gate_S = _deliver_gates(gates_TK, tables)
+    y_SD = apply(x_SD, expert_S[:, None], gate_S[:, None], weights)
+    return _collect(wire, y_SD, tables), more
+
+
+def _next(turns, more):
+    node_turn, local_turn = turns
+    goes_on = local_turn + 1 < more
+    return jnp.where(goes_on, node_turn, node_turn + 1), jnp.where(goes_on, local_turn + 1, 0)
+
+
+def _loop(queue, more, zeros, step):
+    """Sums `step(turns) -> (tree, more)` over all rounds but the first, and counts rounds."""
+
+    def body(carry):
+        turns, count, total = carry
+        found, more = step(turns)
+        return _next(turns, more), count + 1, jax.tree.map(jnp.add, total, found)
+
+    zero = jnp.zeros_like(queue.rounds)
+    start = varying_like((_next((zero, zero), more), zero + 1), queue.rounds)
+    _, count, total = lax.while_loop(
+        lambda carry: carry[0][0] < queue.rounds, body, (*start, zeros)
+    )
+    return total, count
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rest(plan, wire, apply, x_TD, gates_TK, weights, queue, more):
+    """What all rounds but the first add [T, D], and the number of rounds with it."""
+    zeros = varying_like(jnp.zeros(x_TD.shape, wide(x_TD.dtype)), x_TD, gates_TK, weights)
+
+    def step(turns):
+        return _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns)
+
+    return _loop(queue, more, zeros, step)
+
+
+def _rest_fwd(plan, wire, apply, *args):
+    return _rest(plan, wire, apply, *args), args
+
+
+def _rest_bwd(plan, wire, apply, residuals, cotangents):
+    x_TD, gates_TK, weights, queue, more = residuals
+    leaves, structure = jax.tree.flatten(weights)
+    trained = [takes_gradient(leaf) for leaf in leaves]
+
+    def results(x_TD, gates_TK, slots, turns):
+        slots = iter(slots)
+        filled = [next(slots) if t else leaf for t, leaf in zip(trained, leaves, strict=True)]
+        weights = jax.tree.unflatten(structure, filled)
+        return _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns)
+
+    slots = [leaf for t, leaf in zip(trained, leaves, strict=True) if t]
+    primals = x_TD, gates_TK, slots
+
+    def step(turns):
+        _, pull, more = jax.vjp(partial(results, turns=turns), *primals, has_aux=True)
+        return pull(cotangents[0]), more
+
+    zeros = varying_like(jax.tree.map(jnp.zeros_like, primals), cotangents[0], primals)
+    (dx_TD, dgates_TK, dslots), _ = _loop(queue, more, zeros, step)
+    dslots = iter(dslots)
+    dweights = [
+        next(dslots) if t else _no_gradient(leaf) for t, leaf in zip(trained, leaves, strict=True)
+    ]
+    return dx_TD, dgates_TK, jax.tree.unflatten(structure, dweights), None, None
+
+
+_rest.defvjp(_rest_fwd, _rest_bwd)
+
+
+def takes_gradient(leaf: jax.Array) -> bool:
+    """Whether a leaf of the weights is trained: FP8 values are not."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+
+
+def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return varying_like(jnp.zeros_like(leaf), leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _traffic(plan: Exchange, queue: Queue, rounds: jax.Array) -> Traffic:
+    """Counted from the routing, not from the rounds."""
+    experts_TK = queue.experts_TK
+    me = lax.axis_index(NODE) * plan.locals + lax.axis_index(LOCAL)
+    device_TK = experts_TK // plan.num_local
+    devices = jnp.arange(plan.nodes * plan.locals, dtype=jnp.int32)
+    copies_P = (device_TK[:, :, None] == devices[None, None]).sum((0, 1), dtype=jnp.int32)
+    elsewhere_N = jnp.arange(plan.nodes, dtype=jnp.int32) != lax.axis_index(NODE)
+    crosses_TN = queue.goes_TN & elsewhere_N[None]
+    crossing_tokens = crosses_TN.any(-1).sum(dtype=jnp.int32)
+    crossings = crosses_TN.sum(dtype=jnp.int32)
+    other = (device_TK % plan.locals != lax.axis_index(LOCAL)).sum(dtype=jnp.int32)
+    received = lax.psum(copies_P, EXPERT_AXES)[me]
+    tokens = jnp.full_like(crossings, len(experts_TK))
+    return Traffic(tokens, received, rounds, crossing_tokens, crossings, other)

@@ -1,0 +1,31 @@
+"""The part of a run's page about tokens on their way between devices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dsv3_jax.train.drawing import BLUE, ORANGE
+from dsv3_jax.train.page_pictures import SMALL, Curve, Picture, draw, frame_of, of_kind
+
+NOTE = "means over layers; rounds beyond the first carry what found no room in a bucket"
+
+
+def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
+    """Evenness, rounds, crossings and bytes over the run; none for runs without an exchange."""
+    train = [entry for entry in of_kind(entries, "train") if entry.get("exchange")]
+    tokens = [float(entry["tokens"]) for entry in train]
+
+    def curve(label: str, color: str, name: str, factor: float = 1.0) -> Curve:
+        return Curve(label, color, tokens, [factor * entry["exchange"][name] for entry in train])
+
+    panels = {
+        "Fullest device, copies over the mean": [curve("", BLUE, "tokens_per_device")],
+        "Rounds": [curve("mean", BLUE, "rounds"), curve("most", ORANGE, "most_rounds")],
+        "Tokens that leave their node, %": [curve("", BLUE, "crossing_share", 100)],
+        "MB a step between devices": [
+            curve("nodes", ORANGE, "node_bytes", 1e-6),
+            curve("within nodes", BLUE, "local_bytes", 1e-6),
+        ],
+    }
+    frame = frame_of(entries)
+    drawn = (draw(title, curves, frame, SMALL, zero=True) for title, curves in panels.items())
+    return [picture for picture in drawn if picture]

@@ -1,0 +1,167 @@
+"""How a run's state lies on its devices, and the collectives of a step; on one device, nothing.
+
+The step is written once. What it asks here is a sum, a gather or a scatter inside of a `shard_map`,
+and the identity on one device.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from optax.tree_utils import tree_set
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.data.loader import Batch
+from dsv3_jax.parallel.buckets import Exchange, make_exchange
+from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, varying
+from dsv3_jax.parallel.zero import gathered, holds_first, stored_spec, summed_and_scattered
+from dsv3_jax.train.optimizer import parameter_name
+
+ROWS = PartitionSpec(TOKEN_AXES)
+WHOLE = PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Of one run; `mesh` None for one device."""
+
+    mesh: Mesh | None = None
+    plan: Exchange | None = None
+    """Of the exchange with experts on other devices"""
+    specs: Mapping[str, PartitionSpec] | None = None
+    """Of every master, by its parameter's name"""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those over which tokens differ."""
+        return TOKEN_AXES if self.mesh else ()
+
+    @property
+    def devices(self) -> int:
+        """That have tokens of their own."""
+        return self.mesh.size if self.mesh else 1
+
+    # --- inside a step ---------------------------------------------------------------------------
+
+    def gather(self, params: nnx.State) -> nnx.State:
+        """Masters as a model takes them: experts of this device, all else whole."""
+        return self._by_name(gathered, params)
+
+    def reduce(self, grads: nnx.State) -> nnx.State:
+        """The whole step's gradient of this device's masters, from each device's own."""
+        return self._by_name(summed_and_scattered, grads)
+
+    def sum(self, tree: Any) -> Any:
+        """Over devices."""
+        return lax.psum(self.differing(tree), self.axes) if self.mesh else tree
+
+    def max(self, tree: Any) -> Any:
+        """Over devices."""
+        return lax.pmax(self.differing(tree), self.axes) if self.mesh else tree
+
+    def sum_of_shards(self, tree: nnx.State) -> nnx.State:
+        """Of numbers that each device has of its own shards of masters, the whole masters'.
+
+        A shard that several devices hold counts once; all numbers go in one collective.
+        """
+        if not self.mesh:
+            return tree
+        paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+        own = [
+            jnp.where(holds_first(self.specs[parameter_name(path)]), x, 0).reshape(-1)
+            for path, x in paths
+        ]
+        total = self.sum(jnp.concatenate(own))
+        ends = jnp.split(total, [sum(x.size for x in own[: i + 1]) for i in range(len(own) - 1)])
+        whole = [x.reshape(old.shape) for x, (_, old) in zip(ends, paths, strict=True)]
+        return jax.tree.unflatten(structure, whole)
+
+    def differing(self, tree: Any) -> Any:
+        """The same values, typed as differing over devices."""
+        return varying(tree, self.axes)
+
+    def _by_name(self, change: Callable, params: nnx.State) -> nnx.State:
+        if not self.mesh:
+            return params
+
+        def of(path: tuple, x: jax.Array) -> jax.Array:
+            name = parameter_name(path)
+            return change(x, name, self.specs[name])
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    # --- around it -------------------------------------------------------------------------------
+
+    def per_device(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`f` as every device runs it on its own parts."""
+        if not self.mesh:
+            return f
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def params(self, params: nnx.State) -> nnx.State:
+        """Specs of masters, moments or whatever has their structure."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: self.specs[parameter_name(path)] if self.mesh else WHOLE, params
+        )
+
+    def state(self, state: Any) -> Any:
+        """Specs of a `TrainState`, abstract or not."""
+        params = self.params(state.params)
+        optimizer = jax.tree.map(lambda _: WHOLE, state.optimizer)
+        optimizer = tree_set(optimizer, mu=params, nu=params)
+        return state._replace(
+            params=params, biases=jax.tree.map(lambda _: WHOLE, state.biases), optimizer=optimizer
+        )
+
+    def placements(self, specs: Any) -> Any:
+        """Of specs, for `jax.device_put` and compiled programs; None on one device."""
+        if not self.mesh:
+            return None
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def placed_shapes(self, state: Any) -> Any:
+        """An abstract `TrainState` whose arrays know where they lie."""
+        if not self.mesh:
+            return state
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            state,
+            self.placements(self.state(state)),
+        )
+
+    @cached_property
+    def rows(self) -> NamedSharding | None:
+        """Where the rows of a batch go."""
+        return self.placements(ROWS)
+
+    def put_rows(self, batch: Batch) -> Batch:
+        """A batch on its devices."""
+        return jax.device_put(batch, self.rows)
+
+    def on_one_device(self, tree: Any) -> Any:
+        """All of it on the first device, for programs that know of one."""
+        if not self.mesh:
+            return tree
+        # A device instead of a sharding would leave the arrays' types those of the mesh.
+        return jax.device_put(tree, SingleDeviceSharding(self.mesh.devices.flat[0]))
+
+
+ONE_DEVICE = Sharding()
+
+
+def make_sharding(cfg: RunConfig, params: nnx.State) -> Sharding:
+    """Of a run whose masters, abstract or not, are these. ValueError if devices are lacking."""
+    if cfg.mesh.size == 1:
+        return ONE_DEVICE
+    mesh = make_mesh(cfg.mesh)
+    specs = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = parameter_name(path)
+        specs[name] = stored_spec(name, x.shape, mesh.shape)
+    return Sharding(mesh, make_exchange(cfg.mesh, cfg.model), specs)
