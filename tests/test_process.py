@@ -70,3 +70,34 @@ def test_compiled_programs_are_kept_in_the_cache_unless_the_user_says_where(
     assert process.compilation_cache(own)["JAX_COMPILATION_CACHE_DIR"] == ""
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert process.compilation_cache({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "told"),
+    [
+        ("", "3", "3 cpu"),
+        ("--xla_force_host_platform_device_count=4", "4", "4 cpu"),
+        ("--xla_force_host_platform_device_count=4", "None", "4 cpu"),
+        (
+            "--xla_force_host_platform_device_count=4",
+            "2",
+            "--devices is 2, and XLA_FLAGS asks for 4 emulated devices; allowed: one of them",
+        ),
+        ("", "5000", "--devices is 5000; allowed: 1 to 4,096"),
+    ],
+)
+def test_devices_are_emulated(flags: str, devices: str, told: str):
+    program = f"""
+from dsv3_jax import process
+try:
+    process.emulate({devices})
+except ValueError as error:
+    print(error)
+else:
+    import jax
+    print(jax.device_count(), jax.default_backend())
+"""
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == told

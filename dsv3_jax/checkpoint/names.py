@@ -48,12 +48,12 @@ def from_layers(
             value = _stacked([_taken(held, name, named) for name in names])
         else:
             value = _taken(held, _name(path), named)
-        value = jax.tree.map(_placed, value, held)
+        value = jax.tree.map(placed_like, value, held)
         restored[path] = variable.replace(value)
     return nnx.from_flat_state(restored)
 
 
-def _placed(x: np.ndarray, to: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+def placed_like(x: Any, to: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """In the dtype and in the place of `to`, if it says one."""
     sharding = getattr(to, "sharding", None)
     if not isinstance(sharding, NamedSharding):

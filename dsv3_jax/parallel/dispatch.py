@@ -11,13 +11,14 @@ Shapes are static, routing is not. A bucket holds so many rows for each target, 
 fit waits for the next round, until every copy is served: all devices of a group agree on the
 number of rounds. Round 0 is plain differentiable code, whose residuals are kept; it is all there is
 under balanced traffic. The others are a loop with a derivative rule that computes them again. So
-nothing is dropped, and temporary memory is bounded by the buckets, whatever the routing:
+nothing is dropped, and memory does not depend on the routing:
 
-    hop 1   nodes  * node_rows  rows    node_rows  = factor * T * nodes a token / nodes, at most T
-    hop 2   locals * local_rows rows    local_rows = factor * T * K / locals
+    hop 1    N rows = nodes * min(T, factor * T * nodes a token / nodes); none if there is one node
+    hop 2    L rows = locals * factor * T * K / locals
+    experts  X rows: what blocks make of hop 2's, at most L + E / devices * (rows of a block - 1)
 
-of payload there and of results back, for two rounds at most (one kept, one at work), and with each
-the blocks of experts' rows that `apply` makes of hop 2's rows.
+One layer, forward and backward, takes at most four times (N + L + X) rows of D numbers and 3 X rows
+of F in the activations' dtype, and twice the weights' gradients in temporary memory.
 """
 
 from collections.abc import Callable

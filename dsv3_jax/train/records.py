@@ -124,8 +124,8 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     if cfg.mesh.node > 1 and cfg.model.num_groups == 1 and routed:
         nodes = min(cfg.model.experts_per_token, cfg.mesh.node)
         lines.append(
-            f"model.num_groups is 1: routing is not limited, a token may go to {nodes} of "
-            f"mesh.node = {cfg.mesh.node} nodes"
+            "routing is not limited (model.num_groups is 1): a token may go to "
+            f"{nodes} of {cfg.mesh.node} nodes"
         )
     still = int((~metrics.bias_moved_L).sum())
     if values.bias_speed and still:

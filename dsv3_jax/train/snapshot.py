@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.names import from_layers, to_layers
+from dsv3_jax.checkpoint.names import from_layers, placed_like, to_layers
 from dsv3_jax.config import RunConfig
 from dsv3_jax.train.step import TrainState
 from dsv3_jax.train.trouble import SpikeState
@@ -99,7 +98,7 @@ def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> 
 
     optimizer = tree_set(
         state.optimizer,
-        count=jnp.asarray(checkpoint.meta["updates"], jnp.int32),
+        count=placed_like(checkpoint.meta["updates"], tree_get(state.optimizer, "count")),
         mu=part("mu", tree_get(state.optimizer, "mu")),
         nu=part("nu", tree_get(state.optimizer, "nu")),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,21 @@ def on_mesh(mesh: Mesh, layer: Callable) -> Callable[..., tuple[tuple[jax.Array,
     tokens = P(TOKEN_AXES)
     specs = (*SPECS, tokens), ((tokens, tokens), (tokens, tokens, P(EXPERT_AXES)))
     program = compiled(jax.shard_map(body, mesh=mesh, in_specs=specs[0], out_specs=specs[1]))
-    return lambda *args: program(*placed(mesh, specs[0], args))
+    return OnMesh(program, mesh, specs[0])
+
+
+class OnMesh(NamedTuple):
+    """A program whose arguments are put in their places first."""
+
+    program: Callable
+    mesh: Mesh
+    specs: tuple
+
+    def __call__(self, *args: Any) -> Any:
+        return self.program(*placed(self.mesh, self.specs, args))
+
+    def lower(self, *args: Any) -> Any:
+        return self.program.lower(*placed(self.mesh, self.specs, args))
 
 
 def placed(mesh: Mesh, specs: tuple, args: tuple) -> tuple:

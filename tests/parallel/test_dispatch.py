@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.model.moe import MoE, Weights
+from dsv3_jax.model.moe import MoE, Weights, block_rows
 from dsv3_jax.model.router import choose_experts
 from dsv3_jax.parallel.buckets import Exchange, make_exchange, queue_of
 from dsv3_jax.parallel.mesh import TOKEN_AXES
@@ -246,6 +246,26 @@ def test_payloads_travel_as_bytes_of_half_the_size():
 def bytes_of(operands: list[tuple[str, int, int]]) -> int:
     """What tells of the routing: ids and gates."""
     return sum(4 * count for _, count, last in operands if last not in (WIDTH, WIDTH // 128))
+
+
+@pytest.mark.parametrize("factor", [0.25, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_temporary_memory_is_bounded_by_the_buckets(factor: float):
+    """As stated in `dispatch`, whatever is routed where: the program does not know."""
+    plan, mesh = plan_of("1x2x4", factor)
+    tokens, width, hidden = 512, 64, 32
+    draw = np.random.default_rng(0)
+    shapes = (E, width, hidden), (E, width, hidden), (E, hidden, width)
+    weights = Weights(*(draw.random(s, np.float32) for s in shapes))
+    x_TD = draw.random((8 * tokens, width), np.float32)
+    gates_TK = draw.random((8 * tokens, K), np.float32)
+    arrays = x_TD, one_node(draw, 8 * tokens).astype(np.int32), gates_TK, weights, x_TD
+    found = on_mesh(mesh, fast(plan)).lower(*arrays).compile().memory_analysis()
+    hop_1 = plan.nodes * plan.node_rows(tokens)
+    hop_2 = plan.locals * plan.local_rows(tokens, K)
+    blocks = hop_2 + plan.num_local * (block_rows(hop_2, plan.num_local) - 1)
+    numbers = (hop_1 + hop_2 + blocks) * width + 3 * blocks * hidden
+    gradients = sum(w[: plan.num_local].nbytes for w in weights)
+    assert found.temp_size_in_bytes <= 4 * 4 * numbers + 2 * gradients
 
 
 def test_weights_of_experts_stay_where_they_are():

@@ -27,6 +27,12 @@ from tests.runs import SmallRun
             ["1 of 2 schedule.bias_speed_phases begin after the run's end at 192 tokens"],
         ),
         ({"schedule": {"bias_speed_phases": (Phase(0, 191, 0.1), Phase(191, 200, 0.1))}}, []),
+        (
+            {"mesh": {"node": 2}, "model": {"num_groups": 1, "num_kept_groups": 1}},
+            ["routing is not limited (model.num_groups is 1): a token may go to 2 of 2 nodes"],
+        ),
+        ({"mesh": {"node": 2}}, []),
+        ({"mesh": {"local": 2}, "model": {"num_groups": 1, "num_kept_groups": 1}}, []),
     ],
 )
 def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):

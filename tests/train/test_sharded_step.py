@@ -1,0 +1,186 @@
+"""The step on a mesh is the step on one device: loss, every gradient, every weight and moment.
+
+In float64, where a missing or doubled term is far above rounding. One device is the oracle.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from optax.tree_utils import tree_get
+
+from dsv3_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from dsv3_jax.data.loader import Batch
+from dsv3_jax.train.exchange_records import bytes_of_row, exchange_entry
+from dsv3_jax.train.optimizer import parameter_name
+from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, make_sharding
+from dsv3_jax.train.step import StepMetrics, TrainState, gradients, make_step
+from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
+from tests.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.train.test_step import coefficients, state_of
+
+T, ROWS_OF_A_STEP = 5, 16
+SHAPES = ("1x1x8", "8x1x1", "1x2x4", "2x2x2", "1x4x2", "4x1x2")
+
+
+def run_of(shape: str, mtp: int, microbatches: int, dtype: str = "float64") -> RunConfig:
+    data, node, local = map(int, shape.split("x"))
+    return RunConfig(
+        model=tiny_model(
+            num_layers=2 - mtp,  # a dense layer, and one with experts: the last or MTP's
+            num_experts=16,
+            q_latent=None,
+            mtp_depth=mtp,
+        ),
+        data=DataConfig(length=T),
+        train=TrainConfig(rows=ROWS_OF_A_STEP, microbatches=microbatches, dtype=dtype),
+        optimizer=OptimizerConfig(moment_dtype="float32"),
+        mesh=MeshConfig(1, data, node, local, bucket_factor=1.0),
+    )
+
+
+def batch_of(cfg: RunConfig) -> Batch:
+    """Rows have 0 to 5 labels that count, so devices have unequal numbers."""
+    sequence = random_tokens(cfg.model, ROWS_OF_A_STEP, T + 1)
+    lengths_B1 = np.random.default_rng(0).integers(0, T + 1, (ROWS_OF_A_STEP, 1))
+    labels = jnp.where(jnp.arange(T)[None] < lengths_B1, sequence[:, 1:], -1)
+    return Batch(sequence[:, :-1], labels)
+
+
+class Outcome(NamedTuple):
+    """Of one step on a mesh: loss and gradients before the update, and if asked for all else."""
+
+    loss: jax.Array
+    grads: nnx.State
+    state: TrainState | None = None
+    metrics: StepMetrics | None = None
+
+
+def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
+    graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
+    sharding = make_sharding(cfg, state.params)
+    state = jax.device_put(state, sharding.placements(sharding.state(state)))
+    batch = sharding.put_rows(batch_of(cfg))
+    numbers = coefficients(0.01, 0.003)
+
+    def grads(state, batch, mtp_weight):
+        return gradients(graphdef, state, batch, mtp_weight, cfg, sharding)[:2]
+
+    specs = sharding.state(state)
+    body = sharding.per_device(grads, (specs, ROWS, WHOLE), (WHOLE, specs.params))
+    found = Outcome(*compiled(body)(state, batch, numbers.mtp_weight))
+    if not whole:
+        return found
+    step = make_step(graphdef, cfg, sharding).lower(state, batch, numbers)
+    after, metrics = step.compile(FAST_COMPILATION)(state, batch, numbers)
+    return found._replace(state=after, metrics=metrics)
+
+
+@cache
+def expected(mtp: int, microbatches: int, dtype: str, whole: bool) -> Outcome:
+    with jax.enable_x64(dtype == "float64"):
+        cfg = run_of("1x1x1", mtp, microbatches, dtype)
+        assert make_sharding(cfg, None) is ONE_DEVICE
+        return jax.device_get(outcome(cfg, whole=whole))
+
+
+def check(
+    shape: str, mtp: int, microbatches: int, dtype: str = "float64", *, whole: bool = False
+) -> Outcome:
+    found = outcome(run_of(shape, mtp, microbatches, dtype), whole=whole)
+    compared = found
+    if whole:
+        compared = found._replace(metrics=found.metrics._replace(exchange=None))
+    wanted = expected(mtp, microbatches, dtype, whole)
+    tolerance = FLOAT64 if dtype == "float64" else FLOAT32
+    assert_close(jax.device_get(compared), wanted, tolerance)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """A mesh with all axes, MTP, micro-batches."""
+    with jax.enable_x64(True):
+        yield check("2x2x2", 1, 2, whole=True)
+
+
+def test_loss_gradients_and_state_are_those_of_one_device(stepped):
+    assert stepped.metrics.applied
+
+
+# Every mesh, MTP with and without, one micro-batch and two; pairwise.
+PAIRS = [("1x1x8", 1, 1), ("8x1x1", 0, 2), ("1x2x4", 0, 1), ("1x4x2", 1, 2), ("4x1x2", 0, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "mtp", "microbatches"), PAIRS[2:4])
+def test_other_meshes_give_the_same(x64, shape: str, mtp: int, microbatches: int):
+    check(shape, mtp, microbatches)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("mtp", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_meshes_give_the_same(x64, shape: str, mtp: int, microbatches: int):
+    check(shape, mtp, microbatches, whole=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_meshes_give_the_same_in_float32(shape: str):
+    check(shape, 1, 2, "float32")
+
+
+def test_every_device_has_the_same_biases(stepped):
+    for bias in jax.tree.leaves(stepped.state.biases):
+        shards = [np.asarray(shard.data) for shard in bias.addressable_shards]
+        assert len(shards) == 8
+        assert all((shard == shards[0]).all() for shard in shards)
+        assert np.abs(shards[0]).max() > 0
+
+
+def test_masters_and_moments_take_an_eighth_of_their_bytes_on_each_device(stepped):
+    state = stepped.state
+    trees = state.params, tree_get(state.optimizer, "mu"), tree_get(state.optimizer, "nu")
+    for tree in trees:
+        total, whole, on_device = 0, 0, np.zeros(8)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            total += x.nbytes
+            if "norm" in parameter_name(path):
+                whole += x.nbytes
+            for shard in x.addressable_shards:
+                on_device[shard.device.id] += shard.data.nbytes
+        assert (on_device == (total - whole) / 8 + whole).all()
+
+
+def test_metrics_tell_of_the_exchange(stepped):
+    cfg, metrics = run_of("2x2x2", 1, 2), stepped.metrics
+    entry = exchange_entry(cfg, jax.device_get(metrics.exchange))
+    tokens = ROWS_OF_A_STEP * T
+    assert metrics.exchange.total.tokens.tolist() == [tokens]  # MTP's layer
+    assert metrics.exchange.total.received.tolist() == [tokens * cfg.model.experts_per_token]
+    assert 1 <= entry["tokens_per_device"] <= 8
+    assert entry["rounds"] >= 1
+    assert entry["most_rounds"] >= entry["rounds"]
+    assert 0 < entry["crossing_share"] <= 1
+    crossings = int(metrics.exchange.total.crossings.sum())
+    # Input there, result back, and the same for gradients: four rows of 32 numbers of 8 bytes.
+    assert bytes_of_row(cfg) == 4 * 32 * 8
+    assert entry["node_bytes"] == crossings * 4 * 32 * 8
+    assert crossings <= tokens * cfg.model.num_kept_groups
+
+
+def test_specs_spread_the_largest_dimension_and_leave_gains_whole():
+    cfg = run_of("2x2x2", 1, 1)
+    _, state = state_of(cfg)
+    specs = make_sharding(cfg, state.params).specs
+    assert specs["embed_VD"] == P(("data", "node", "local"), None)
+    assert specs["mtp.0.block.moe.w_gate_EDF"] == P(("node", "local"), "data", None)
+    assert specs["mtp.0.block.moe.router.w_DE"] == P(("data", "node", "local"), None)
+    assert specs["dense_layers.ffn_norm_D"] == P(None, None)
