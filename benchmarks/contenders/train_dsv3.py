@@ -12,7 +12,7 @@ import jax
 from answering import answer
 from dsv3_step import step_of
 
-from dsv3_jax.config import QuantConfig
+from dsv3_jax.config import MeshConfig, QuantConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.config.run import from_dict
@@ -30,6 +30,7 @@ def main() -> None:
         ),
         data=replace(cfg.data, length=options["length"]),
         quant=QuantConfig(options["recipe"]),
+        mesh=MeshConfig(**options.get("mesh", {})),
     )
     step = step_of(cfg)
 
