@@ -2,12 +2,12 @@
 
 Reading: a stack of layers is allocated once, on the device, and each tensor is put into its place
 from the file's own pages, by a program that gives the stack's memory back as its result. So memory
-beyond the model itself is a few tensors, not a second model.
+beyond the model itself is a few tensors, not a second model. On a mesh each device has a stack of
+its own experts; what is none of theirs is not read.
 
 Writing goes through the same table the other way, and no shard is ever held in memory.
 """
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +29,7 @@ from dsv3_jax.checkpoint.hf_check import (
     is_fp8,
 )
 from dsv3_jax.checkpoint.hf_folder import INDEX, HFFolder, open_folder
+from dsv3_jax.checkpoint.hf_pieces import Filling, check_mesh, fillings, off_any_mesh
 from dsv3_jax.checkpoint.hf_table import SCALES, Entry, abstract_model, copies, entries
 from dsv3_jax.checkpoint.hf_writing import Writing, as_bits
 from dsv3_jax.checkpoint.new_folder import new_folder
@@ -67,15 +68,20 @@ def load_pretrained(
         dtype: of the weights; None keeps them as stored and expands FP8 to bfloat16. Layers of a
             stack share one dtype, the narrowest that holds all of theirs exactly. The router's
             bias is float32 in any case.
-        mesh: of one device, for now.
+        mesh: with the axes of `parallel.mesh.make_mesh`. Experts, [E, ...] or [L, E, ...], are
+            spread over node and local, all else is whole on every device (`weight_spec`); scales
+            lie as their values. A process reads what its own devices hold, and checks the scales
+            and the copies of all, so that all refuse a folder. None: JAX's default device.
         keep_fp8: linears stored in FP8 become `Blocked`, values and scales untouched.
         skip_mtp: leave MTP modules out, be they in the folder or not.
 
-    ValueError or OSError, one line, for a folder that does not hold exactly this model.
+    ValueError or OSError, one line, for a folder that does not hold exactly this model; ValueError
+    for a mesh of other axes, or with a node x local of which the number of experts is no multiple.
     """
-    place = _placement(mesh)
     folder = open_folder(path)
     cfg = folder.model_config(skip_mtp)
+    if mesh is not None:
+        check_mesh(mesh, cfg)
     if skip_mtp:
         folder = folder.without_mtp(cfg.num_layers)
     check_count(folder, cfg)
@@ -85,29 +91,20 @@ def load_pretrained(
     check_names(folder, found, cfg)
     check_tensors(folder, table, repeated)
     groups = _by_path(table)
-    total = sum(folder.tensors[entry.hf].spec.size for entry in table)
     flat = dict(nnx.to_flat_state(abstract))
-    with place, bar("loading", total, shown=progress) as reading:
-        abstract_values = (
-            _abstract_value(flat[path], group, folder, dtype, keep_fp8)
-            for path, group in groups.items()
-        )
-        values = dict(zip(groups, _zeros(tuple(abstract_values)), strict=True))
-        for path, group in groups.items():
-            for entry in group:
-                values[path] = _put(values[path], entry, folder, reading.advance)
-    loaded = {path: flat[path].replace(value) for path, value in values.items()}
+    abstract_values = {
+        path: _abstract_value(flat[path], group, folder, dtype, keep_fp8)
+        for path, group in groups.items()
+    }
+    with off_any_mesh():
+        values = fillings(abstract_values, mesh)
+        mine = [entry for entry in table if values[entry.path].places(entry.index)]
+        total = sum(folder.tensors[entry.hf].spec.size for entry in mine)
+        with bar("loading", total, shown=progress) as reading:
+            for entry in mine:
+                _put(values[entry.path], entry, folder, reading.advance)
+    loaded = {path: flat[path].replace(value.whole()) for path, value in values.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
-
-
-def _placement(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
-    """Where new arrays go: on the mesh's one device, else on JAX's default."""
-    if mesh is None:
-        return contextlib.nullcontext()
-    if mesh.size != 1:
-        shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        raise ValueError(f"mesh has {mesh.size} devices ({shape}); allowed: one device")
-    return jax.default_device(mesh.devices.item())
 
 
 def _by_path(table: Iterable[Entry]) -> dict[tuple, list[Entry]]:
@@ -143,24 +140,19 @@ def _check_all_fp8(path: Path, group: Sequence[Entry], in_fp8: Sequence[str]) ->
         )
 
 
-@partial(jax.jit, static_argnums=0)
-def _zeros(abstract: tuple[jax.ShapeDtypeStruct | Blocked, ...]) -> tuple[jax.Array | Blocked, ...]:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-
-
-def _put(
-    value: jax.Array | Blocked, entry: Entry, folder: HFFolder, told: Callable[[int], None]
-) -> jax.Array | Blocked:
-    """`value` with one of Hugging Face's tensors in its place; the memory of `value` is reused."""
+def _put(value: Filling, entry: Entry, folder: HFFolder, told: Callable[[int], None]) -> None:
+    """One of Hugging Face's tensors into its place in every piece that holds it, whose memory is
+    reused.
+    """
     tensor = folder.tensors[entry.hf]
     x: Any = tensor.read()
     if is_fp8(tensor):
         x = Blocked(x, folder.tensors[entry.hf + SCALES].read())
-    index = tuple(np.int32(i) for i in entry.index)
-    value = placed(value, x, index, transposed=entry.transposed)
-    jax.block_until_ready(value)  # or tensors under way would add up
+    for number, at in value.places(entry.index):
+        index = tuple(np.int32(i) for i in at)
+        value.pieces[number] = placed(value.pieces[number], x, index, transposed=entry.transposed)
+    jax.block_until_ready(value.pieces)  # or tensors under way would add up
     told(tensor.spec.size)
-    return value
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="transposed")
@@ -212,11 +204,13 @@ def save_pretrained(
         tokenizer_from: folder whose tokenizer files are copied.
         overwrite: replace a folder that holds a model.
 
-    ValueError for a path that is in use, OSError for a full disk; nothing is then left behind.
+    On a mesh each tensor comes from one device that holds it. ValueError for a path that is in use,
+    or a model of which devices of other processes hold a part; OSError for a full disk. Nothing is
+    then left behind.
     """
     writing = Writing(model, fp8=fp8, dtype=dtype, scale=scale)
     files = writing.files(shard_size)
-    with new_folder(Path(path), writing.size + 2**20, overwrite) as folder:
+    with off_any_mesh(), new_folder(Path(path), writing.size + 2**20, overwrite) as folder:
         with bar("saving", writing.size, shown=progress) as saving:
             for file, names in files.items():
                 specs = {name: writing.specs[name] for name in names}

@@ -1,6 +1,6 @@
 """What a new Hugging Face folder will hold, and each tensor's values when its turn comes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from dsv3_jax.checkpoint.hf_folder import SINGLE
+from dsv3_jax.checkpoint.hf_pieces import box_of, held_whole, holder
 from dsv3_jax.checkpoint.hf_table import SCALES, Entry, copies, entries
 from dsv3_jax.checkpoint.tensor_file import DTYPES, Spec
 from dsv3_jax.model.router import RouterBias
@@ -37,6 +38,7 @@ class Writing:
         self.cfg, self.fp8, self.scale = model.cfg, fp8, scale
         state = nnx.split(model)[1]
         self._state = dict(nnx.to_flat_state(state))
+        _check_held(self._state)
         self._entries = {entry.hf: entry for entry in entries(self.cfg, state)}
         for copy in copies(self.cfg):
             if copy.released:
@@ -101,8 +103,7 @@ class Writing:
 
     def _array(self, name: str) -> np.ndarray:
         entry = self._entries[name.removesuffix(SCALES)]
-        index = tuple(np.int32(i) for i in entry.index)
-        x = part(self._state[entry.path].get_value(), index)
+        x = self._tensor(entry)
         if not self._in_fp8(entry):
             plain = np.asarray(x.astype(self._dtypes[entry.path]))
             return plain.T if entry.transposed else plain
@@ -113,6 +114,15 @@ class Writing:
         self._only_pow2 &= bool((np.frexp(scales)[0] == 0.5).all())
         return scales
 
+    def _tensor(self, entry: Entry) -> jax.Array | Blocked:
+        """On one and the same device for all, or each would compile what converts them."""
+        value = jax.tree.map(jnp.asarray, self._state[entry.path].get_value())
+        if held := holder(value, entry.index):
+            x = _part(*held)
+        else:
+            x = jax.tree.map(partial(_gathered, index=entry.index), value)
+        return jax.device_put(x, jax.tree.leaves(value)[0].addressable_shards[0].device)
+
     def _scales(self, weight: str, x: jax.Array) -> jax.Array:
         """Of a weight that is quantised here. They are kept from its first part, be that values or
         scales, to its second.
@@ -120,6 +130,16 @@ class Writing:
         if weight in self._found:
             return self._found.pop(weight)
         return self._found.setdefault(weight, _scales(x, scale=self.scale))
+
+
+def _check_held(state: Mapping[tuple, nnx.Variable]) -> None:
+    for path, variable in state.items():
+        arrays = jax.tree.leaves(variable.get_value())
+        if not all(held_whole(x) for x in arrays if isinstance(x, jax.Array)):
+            raise ValueError(
+                f"{'.'.join(map(str, path))} lies on devices of other processes in part; "
+                "allowed: a model that one process holds whole"
+            )
 
 
 def _plain_dtype(variable: nnx.Variable, wanted: Any) -> np.dtype:
@@ -152,6 +172,22 @@ def part(stack: jax.Array | Blocked, index: tuple[jax.Array, ...]) -> jax.Array 
         return lax.bitcast_convert_type(bits, stack.dtype)
 
     return jax.tree.map(take, stack)
+
+
+def _part(stack: jax.Array | Blocked, index: tuple[int, ...]) -> jax.Array | Blocked:
+    return part(stack, tuple(np.int32(i) for i in index))  # whatever the index, one program
+
+
+def _gathered(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One of Hugging Face's tensors, of which several devices hold parts, on the host."""
+    whole = np.empty(x.shape[len(index) :], x.dtype)
+    for shard in x.addressable_shards:
+        box = box_of(shard.index, x.shape)
+        if (at := box.index(index)) is not None:
+            starts, sizes = box.starts[len(index) :], box.shape[len(index) :]
+            there = tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
+            whole[there] = np.asarray(_part(shard.data, at))
+    return whole
 
 
 @partial(jax.jit, static_argnames="scale")

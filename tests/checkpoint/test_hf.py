@@ -271,18 +271,6 @@ def test_mtps_copies_need_not_be_stored(tmp_path: Path, bits):
     assert {MTP_EMBED, MTP_HEAD} <= specs.keys() == bits[0].keys()
 
 
-def test_one_device_is_taken_and_others_are_refused_by_name(folder: Path):
-    def mesh(*sizes: int) -> jax.sharding.Mesh:
-        kinds = (jax.sharding.AxisType.Auto,) * 2
-        devices = jax.devices()[-int(np.prod(sizes)) :]
-        return jax.make_mesh(sizes, ("data", "node"), kinds, devices=devices)
-
-    with pytest.raises(ValueError, match=r"mesh has 4 devices \(data 2, node 2\); allowed: one"):
-        load(folder, mesh=mesh(2, 2))
-    model = load(folder, mesh=mesh(1, 1), keep_fp8=True)
-    assert {d for x in jax.tree.leaves(model) for d in x.devices()} == {jax.devices()[-1]}
-
-
 def test_tokenizer_files_are_copied_on_demand(tmp_path: Path, model: DeepSeekV3):
     source = tmp_path / "source"
     source.mkdir()
