@@ -232,7 +232,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         graphdef,
         programs,
         start,
-        matmul_peak(cfg.train.dtype),
+        # Emulated devices share the cores that one product takes.
+        matmul_peak(cfg.train.dtype) * (1 if jax.default_backend() == "cpu" else cfg.mesh.size),
         debug_nans=watch.debug_nans,
         profile=Profile(*watch.profile, run.profile) if watch.profile else None,
     )
@@ -312,7 +313,7 @@ def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
     before = from_dict(RunConfig, checkpoint.meta["config"])
     changed = [
         text
-        for name in ("train", "schedule", "optimizer", "data", "quant")
+        for name in ("train", "schedule", "optimizer", "data", "quant", "mesh")
         for text in _differences(name, getattr(cfg, name), getattr(before, name))
     ]
     text = "; ".join([f"after step {position.step}", *changed])

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -78,8 +79,8 @@ class Sharding:
             for path, x in paths
         ]
         total = self.sum(jnp.concatenate(own))
-        ends = jnp.split(total, [sum(x.size for x in own[: i + 1]) for i in range(len(own) - 1)])
-        whole = [x.reshape(old.shape) for x, (_, old) in zip(ends, paths, strict=True)]
+        parts = jnp.split(total, np.cumsum([x.size for x in own])[:-1])
+        whole = [x.reshape(old.shape) for x, (_, old) in zip(parts, paths, strict=True)]
         return jax.tree.unflatten(structure, whole)
 
     def differing(self, tree: Any) -> Any:
