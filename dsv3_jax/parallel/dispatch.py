@@ -38,7 +38,8 @@ from dsv3_jax.parallel.wire import Wire, pack, unpack
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.quant.recipes import Operand
 
-# Names of what has come from other devices, for policies of recomputation.
+# What has come from other devices, by a name for policies of recomputation: to compute it again
+# would be to send it again.
 RECEIVED = "moe_received"
 
 # (rows [R, D], their experts here [R, 1], `num_local` where none, gates [R, 1], weights) -> [R, D]
@@ -151,7 +152,8 @@ def _deliver_gates(gates_TK: jax.Array, tables: Tables) -> jax.Array:
 
 
 def _values_there(v_TK: jax.Array, tables: Tables) -> jax.Array:
-    return _swap(fill_values(_rows_there(v_TK, tables.node), tables.local), LOCAL)
+    v_S = _swap(fill_values(_rows_there(v_TK, tables.node), tables.local), LOCAL)
+    return checkpoint_name(v_S, RECEIVED)
 
 
 def _rows_there(v_TK: jax.Array, by_node: Copies | None) -> jax.Array:
@@ -182,9 +184,10 @@ def _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns):
     # 0 stands for no expert, as in empty slots.
     experts_RK = _rows_there(queue.experts_TK + 1, by_node) - 1
     by_local, here_RK, more = local_table(plan, experts_RK, len(x_TD), local_turn)
-    tables = Tables(by_node, by_local)
     expert_S = _swap(fill_values(here_RK + 1, by_local), LOCAL) - 1
     expert_S = jnp.where(expert_S < 0, plan.num_local, expert_S)
+    tables = Tables(by_node, by_local)
+    tables, expert_S, more = checkpoint_name((tables, expert_S, more), RECEIVED)
     x_SD = _deliver(wire, x_TD, tables)
     gate_S = _deliver_gates(gates_TK, tables)
     y_SD = apply(x_SD, expert_S[:, None], gate_S[:, None], weights)
@@ -244,11 +247,13 @@ def _rest_bwd(plan, wire, apply, residuals, cotangents):
 
     def step(turns):
         _, pull, more = jax.vjp(partial(results, turns=turns), *primals, has_aux=True)
-        return pull(cotangents[0]), more
+        dx_TD, *others = pull(cotangents[0])
+        return (dx_TD.astype(wide(dx_TD.dtype)), *others), more
 
-    zeros = varying_like(jax.tree.map(jnp.zeros_like, primals), cotangents[0], primals)
+    zeros = jnp.zeros(x_TD.shape, wide(x_TD.dtype)), *jax.tree.map(jnp.zeros_like, primals[1:])
+    zeros = varying_like(zeros, cotangents[0], primals)
     (dx_TD, dgates_TK, dslots), _ = _loop(queue, more, zeros, step)
-    dslots = iter(dslots)
+    dx_TD, dslots = dx_TD.astype(x_TD.dtype), iter(dslots)
     dweights = [
         next(dslots) if t else _no_gradient(leaf) for t, leaf in zip(trained, leaves, strict=True)
     ]

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.model.block import rematerialised
 from dsv3_jax.model.moe import MoE, Weights, block_rows
 from dsv3_jax.model.router import choose_experts
 from dsv3_jax.parallel.buckets import Exchange, make_exchange, queue_of
-from dsv3_jax.parallel.mesh import TOKEN_AXES
+from dsv3_jax.parallel.mesh import TOKEN_AXES, varying, weight_spec
 from dsv3_jax.parallel.wire import PLAIN, wire_of_rules
 from dsv3_jax.quant.recipes import FP8
 from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.train.optimizer import parameter_name
+from tests.jaxprs import equations
 from tests.parallel import simulated
 from tests.parallel.exchanges import (
     MESHES,
@@ -317,16 +320,7 @@ def test_the_shared_expert_waits_for_no_exchange(monkeypatch):
         y_BTD, _ = moe(x_BTD, jnp.ones(x_BTD.shape[:2], bool), plan)
         return y_BTD if whole else seen[-1]
 
-    import jax.tree_util as tree
-
-    specs = tree.tree_map_with_path(
-        lambda path, _: (
-            P(("node", "local"))
-            if "_E" in str(path) and "w_DE" not in str(path) and "bias" not in str(path)
-            else P()
-        ),
-        moe,
-    )
+    specs = jax.tree_util.tree_map_with_path(lambda path, _: weight_spec(parameter_name(path)), moe)
     x_BTD, rows = normal(1, 8, 5, D), P(TOKEN_AXES)
     for whole in (True, False):
         body = jax.shard_map(
@@ -334,3 +328,28 @@ def test_the_shared_expert_waits_for_no_exchange(monkeypatch):
         )
         text = jax.jit(body).lower(*placed(mesh, (specs, rows), (moe, x_BTD))).compile().as_text()
         assert ("all-to-all" in text) == whole
+
+
+def test_recomputation_sends_nothing_again():
+    """What came is kept where norms and up-projections are computed twice; not where all is."""
+    plan, mesh = plan_of("1x2x4")
+    arrays = case(uniform, TOKENS, np.float32)[:4]
+    rows = P(TOKEN_AXES)
+    specs = rows, rows, rows, P(("node", "local"))
+
+    def sends(remat) -> int:
+        def loss(x_TD, experts_TK, gates_TK, weights):
+            def layer(x_TD, gates_TK, weights):
+                return fast(plan)(x_TD, experts_TK, gates_TK, weights)[0]
+
+            return rematerialised(layer, remat, scanned=False)(x_TD, gates_TK, weights).sum()
+
+        def grads(x_TD, experts_TK, gates_TK, weights):
+            weights = varying(weights, TOKEN_AXES)
+            return jax.grad(loss, (0, 2, 3))(x_TD, experts_TK, gates_TK, weights)
+
+        body = jax.shard_map(grads, mesh=mesh, in_specs=specs, out_specs=(rows, rows, rows))
+        found = equations(body, *placed(mesh, specs, arrays))
+        return sum(equation.primitive.name == "all_to_all" for equation in found)
+
+    assert sends("none") == sends("report") < sends("full")
