@@ -22,7 +22,7 @@ from contenders.table import table
 
 from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.config.mesh import shape_of
+from dsv3_jax.config.mesh import AXES
 from dsv3_jax.config.presets import bench_cpu
 
 ONE = MeshConfig()
@@ -54,9 +54,10 @@ def main(args: Sequence[str]) -> None:
 
 
 def _contender(options: Options, python: str, mesh: MeshConfig) -> Contender:
+    axes = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
     flags = f"--xla_force_host_platform_device_count={mesh.size}"
     return Contender(
-        name=shape_of(mesh) or "one device",
+        name=" x ".join(axes) or "one device",
         group=f"interpreter {(sys.executable, *options.python).index(python) + 1}",
         python=python,
         script="train_dsv3.py",

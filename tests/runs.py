@@ -30,7 +30,7 @@ from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.optimizer import adamw
-from dsv3_jax.train.sharding import ONE_DEVICE, Sharding
+from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import TrainState
 from tests.shapes import random_model, tiny_model
 
@@ -113,12 +113,12 @@ def jax_option(name: str) -> Iterator[None]:
         jax.config.update(name, False)
 
 
-def random_state(cfg: RunConfig, sharding: Sharding = ONE_DEVICE) -> TrainState:
+def random_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainState:
     """What `init_state` returns, with NumPy's numbers: no half minute for a compilation."""
     model = random_model(cfg.model, seed=cfg.train.seed)
     _, params, biases = nnx.split(model, nnx.Param, RouterBias)
     state = TrainState(params, biases, adamw(cfg.optimizer).init(params))
-    return jax.device_put(state, sharding.placements(sharding.state(state)))
+    return jax.device_put(state, sharding.placements(sharding.state_specs(state)))
 
 
 PROGRAMS: dict[tuple, Callable] = {}
@@ -129,7 +129,9 @@ def once_per_program(make: Callable) -> Callable:
     earlier one only in number of steps, seed, schedule and output.
     """
 
-    def known(graphdef: nnx.GraphDef, cfg: RunConfig, *others: np.ndarray | Sharding) -> Callable:
+    def known(
+        graphdef: nnx.GraphDef, cfg: RunConfig, *others: np.ndarray | RunSharding
+    ) -> Callable:
         train = replace(cfg.train, steps=1, seed=0, max_bad_steps=1, spike="off")
         parts = cfg.model, cfg.data, train, replace(cfg.optimizer, ema_decay=0), cfg.quant, cfg.mesh
         arrays = (other.tobytes() for other in others if isinstance(other, np.ndarray))

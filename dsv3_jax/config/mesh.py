@@ -1,7 +1,7 @@
 """How a run is spread over devices."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.model import ModelConfig
@@ -54,7 +54,7 @@ class MeshConfig:
 
     def check_model(self, model: ModelConfig) -> None:
         """ValueError for a model whose experts cannot be spread like this."""
-        if model.num_dense_layers == model.num_layers and not model.mtp_depth:
+        if not model.num_moe_layers and not model.mtp_depth:
             return
         if model.num_experts % self.expert_shards:
             raise ValueError(
@@ -75,9 +75,3 @@ class MeshConfig:
                 f"train.rows / train.microbatches is {part} rows; allowed: multiples of the "
                 f"{self.token_shards} devices of mesh.data x mesh.node x mesh.local"
             )
-
-
-def shape_of(mesh: MeshConfig) -> str:
-    """`data 2 x node 2 x local 2`: axes of more than one device."""
-    sizes = {field.name: getattr(mesh, field.name) for field in fields(mesh)}
-    return " x ".join(f"{axis} {sizes[axis]}" for axis in AXES if sizes[axis] > 1)

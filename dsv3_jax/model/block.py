@@ -12,7 +12,7 @@ from dsv3_jax.model.layers import FeedForward, Init, rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.router import RouterStats
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.dispatch import RECEIVED
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT
 
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         rope_BTR: jax.Array,
         valid_BT: jax.Array,
         segments_BT: jax.Array | None = None,
-        plan: Exchange | None = None,
+        plan: ExchangePlan | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         """The stream after this layer, and its router's statistics (None for a dense layer).
 
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT, plan)
 
     def feed_forward(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, plan: Exchange | None = None
+        self, x_BTD: jax.Array, valid_BT: jax.Array, plan: ExchangePlan | None = None
     ) -> tuple[jax.Array, RouterStats | None]:
         """The second half: x + FFN(norm(x))."""
         normed_BTD = rms_norm(x_BTD, self.ffn_norm_D[...], self.eps)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import FeedForward, Init, swiglu
 from dsv3_jax.model.router import Router, RouterStats, Routing
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.copies import (
     Copies,
     fill_slots,
@@ -65,7 +65,7 @@ class MoE(nnx.Module):
         self.shared = FeedForward(d, hidden, init=init.at("shared")) if hidden else None
 
     def __call__(
-        self, x_BTD: jax.Array, valid_BT: jax.Array, plan: Exchange | None = None
+        self, x_BTD: jax.Array, valid_BT: jax.Array, plan: ExchangePlan | None = None
     ) -> tuple[jax.Array, RouterStats]:
         """Shared plus gated routed experts; statistics over valid tokens (bool [B, T]).
 
@@ -77,7 +77,7 @@ class MoE(nnx.Module):
         return y_BTD, stats._replace(traffic=traffic)
 
     def routed(
-        self, x_BTD: jax.Array, routing: Routing, plan: Exchange | None = None
+        self, x_BTD: jax.Array, routing: Routing, plan: ExchangePlan | None = None
     ) -> tuple[jax.Array, Traffic | None]:
         """sum_k gate_k E_k(x) over each token's experts, and what an exchange took."""
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])

@@ -15,7 +15,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.router import RouterStats
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.quant.gemm import linear
 
 
@@ -37,7 +37,7 @@ class MTP(nnx.Module):
         rope_BTR: jax.Array,
         valid_BT: jax.Array,
         segments_BT: jax.Array | None = None,
-        plan: Exchange | None = None,
+        plan: ExchangePlan | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states of the depth before and embedded tokens i + k -> normed hidden states."""
         embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)

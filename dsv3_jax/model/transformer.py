@@ -15,7 +15,7 @@ from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.quant.gemm import few_rows_einsum
 
 # So few layers of a kind are written out in the program: what they keep for the backward pass need
@@ -66,7 +66,7 @@ class DeepSeekV3(nnx.Module):
         remat: Remat = "none",
         segments_BT: jax.Array | None = None,
         slot_B: jax.Array | None = None,
-        plan: Exchange | None = None,
+        plan: ExchangePlan | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states after the final norm [B, T, D] in `dtype`, and router statistics stacked
         over the MoE layers.
@@ -115,7 +115,7 @@ class DeepSeekV3(nnx.Module):
         valid_BT: jax.Array | None = None,
         remat: Remat = "none",
         segments_BT: jax.Array | None = None,
-        plan: Exchange | None = None,
+        plan: ExchangePlan | None = None,
     ) -> list[tuple[jax.Array, RouterStats]]:
         """Each depth's normed hidden states and statistics, from the main model's `hidden`.
 

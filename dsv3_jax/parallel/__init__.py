@@ -1,1 +1,1 @@
-"""Meshes, expert exchange, pipeline schedules and optimiser sharding (report, section 3.2)."""
+"""Meshes, the exchange of tokens and experts, and sharded state (report 3.2)."""

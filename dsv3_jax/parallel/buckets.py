@@ -18,8 +18,10 @@ from dsv3_jax.parallel.mesh import EXPERT_AXES, NODE
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """How experts lie on the devices that share them: e on node e / (E / nodes), and so on."""
+class ExchangePlan:
+    """How experts lie on the devices that share them, expert e on device e // num_local, nodes
+    first; and how much room a round has.
+    """
 
     num_experts: int
     nodes: int
@@ -41,18 +43,19 @@ class Exchange:
 
     def local_rows(self, tokens: int, experts_per_token: int) -> int:
         """Rows of hop 2 for one device, in one round."""
+        arrived = tokens if self.nodes == 1 else self.nodes * self.node_rows(tokens)
         share = tokens * experts_per_token / self.locals
-        return math.ceil(self.factor * share)
+        return min(arrived * min(experts_per_token, self.num_local), math.ceil(self.factor * share))
 
 
-def make_exchange(mesh: MeshConfig, model: ModelConfig) -> Exchange | None:
+def make_exchange_plan(mesh: MeshConfig, model: ModelConfig) -> ExchangePlan | None:
     """Of a run; None where every device holds all experts."""
     if mesh.expert_shards == 1:
         return None
     nodes = min(mesh.node, model.experts_per_token)
     if model.num_groups > 1:  # a group lies on one node
         nodes = min(nodes, model.num_kept_groups)
-    return Exchange(model.num_experts, mesh.node, mesh.local, nodes, mesh.bucket_factor)
+    return ExchangePlan(model.num_experts, mesh.node, mesh.local, nodes, mesh.bucket_factor)
 
 
 class Queue(NamedTuple):
@@ -71,16 +74,17 @@ class Tables(NamedTuple):
     local: Copies
 
 
-def queue_of(plan: Exchange, experts_TK: jax.Array) -> Queue:
+def queue_of(plan: ExchangePlan, experts_TK: jax.Array) -> Queue:
     """Of this device's tokens, with the group's number of rounds."""
     nodes = jnp.arange(plan.nodes, dtype=jnp.int32)
     node_TK = experts_TK // (plan.num_experts // plan.nodes)
     goes_TN = (node_TK[:, :, None] == nodes[None, None]).any(1)
-    place_TN = running_count(goes_TN) - 1
-    rounds = _rounds(place_TN[-1] + 1, plan.node_rows(len(experts_TK)))
+    count_TN = running_count(goes_TN)
     if plan.nodes == 1:
-        rounds = jnp.ones_like(rounds)
-    return Queue(goes_TN, place_TN, rounds, experts_TK)
+        rounds = jnp.ones_like(count_TN[-1, 0])
+    else:
+        rounds = _rounds(count_TN[-1], plan.node_rows(len(experts_TK)))
+    return Queue(goes_TN, count_TN - 1, rounds, experts_TK)
 
 
 def _rounds(waiting_G: jax.Array, rows: int) -> jax.Array:
@@ -103,7 +107,7 @@ def _buckets(
     return in_slots(slot_RJ, targets * rows)
 
 
-def node_table(plan: Exchange, queue: Queue, turn: jax.Array) -> Copies | None:
+def node_table(plan: ExchangePlan, queue: Queue, turn: jax.Array) -> Copies | None:
     """Of the tokens whose turn it is; None if there is one node."""
     if plan.nodes == 1:
         return None
@@ -113,7 +117,7 @@ def node_table(plan: Exchange, queue: Queue, turn: jax.Array) -> Copies | None:
 
 
 def local_table(
-    plan: Exchange, experts_RK: jax.Array, tokens: int, turn: jax.Array
+    plan: ExchangePlan, experts_RK: jax.Array, tokens: int, turn: jax.Array
 ) -> tuple[Copies, jax.Array, jax.Array]:
     """Of the rows that hop 1 has brought, whose experts are given (-1 for none), those whose turn
     it is; each copy's expert on its device; and how many turns they take.

@@ -1,6 +1,7 @@
 """Copies of rows in slots: the bookkeeping of whatever moves tokens, and gathers both ways.
 
-Every row has up to J copies, each in a slot of its own or in none; slots may be empty. To fill the
+Every row has up to J copies, each in a slot of its own or in none; slots may be empty. Letters in
+this folder: R rows, J copies of each, S slots, N nodes, G targets, P devices. To fill the
 slots and to sum up a row's copies are each other's transposes and gathers both: a scatter would
 run on one core of XLA:CPU and be atomic on a GPU.
 """

@@ -14,7 +14,7 @@ under balanced traffic. The others are a loop with a derivative rule that comput
 nothing is dropped, and memory does not depend on the routing:
 
     hop 1    N rows = nodes * min(T, factor * T * nodes a token / nodes); none if there is one node
-    hop 2    L rows = locals * factor * T * K / locals
+    hop 2    L rows = locals * factor * T * K / locals, at most what hop 1's rows can ask for
     experts  X rows: what blocks make of hop 2's, at most L + E / devices * (rows of a block - 1)
 
 One layer, forward and backward, takes at most four times (N + L + X) rows of D numbers and 3 X rows
@@ -31,9 +31,9 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.parallel.buckets import Exchange, Queue, Tables, local_table, node_table, queue_of
+from dsv3_jax.parallel.buckets import ExchangePlan, Queue, Tables, local_table, node_table, queue_of
 from dsv3_jax.parallel.copies import Copies, fill_slots, fill_values, sum_copies, values_of_copies
-from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE, varying_like
+from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE
 from dsv3_jax.parallel.wire import Wire, pack, unpack
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.quant.recipes import Operand
@@ -49,11 +49,10 @@ Apply = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 class Traffic(NamedTuple):
     """What one device's exchange did in one layer, int32."""
 
-    tokens: jax.Array
-    """Of this device"""
     received: jax.Array
     """Token copies that this device's experts computed"""
     rounds: jax.Array
+    """Of its group of devices, all of which make the same number"""
     crossing_tokens: jax.Array
     """Tokens of which a copy left this node"""
     crossings: jax.Array
@@ -63,7 +62,7 @@ class Traffic(NamedTuple):
 
 
 def exchange(
-    plan: Exchange,
+    plan: ExchangePlan,
     wire: Wire,
     apply: Apply,
     x_TD: jax.Array,
@@ -83,7 +82,7 @@ def exchange(
     return (y_TD + rest_TD).astype(x_TD.dtype), _traffic(plan, queue, rounds)
 
 
-def _swap(tree: Any, axis: str) -> Any:
+def swapped(tree: Any, axis: str) -> Any:
     """Bucket g of every device of the axis goes to its device g; buckets come in that order."""
     size = lax.axis_size(axis)
     if size == 1:
@@ -101,75 +100,75 @@ def _swap(tree: Any, axis: str) -> Any:
 def _there(tree: Any, tables: Tables) -> Any:
     for axis, copies in ((NODE, tables.node), (LOCAL, tables.local)):
         if copies is not None:
-            tree = _swap(jax.tree.map(partial(fill_slots, copies=copies), tree), axis)
+            tree = swapped(jax.tree.map(partial(fill_slots, copies=copies), tree), axis)
     return tree
 
 
 def _back(y_SD: jax.Array, tables: Tables) -> jax.Array:
     """Summed where copies meet; of the last sum [T, D] the wide dtype."""
-    y = sum_copies(_swap(y_SD, LOCAL), tables.local)
+    y = sum_copies(swapped(y_SD, LOCAL), tables.local)
     if tables.node is None:
         return y
-    return sum_copies(_swap(y.astype(y_SD.dtype), NODE), tables.node)
+    return sum_copies(swapped(y.astype(y_SD.dtype), NODE), tables.node)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _deliver(wire: Wire, x_TD: jax.Array, tables: Tables) -> jax.Array:
+def _dispatch(wire: Wire, x_TD: jax.Array, tables: Tables) -> jax.Array:
     """Rows [S, D] of hop 2's slots, zeros in empty ones."""
-    return _delivered(x_TD, wire.there, tables)
+    return _dispatched(x_TD, wire.there, tables)
 
 
-def _delivered(x_TD: jax.Array, operand: Operand | None, tables: Tables) -> jax.Array:
+def _dispatched(x_TD: jax.Array, operand: Operand | None, tables: Tables) -> jax.Array:
     received = checkpoint_name(_there(pack(x_TD, operand), tables), RECEIVED)
     return unpack(received, operand, x_TD.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(wire: Wire, y_SD: jax.Array, tables: Tables) -> jax.Array:
-    """Each token's copies summed [T, D]: `_deliver` transposed."""
+def _combine(wire: Wire, y_SD: jax.Array, tables: Tables) -> jax.Array:
+    """Each token's copies summed [T, D]: `_dispatch` transposed."""
     return _back(y_SD, tables)
 
 
-def _deliver_bwd(wire, tables, dx_SD):
+def _dispatch_bwd(wire, tables, dx_SD):
     return _back(dx_SD, tables).astype(dx_SD.dtype), None
 
 
-def _collect_bwd(wire, residuals, dy_TD):
+def _combine_bwd(wire, residuals, dy_TD):
     tables, like = residuals
-    return _delivered(dy_TD.astype(like.dtype), wire.back, tables), None
+    return _dispatched(dy_TD.astype(like.dtype), wire.back, tables), None
 
 
-_deliver.defvjp(lambda wire, x_TD, t: (_delivered(x_TD, wire.there, t), t), _deliver_bwd)
-_collect.defvjp(
-    lambda wire, y_SD, t: (_back(y_SD, t), (t, jnp.zeros((), y_SD.dtype))), _collect_bwd
+_dispatch.defvjp(lambda wire, x_TD, t: (_dispatched(x_TD, wire.there, t), t), _dispatch_bwd)
+_combine.defvjp(
+    lambda wire, y_SD, t: (_back(y_SD, t), (t, jnp.zeros((), y_SD.dtype))), _combine_bwd
 )
 
 
 @jax.custom_vjp
-def _deliver_gates(gates_TK: jax.Array, tables: Tables) -> jax.Array:
+def _dispatch_gates(gates_TK: jax.Array, tables: Tables) -> jax.Array:
     """The gate of each slot's copy [S], 0 in empty ones."""
     return _values_there(gates_TK, tables)
 
 
 def _values_there(v_TK: jax.Array, tables: Tables) -> jax.Array:
-    v_S = _swap(fill_values(_rows_there(v_TK, tables.node), tables.local), LOCAL)
+    v_S = swapped(fill_values(_rows_there(v_TK, tables.node), tables.local), LOCAL)
     return checkpoint_name(v_S, RECEIVED)
 
 
 def _rows_there(v_TK: jax.Array, by_node: Copies | None) -> jax.Array:
     """Hop 1 alone."""
-    return v_TK if by_node is None else _swap(fill_slots(v_TK, by_node), NODE)
+    return v_TK if by_node is None else swapped(fill_slots(v_TK, by_node), NODE)
 
 
-def _deliver_gates_bwd(tables, dgate_S):
-    dgates_RK = values_of_copies(_swap(dgate_S, LOCAL), tables.local)
+def _dispatch_gates_bwd(tables, dgate_S):
+    dgates_RK = values_of_copies(swapped(dgate_S, LOCAL), tables.local)
     if tables.node is None:
         return dgates_RK, None
     # Of the experts of other nodes a row brings zeros.
-    return sum_copies(_swap(dgates_RK, NODE), tables.node), None
+    return sum_copies(swapped(dgates_RK, NODE), tables.node), None
 
 
-_deliver_gates.defvjp(lambda g, tables: (_values_there(g, tables), tables), _deliver_gates_bwd)
+_dispatch_gates.defvjp(lambda g, tables: (_values_there(g, tables), tables), _dispatch_gates_bwd)
 
 
 # --- rounds --------------------------------------------------------------------------------------
@@ -184,14 +183,14 @@ def _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns):
     # 0 stands for no expert, as in empty slots.
     experts_RK = _rows_there(queue.experts_TK + 1, by_node) - 1
     by_local, here_RK, more = local_table(plan, experts_RK, len(x_TD), local_turn)
-    expert_S = _swap(fill_values(here_RK + 1, by_local), LOCAL) - 1
+    expert_S = swapped(fill_values(here_RK + 1, by_local), LOCAL) - 1
     expert_S = jnp.where(expert_S < 0, plan.num_local, expert_S)
     tables = Tables(by_node, by_local)
     tables, expert_S, more = checkpoint_name((tables, expert_S, more), RECEIVED)
-    x_SD = _deliver(wire, x_TD, tables)
-    gate_S = _deliver_gates(gates_TK, tables)
+    x_SD = _dispatch(wire, x_TD, tables)
+    gate_S = _dispatch_gates(gates_TK, tables)
     y_SD = apply(x_SD, expert_S[:, None], gate_S[:, None], weights)
-    return _collect(wire, y_SD, tables), more
+    return _combine(wire, y_SD, tables), more
 
 
 def _next(turns, more):
@@ -209,7 +208,7 @@ def _loop(queue, more, zeros, step):
         return _next(turns, more), count + 1, jax.tree.map(jnp.add, total, found)
 
     zero = jnp.zeros_like(queue.rounds)
-    start = varying_like((_next((zero, zero), more), zero + 1), queue.rounds)
+    start = _next((zero, zero), more), zero + 1
     _, count, total = lax.while_loop(
         lambda carry: carry[0][0] < queue.rounds, body, (*start, zeros)
     )
@@ -219,7 +218,7 @@ def _loop(queue, more, zeros, step):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _rest(plan, wire, apply, x_TD, gates_TK, weights, queue, more):
     """What all rounds but the first add [T, D], and the number of rounds with it."""
-    zeros = varying_like(jnp.zeros(x_TD.shape, wide(x_TD.dtype)), x_TD, gates_TK, weights)
+    zeros = jnp.zeros_like(x_TD, wide(x_TD.dtype))
 
     def step(turns):
         return _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns)
@@ -233,51 +232,49 @@ def _rest_fwd(plan, wire, apply, *args):
 
 def _rest_bwd(plan, wire, apply, residuals, cotangents):
     x_TD, gates_TK, weights, queue, more = residuals
-    leaves, structure = jax.tree.flatten(weights)
-    trained = [takes_gradient(leaf) for leaf in leaves]
+    trained = jax.tree.map(lambda w: w if _is_trained(w) else None, weights)
 
-    def results(x_TD, gates_TK, slots, turns):
-        slots = iter(slots)
-        filled = [next(slots) if t else leaf for t, leaf in zip(trained, leaves, strict=True)]
-        weights = jax.tree.unflatten(structure, filled)
-        return _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, turns)
-
-    slots = [leaf for t, leaf in zip(trained, leaves, strict=True) if t]
-    primals = x_TD, gates_TK, slots
+    def results(x_TD, gates_TK, trained, turns):
+        used = _first_of(trained, weights)
+        return _one_round(plan, wire, apply, x_TD, gates_TK, used, queue, turns)
 
     def step(turns):
-        _, pull, more = jax.vjp(partial(results, turns=turns), *primals, has_aux=True)
+        call = partial(results, turns=turns)
+        _, pull, more = jax.vjp(call, x_TD, gates_TK, trained, has_aux=True)
         dx_TD, *others = pull(cotangents[0])
         return (dx_TD.astype(wide(dx_TD.dtype)), *others), more
 
-    zeros = jnp.zeros(x_TD.shape, wide(x_TD.dtype)), *jax.tree.map(jnp.zeros_like, primals[1:])
-    zeros = varying_like(zeros, cotangents[0], primals)
-    (dx_TD, dgates_TK, dslots), _ = _loop(queue, more, zeros, step)
-    dx_TD, dslots = dx_TD.astype(x_TD.dtype), iter(dslots)
-    dweights = [
-        next(dslots) if t else _no_gradient(leaf) for t, leaf in zip(trained, leaves, strict=True)
-    ]
-    return dx_TD, dgates_TK, jax.tree.unflatten(structure, dweights), None, None
+    zeros = jax.tree.map(jnp.zeros_like, (gates_TK, trained))
+    zeros = jnp.zeros_like(x_TD, wide(x_TD.dtype)), *zeros
+    (dx_TD, dgates_TK, dtrained), _ = _loop(queue, more, zeros, step)
+    dweights = _first_of(dtrained, jax.tree.map(_no_gradient, weights))
+    return dx_TD.astype(x_TD.dtype), dgates_TK, dweights, None, None
 
 
 _rest.defvjp(_rest_fwd, _rest_bwd)
 
 
-def takes_gradient(leaf: jax.Array) -> bool:
-    """Whether a leaf of the weights is trained: FP8 values are not."""
+def _is_trained(leaf: jax.Array) -> bool:
+    """FP8 values are not."""
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
 
 
 def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
     if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return varying_like(jnp.zeros_like(leaf), leaf)
+        return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-def _traffic(plan: Exchange, queue: Queue, rounds: jax.Array) -> Traffic:
+def _first_of(tree: Any, other: Any) -> Any:
+    """Leaf by leaf, that of the other tree where there is none."""
+    return jax.tree.map(
+        lambda x, y: y if x is None else x, tree, other, is_leaf=lambda x: x is None
+    )
+
+
+def _traffic(plan: ExchangePlan, queue: Queue, rounds: jax.Array) -> Traffic:
     """Counted from the routing, not from the rounds."""
     experts_TK = queue.experts_TK
-    me = lax.axis_index(NODE) * plan.locals + lax.axis_index(LOCAL)
     device_TK = experts_TK // plan.num_local
     devices = jnp.arange(plan.nodes * plan.locals, dtype=jnp.int32)
     copies_P = (device_TK[:, :, None] == devices[None, None]).sum((0, 1), dtype=jnp.int32)
@@ -286,6 +283,5 @@ def _traffic(plan: Exchange, queue: Queue, rounds: jax.Array) -> Traffic:
     crossing_tokens = crosses_TN.any(-1).sum(dtype=jnp.int32)
     crossings = crosses_TN.sum(dtype=jnp.int32)
     other = (device_TK % plan.locals != lax.axis_index(LOCAL)).sum(dtype=jnp.int32)
-    received = lax.psum(copies_P, EXPERT_AXES)[me]
-    tokens = jnp.full_like(crossings, len(experts_TK))
-    return Traffic(tokens, received, rounds, crossing_tokens, crossings, other)
+    received = lax.psum_scatter(copies_P, EXPERT_AXES, tiled=True)[0]
+    return Traffic(received, rounds, crossing_tokens, crossings, other)

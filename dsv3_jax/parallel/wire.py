@@ -44,7 +44,7 @@ def wire_of(w_up: object, w_down: object) -> Wire:
 
 
 def wire_of_rules(up: Rule, down: Rule) -> Wire:
-    """The same from the rules of the weights."""
+    """Of weights with these rules."""
     return Wire(_travels(up.input), _travels(down.grad_output))
 
 
@@ -57,7 +57,7 @@ def row_bytes(operand: Operand | None, width: int, itemsize: int) -> int:
 
 def _travels(operand: Operand) -> Operand | None:
     by_row = operand.block is not None and operand.block[0] == 1
-    return operand if by_row and operand.scale == "pow2" else None
+    return operand if by_row and (operand.fmt, operand.scale) == ("e4m3", "pow2") else None
 
 
 def pack(x_RD: jax.Array, operand: Operand | None) -> jax.Array | Packed:

@@ -9,18 +9,18 @@ device: they are a ten-thousandth of a model, and collectives have latency.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, combinations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel.mesh import TOKEN_AXES, is_stacked, varying, weight_spec
 
 
-def stored_spec(
-    name: str, shape: tuple[int, ...], sizes: Mapping[str, int], axes: tuple[str, ...] = TOKEN_AXES
-) -> PartitionSpec:
+def stored_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """How a master of this name and shape lies on a mesh of these sizes.
 
     Where no dimension is a multiple of all devices, it is spread over fewer axes, and whole over
@@ -31,7 +31,7 @@ def stored_spec(
     first = int(is_stacked(name))  # layers stay together
     if len(shape) - first < 2:
         return PartitionSpec(*spec)
-    free = [axis for axis in axes if axis not in _axes_of(spec)]
+    free = [axis for axis in TOKEN_AXES if axis not in _axes_of(spec)]
     for group in _subsets(free, sizes):
         parts = math.prod(sizes[axis] for axis in group)
         fits = [d for d in range(first, len(shape)) if not spec[d] and shape[d] % parts == 0]
@@ -43,8 +43,7 @@ def stored_spec(
 
 def _subsets(axes: list[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     """All of them, most devices first."""
-    masks = range(1, 2 ** len(axes))
-    groups = [tuple(a for i, a in enumerate(axes) if mask >> i & 1) for mask in masks]
+    groups = chain.from_iterable(combinations(axes, n + 1) for n in range(len(axes)))
     return sorted(groups, key=lambda group: -math.prod(sizes[axis] for axis in group))
 
 
@@ -68,8 +67,8 @@ def summed_and_scattered(grad: jax.Array, name: str, spec: PartitionSpec) -> jax
 
 def holds_first(spec: PartitionSpec) -> jax.Array:
     """bool: whether this device is the first of those that hold the same shard."""
-    others = [axis for axis in TOKEN_AXES if axis not in _axes_of(spec)]
-    return sum((lax.axis_index(axis) for axis in others), 0) == 0
+    others = tuple(axis for axis in TOKEN_AXES if axis not in _axes_of(spec))
+    return lax.axis_index(others) == 0 if others else jnp.bool_(True)
 
 
 def _spread(name: str, spec: PartitionSpec) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -18,7 +18,7 @@ def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
         return Curve(label, color, tokens, [factor * entry["exchange"][name] for entry in train])
 
     panels = {
-        "Fullest device, copies over the mean": [curve("", BLUE, "tokens_per_device")],
+        "Fullest device, copies over the mean": [curve("", BLUE, "device_imbalance")],
         "Rounds": [curve("mean", BLUE, "rounds"), curve("most", ORANGE, "most_rounds")],
         "Tokens that leave their node, %": [curve("", BLUE, "crossing_share", 100)],
         "MB a step between devices": [

@@ -7,26 +7,28 @@ import jax.numpy as jnp
 from dsv3_jax.config import RunConfig
 from dsv3_jax.parallel.wire import PLAIN, row_bytes, wire_of_rules
 from dsv3_jax.quant.recipes import RECIPES
-from dsv3_jax.train.step import Exchanged
+from dsv3_jax.train.step import StepTraffic
 
 
-def exchange_entry(cfg: RunConfig, exchanged: Exchanged) -> dict[str, Any]:
-    """Of one step, whose metrics are on the host; means over layers.
+def exchange_entry(cfg: RunConfig, rows: int, traffic: StepTraffic) -> dict[str, Any]:
+    """Of one step of so many rows, whose metrics are on the host; means over layers and
+    micro-batches.
 
-    `tokens_per_device` is the fullest device's share of token copies over the mean; `rounds` and
-    `most_rounds` are of a micro-batch, 1 where all found room in the first; `node_bytes` and
+    `device_imbalance` is the fullest device's share of token copies over the mean; `rounds` is 1
+    where all found room in the first, `most_rounds` the fullest layer's; `node_bytes` and
     `local_bytes` are what the rows of hop 1 and hop 2 take, forward and backward, there and back,
-    on all devices together, without empty rows of buckets and without what tells of the routing.
+    on all devices together: without empty rows of buckets, what tells of the routing, and what
+    recomputation (`train.remat full`, rounds beyond the first) sends again.
     """
-    total, micro = exchanged.total, cfg.train.microbatches
-    mesh, copies_L = cfg.mesh, total.received / cfg.mesh.token_shards
-    per_row = bytes_of_row(cfg)
+    total, model, shards = traffic.total, cfg.model, cfg.mesh.token_shards
+    micro = rows * cfg.train.microbatches // cfg.train.rows
+    tokens, per_row = total.received.sum() / model.experts_per_token, bytes_of_row(cfg)
     return {
-        "tokens_per_device": float((exchanged.most_received_L / copies_L).mean()),
-        "rounds": float(total.rounds.mean() / mesh.token_shards / micro),
-        "most_rounds": float(exchanged.most_rounds_L.max() / micro),
-        "crossing_share": float(total.crossing_tokens.sum() / total.tokens.sum()),
-        "crossings_per_token": float(total.crossings.sum() / total.tokens.sum()),
+        "device_imbalance": float((traffic.most_received_L / (total.received / shards)).mean()),
+        "rounds": float(total.rounds.mean() / shards / micro),
+        "most_rounds": float(traffic.most_rounds_L.max() / micro),
+        "crossing_share": float(total.crossing_tokens.sum() / tokens),
+        "crossings_per_token": float(total.crossings.sum() / tokens),
         "node_bytes": int(total.crossings.sum()) * per_row,
         "local_bytes": int(total.local_copies.sum()) * per_row,
     }

@@ -13,7 +13,6 @@ from dsv3_jax.train.output import Output
 from dsv3_jax.train.page import write_page
 from dsv3_jax.train.records import sample_record, validation_record
 from dsv3_jax.train.report import Result, loss_picture, write_summary, zlib_bits_per_byte
-from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.snapshot import Snapshot
 from dsv3_jax.train.validation import text_of
 
@@ -30,7 +29,7 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
     cfg, run, corpus = trainer.cfg, trainer.run, trainer.corpus
     rows = corpus.validation
     validation = trainer.validate(trained.state, rows, range(len(rows)))
-    text = continuation(trainer.graphdef, trainer.whole_state, cfg, corpus)
+    text = trainer.sample()
     averaged = None
     records = [validation_record(validation, trained.position, cfg, whole=True)]
     if trained.average is not None:

@@ -115,10 +115,15 @@ class Trainer:
         position = self.position._replace(seconds=seconds)
         return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
 
-    @property
-    def whole_state(self) -> TrainState:
-        """On one device, for what knows of one."""
-        return self.sharding.on_one_device(self.state)
+    def whole_weights(self) -> TrainState:
+        """Weights and biases on one device, for what knows of one."""
+        return self.sharding.on_one_device(self.state._replace(optimizer=()))
+
+    def sample(self) -> str:
+        """What the model writes now; nothing if no sample is wanted."""
+        if not self.cfg.output.sample_tokens:
+            return ""
+        return continuation(self.graphdef, self.whole_weights(), self.cfg, self.corpus)
 
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.
@@ -275,7 +280,7 @@ class Trainer:
     def _bad_layer(self, batch: Batch, row: int) -> str:
         """Where one row stops being finite: the whole batch may not fit at once."""
         one = Batch(*(x if x is None else x[row : row + 1] for x in batch))
-        return first_bad_layer(self.graphdef, self.whole_state, one, self.cfg.train)
+        return first_bad_layer(self.graphdef, self.whole_weights(), one, self.cfg.train)
 
     def _rewind(self, flight: Flight, out: Output) -> bool:
         """Back to the newest regular checkpoint, if there is one, and on with the rows after the
@@ -325,7 +330,7 @@ class Trainer:
             result = self.validate(self.state, rows, chosen)
             whole = result.rows == len(rows)
             out.validation(validation_record(result, self.position, self.cfg, whole))
-            text = continuation(self.graphdef, self.whole_state, self.cfg, self.corpus)
+            text = self.sample()
             if text:
                 out.keep(sample_record(self.cfg, self.position, text))
             self._tell_experts(out)
@@ -354,7 +359,7 @@ class Trainer:
             out.message("  compiling what measures low precision (up to a minute, once)")
             self.probed = True
         weight = self._values().mtp_weight
-        layers = self.probe(self.whole_state, self.corpus.validation, weight)
+        layers = self.probe(self.whole_weights(), self.corpus.validation, weight)
         out.keep(quant_record(self.cfg, self.position, layers))
         text = not_finite(layers)
         if text:

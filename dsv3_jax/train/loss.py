@@ -10,7 +10,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.model.mtp import same_segment, shift_left
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.dispatch import Traffic
 
 
@@ -35,7 +35,7 @@ def loss(
     cfg: TrainConfig,
     row_share: float = 1.0,
     slot_B: jax.Array | None = None,
-    plan: Exchange | None = None,
+    plan: ExchangePlan | None = None,
 ) -> tuple[jax.Array, LossParts]:
     """Loss of one micro-batch.
 

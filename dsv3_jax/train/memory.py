@@ -11,7 +11,7 @@ MASTER = GRADIENT = 4  # bytes of a parameter
 
 def state_bytes(cfg: RunConfig) -> int:
     """Of masters, moments and gradients on one device, whatever the batch; on a mesh also of the
-    weights that a step gathers.
+    weights that a step gathers, whole but for the experts of other devices.
     """
     model, mesh = cfg.model, cfg.mesh
     count = model.param_count()
@@ -30,11 +30,12 @@ def state_bytes(cfg: RunConfig) -> int:
 def check_memory(cfg: RunConfig) -> None:
     """ValueError if the model cannot be trained here."""
     needed, count = state_bytes(cfg), cfg.model.param_count()
+    place, gathered = "device", " and gathered weights" if cfg.mesh.size > 1 else ""
     if jax.default_backend() == "cpu":
-        needed *= cfg.mesh.size  # emulated devices share the machine's memory
+        place, needed = "machine", needed * cfg.mesh.size  # whose memory emulated devices share
     if needed > memory_size():
         raise ValueError(
             f"the model has {(count.main + count.mtp) / 1e9:,.1f} B parameters, whose masters, "
-            f"moments and gradients take {needed / 1e9:,.0f} GB; this device has "
+            f"moments and gradients{gathered} take {needed / 1e9:,.0f} GB; this {place} has "
             f"{memory_size() / 1e9:,.0f} GB (--print-config only shows the configuration)"
         )

@@ -9,7 +9,7 @@ from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.train.sharding import ONE_DEVICE, Sharding
+from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import Coefficients, TrainState, make_step
 
 
@@ -25,7 +25,7 @@ class StepPrograms:
         cfg: RunConfig,
         graphdef: nnx.GraphDef,
         shapes: TrainState,
-        sharding: Sharding = ONE_DEVICE,
+        sharding: RunSharding = ONE_DEVICE,
     ) -> None:
         """`shapes` of the state, from `abstract_state`."""
         self.cfg, self.sharding = cfg, sharding
@@ -52,7 +52,7 @@ class StepPrograms:
 
     def _compiled(self, rows: int) -> Callable:
         shape = rows, self.cfg.data.length
-        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.rows)
+        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.row_placement)
         batch = Batch(array, array, array if self.cfg.data.isolate else None)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
         return self.step.lower(self.shapes, batch, coefficients).compile()

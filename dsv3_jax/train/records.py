@@ -31,33 +31,32 @@ def train_record(
     rate = clock.rows_per_second() * cfg.data.length
     violation_L = metrics.max_violation_L
     bias_LE = metrics.bias_LE
-    return (
-        _entry("train", cfg, position)
-        | {
-            "rows": position.consumed_rows,
-            "step_rows": values.rows,
-            "loss": float(metrics.loss),
-            "main_loss": float(metrics.parts.main),
-            "mtp_loss": float(metrics.parts.mtp),
-            "balance_loss": float(metrics.parts.balance),
-            "grad_norm": float(metrics.grad_norm),
-            "grad_norms": {part: float(norm) for part, norm in metrics.grad_norms.items()},
-            "learning_rate": values.learning_rate,
-            "bias_speed": values.bias_speed,
-            "mtp_weight": values.mtp_weight,
-            "max_violation": float(violation_L.mean()) if violation_L.size else None,
-            "bias_min": float(bias_LE.min()) if bias_LE.size else None,
-            "bias_max": float(bias_LE.max()) if bias_LE.size else None,
-            "tokens_per_second": rate,
-            "matmul_share": rate * flops_share,
-            "data_wait": clock.data_wait(),
-            "peak_memory": peak_memory(),
-            "device_peak_memory": device_peak_memory(),
-            "skipped": position.skipped,
-            "seconds": clock.seconds(),
-        }
-        | ({"exchange": exchange_entry(cfg, metrics.exchange)} if metrics.exchange else {})
-    )
+    entry = _entry("train", cfg, position) | {
+        "rows": position.consumed_rows,
+        "step_rows": values.rows,
+        "loss": float(metrics.loss),
+        "main_loss": float(metrics.parts.main),
+        "mtp_loss": float(metrics.parts.mtp),
+        "balance_loss": float(metrics.parts.balance),
+        "grad_norm": float(metrics.grad_norm),
+        "grad_norms": {part: float(norm) for part, norm in metrics.grad_norms.items()},
+        "learning_rate": values.learning_rate,
+        "bias_speed": values.bias_speed,
+        "mtp_weight": values.mtp_weight,
+        "max_violation": float(violation_L.mean()) if violation_L.size else None,
+        "bias_min": float(bias_LE.min()) if bias_LE.size else None,
+        "bias_max": float(bias_LE.max()) if bias_LE.size else None,
+        "tokens_per_second": rate,
+        "matmul_share": rate * flops_share,
+        "data_wait": clock.data_wait(),
+        "peak_memory": peak_memory(),
+        "device_peak_memory": device_peak_memory(),
+        "skipped": position.skipped,
+        "seconds": clock.seconds(),
+    }
+    if metrics.traffic:
+        entry["exchange"] = exchange_entry(cfg, values.rows, metrics.traffic)
+    return entry
 
 
 def validation_record(

@@ -38,7 +38,7 @@ from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.schedules import rows_after, rows_at
-from dsv3_jax.train.sharding import Sharding, make_sharding
+from dsv3_jax.train.sharding import RunSharding, make_sharding
 from dsv3_jax.train.snapshot import Position, Snapshot
 from dsv3_jax.train.step import abstract_state, check_state, init_state
 from dsv3_jax.train.trouble import BadSteps
@@ -98,7 +98,7 @@ def prepare(
     if resume is None:
         check_writable(cfg.output)
     packages_of(cfg)
-    make_mesh(cfg.mesh)  # where there are so many devices
+    make_mesh(cfg.mesh)  # refuses too few devices before anything is made
     say(f"machine    {describe()}")
     if resume:
         check_trained(resume.path)
@@ -287,7 +287,7 @@ def _next_rows(prepared: Prepared) -> int:
     return rows_at(cfg, checkpoint.meta["consumed_rows"] * cfg.data.length)
 
 
-def _start(prepared: Prepared, sharding: Sharding, say: Callable[[str], None]) -> Snapshot:
+def _start(prepared: Prepared, sharding: RunSharding, say: Callable[[str], None]) -> Snapshot:
     """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
     state = init_state(cfg, sharding)

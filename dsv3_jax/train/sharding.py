@@ -4,6 +4,7 @@ The step is written once. What it asks here is a sum, a gather or a scatter insi
 and the identity on one device.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,15 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from optax.tree_utils import tree_set
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.parallel.buckets import Exchange, make_exchange
+from dsv3_jax.parallel.buckets import ExchangePlan, make_exchange_plan
 from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, varying
 from dsv3_jax.parallel.zero import gathered, holds_first, stored_spec, summed_and_scattered
 from dsv3_jax.train.optimizer import parameter_name
@@ -29,11 +30,11 @@ WHOLE = PartitionSpec()
 
 
 @dataclass(frozen=True)
-class Sharding:
+class RunSharding:
     """Of one run; `mesh` None for one device."""
 
     mesh: Mesh | None = None
-    plan: Exchange | None = None
+    plan: ExchangePlan | None = None
     """Of the exchange with experts on other devices"""
     specs: Mapping[str, PartitionSpec] | None = None
     """Of every master, by its parameter's name"""
@@ -44,9 +45,9 @@ class Sharding:
         return TOKEN_AXES if self.mesh else ()
 
     @property
-    def devices(self) -> int:
-        """That have tokens of their own."""
-        return self.mesh.size if self.mesh else 1
+    def token_shards(self) -> int:
+        """Devices that have tokens of their own."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes) if self.mesh else 1
 
     # --- inside a step ---------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ class Sharding:
         return self._by_name(summed_and_scattered, grads)
 
     def sum(self, tree: Any) -> Any:
-        """Over devices."""
+        """Over devices; what is the same everywhere counts once for each."""
         return lax.psum(self.differing(tree), self.axes) if self.mesh else tree
 
     def max(self, tree: Any) -> Any:
@@ -73,15 +74,12 @@ class Sharding:
         """
         if not self.mesh:
             return tree
-        paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-        own = [
-            jnp.where(holds_first(self.specs[parameter_name(path)]), x, 0).reshape(-1)
-            for path, x in paths
-        ]
-        total = self.sum(jnp.concatenate(own))
-        parts = jnp.split(total, np.cumsum([x.size for x in own])[:-1])
-        whole = [x.reshape(old.shape) for x, (_, old) in zip(parts, paths, strict=True)]
-        return jax.tree.unflatten(structure, whole)
+
+        def own(path: tuple, x: jax.Array) -> jax.Array:
+            return jnp.where(holds_first(self.specs[parameter_name(path)]), x, 0)
+
+        flat, restored = ravel_pytree(jax.tree_util.tree_map_with_path(own, tree))
+        return restored(self.sum(flat))
 
     def differing(self, tree: Any) -> Any:
         """The same values, typed as differing over devices."""
@@ -105,15 +103,15 @@ class Sharding:
             return f
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
-    def params(self, params: nnx.State) -> nnx.State:
+    def param_specs(self, params: nnx.State) -> nnx.State:
         """Specs of masters, moments or whatever has their structure."""
         return jax.tree_util.tree_map_with_path(
             lambda path, _: self.specs[parameter_name(path)] if self.mesh else WHOLE, params
         )
 
-    def state(self, state: Any) -> Any:
+    def state_specs(self, state: Any) -> Any:
         """Specs of a `TrainState`, abstract or not."""
-        params = self.params(state.params)
+        params = self.param_specs(state.params)
         optimizer = jax.tree.map(lambda _: WHOLE, state.optimizer)
         optimizer = tree_set(optimizer, mu=params, nu=params)
         return state._replace(
@@ -133,17 +131,17 @@ class Sharding:
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             state,
-            self.placements(self.state(state)),
+            self.placements(self.state_specs(state)),
         )
 
     @cached_property
-    def rows(self) -> NamedSharding | None:
+    def row_placement(self) -> NamedSharding | None:
         """Where the rows of a batch go."""
         return self.placements(ROWS)
 
     def put_rows(self, batch: Batch) -> Batch:
         """A batch on its devices."""
-        return jax.device_put(batch, self.rows)
+        return jax.device_put(batch, self.row_placement)
 
     def on_one_device(self, tree: Any) -> Any:
         """All of it on the first device, for programs that know of one."""
@@ -153,10 +151,10 @@ class Sharding:
         return jax.device_put(tree, SingleDeviceSharding(self.mesh.devices.flat[0]))
 
 
-ONE_DEVICE = Sharding()
+ONE_DEVICE = RunSharding()
 
 
-def make_sharding(cfg: RunConfig, params: nnx.State) -> Sharding:
+def make_sharding(cfg: RunConfig, params: nnx.State) -> RunSharding:
     """Of a run whose masters, abstract or not, are these. ValueError if devices are lacking."""
     if cfg.mesh.size == 1:
         return ONE_DEVICE
@@ -165,4 +163,4 @@ def make_sharding(cfg: RunConfig, params: nnx.State) -> Sharding:
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = parameter_name(path)
         specs[name] = stored_spec(name, x.shape, mesh.shape)
-    return Sharding(mesh, make_exchange(cfg.mesh, cfg.model), specs)
+    return RunSharding(mesh, make_exchange_plan(cfg.mesh, cfg.model), specs)

@@ -25,7 +25,7 @@ from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
 from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
 from dsv3_jax.train.quantized_weights import attach, quantize_weights
-from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, Sharding
+from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, RunSharding
 
 
 class TrainState(NamedTuple):
@@ -74,11 +74,11 @@ class StepMetrics(NamedTuple):
     """bool: whether any of a router's did"""
     squared_norms: nnx.State
     """Of the gradient of each parameter, for each layer of a stack; 0 where none above 1e-19 is"""
-    exchange: "Exchanged | None"
+    traffic: "StepTraffic | None"
     """Of tokens with experts on other devices"""
 
 
-class Exchanged(NamedTuple):
+class StepTraffic(NamedTuple):
     """What the exchanges of a step took: every router's, MTP's last [L], over its micro-batches."""
 
     total: Traffic
@@ -93,13 +93,13 @@ def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     return jax.eval_shape(partial(_fresh, cfg), jax.random.key(0))
 
 
-def init_state(cfg: RunConfig, sharding: Sharding = ONE_DEVICE) -> TrainState:
+def init_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainState:
     """A fresh model and optimiser from `train.seed`, made in one compiled program, each device its
     shards.
     """
     # Runs once, so it is compiled without optimisation: 5 s of CPU time instead of 18 for `tiny`.
     options = {"xla_backend_optimization_level": 0}
-    placements = sharding.placements(sharding.state(abstract_state(cfg)[1]))
+    placements = sharding.placements(sharding.state_specs(abstract_state(cfg)[1]))
     build = jax.jit(
         lambda key: _fresh(cfg, key)[1], compiler_options=options, out_shardings=placements
     )
@@ -119,7 +119,9 @@ def check_state(cfg: RunConfig) -> None:
         check_groups(cfg.optimizer, abstract_state(cfg)[1].params)
 
 
-def make_step(graphdef: nnx.GraphDef, cfg: RunConfig, sharding: Sharding = ONE_DEVICE) -> Callable:
+def make_step(
+    graphdef: nnx.GraphDef, cfg: RunConfig, sharding: RunSharding = ONE_DEVICE
+) -> Callable:
     """Compiled `step(state, batch, coefficients) -> (state, StepMetrics)`.
 
     The state is donated.
@@ -127,7 +129,7 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig, sharding: Sharding = ONE_D
     transform = adamw(cfg.optimizer)
 
     def step(state: TrainState, batch: Batch, coefficients: Coefficients):
-        total, grads, parts, row_is_finite_B = gradients(
+        total, grads, parts, row_is_finite_B, traffic = gradients(
             graphdef, state, batch, coefficients.mtp_weight, cfg, sharding
         )
 
@@ -156,13 +158,13 @@ def make_step(graphdef: nnx.GraphDef, cfg: RunConfig, sharding: Sharding = ONE_D
             bias_LE,
             (bias_LE != stacked_biases(state.biases)).any(-1),
             squares,
-            exchanged(parts.traffic, sharding),
+            traffic,
         )
-        return after, metrics._replace(parts=parts._replace(traffic=None))
+        return after, metrics
 
-    state = sharding.state(abstract_state(cfg)[1])
+    specs = sharding.state_specs(abstract_state(cfg)[1])
     told = StepMetrics(*[WHOLE] * len(StepMetrics._fields))._replace(row_is_finite_B=ROWS)
-    step = sharding.per_device(step, (state, ROWS, WHOLE), (state, told))
+    step = sharding.per_device(step, (specs, ROWS, WHOLE), (specs, told))
     return jax.jit(step, donate_argnums=0)
 
 
@@ -172,14 +174,14 @@ def gradients(
     batch: Batch,
     mtp_weight: jax.Array,
     cfg: RunConfig,
-    sharding: Sharding = ONE_DEVICE,
-) -> tuple[jax.Array, nnx.State, LossParts, jax.Array]:
+    sharding: RunSharding = ONE_DEVICE,
+) -> tuple[jax.Array, nnx.State, LossParts, jax.Array, StepTraffic | None]:
     """Loss, float32 gradients and loss parts of a whole step's rows, in micro-batches one after the
-    other; and whether each row's gradient is finite, bool [B].
+    other; whether each row's gradient is finite, bool [B]; and what exchanges took.
 
-    Of several devices, each has its rows, and of the gradients its shards; traffic is its own.
+    Of several devices, each has its rows, and of the gradients its shards.
     """
-    count = len(batch.labels_BT) * sharding.devices * cfg.train.microbatches // cfg.train.rows
+    count = len(batch.labels_BT) * sharding.token_shards * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum(sharding.sum((batch.labels_BT >= 0).sum()), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     params = sharding.gather(state.params)
@@ -190,7 +192,7 @@ def gradients(
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.
-        row_share = 1 / (count * sharding.devices)
+        row_share = 1 / (count * sharding.token_shards)
         return loss(
             model, micro, valid_tokens, mtp_weight, cfg.train, row_share, slot_B, sharding.plan
         )
@@ -202,16 +204,15 @@ def gradients(
         )
         return sharding.differing((*value, grads)), jnp.isfinite(dslot_B)
 
-    def of_all_devices(sums):
+    def of_all_devices(sums, row_is_finite):
         total, parts, grads = sums
-        traffic = parts.traffic
+        traffic = step_traffic(parts.traffic, sharding)
         total, parts = sharding.sum((total, parts._replace(traffic=None)))
-        return total, sharding.reduce(grads), parts._replace(traffic=traffic)
+        return total, sharding.reduce(grads), parts, row_is_finite.reshape(-1), traffic
 
     first = jax.tree.map(lambda x: x[0], parts_of)
     if count == 1:
-        sums, row_is_finite_B = value_and_grad(first)
-        return *of_all_devices(sums), row_is_finite_B
+        return of_all_devices(*value_and_grad(first))
 
     def accumulate(carry, micro):
         sums, row_is_finite_B = value_and_grad(micro)
@@ -219,16 +220,15 @@ def gradients(
 
     shapes, _ = jax.eval_shape(value_and_grad, first)
     zeros = sharding.differing(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    sums, row_is_finite_MB = lax.scan(accumulate, zeros, parts_of)
-    return *of_all_devices(sums), row_is_finite_MB.reshape(-1)
+    return of_all_devices(*lax.scan(accumulate, zeros, parts_of))
 
 
-def exchanged(traffic: Traffic | None, sharding: Sharding) -> Exchanged | None:
+def step_traffic(traffic: Traffic | None, sharding: RunSharding) -> StepTraffic | None:
     """Of all devices, from each device's own."""
     if traffic is None:
         return None
     most = sharding.max((traffic.received, traffic.rounds))
-    return Exchanged(sharding.sum(traffic), *most)
+    return StepTraffic(sharding.sum(traffic), *most)
 
 
 def squared_norms(grads: nnx.State) -> nnx.State:

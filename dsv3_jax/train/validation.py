@@ -16,7 +16,7 @@ from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.train.quantized_weights import with_quantized_weights
-from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, Sharding
+from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, RunSharding
 from dsv3_jax.train.step import TrainState, abstract_state
 
 
@@ -35,7 +35,7 @@ def make_validate(
     graphdef: nnx.GraphDef,
     cfg: RunConfig,
     byte_lengths_V: np.ndarray,
-    sharding: Sharding = ONE_DEVICE,
+    sharding: RunSharding = ONE_DEVICE,
 ) -> Callable[[TrainState, Rows, Sequence[int]], Validation]:
     """`validate(state, rows, indices)`; compiled once for batches as large as a training micro-
     batch.
@@ -55,7 +55,7 @@ def make_validate(
         )
         return sharding.sum(cross_entropy(h_BTD, model.head(), batch.labels_BT))
 
-    specs = sharding.params(abstract_state(cfg)[1].params)
+    specs = sharding.param_specs(abstract_state(cfg)[1].params)
     nll = jax.jit(sharding.per_device(nll, (specs, WHOLE, ROWS), WHOLE))
 
     def validate(state: TrainState, rows: Rows, indices: Sequence[int]) -> Validation:

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from dsv3_jax.config import (
+    DataConfig,
+    MeshConfig,
+    Phase,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from dsv3_jax.config.presets import tiny
 
 
@@ -65,8 +72,6 @@ def test_without_groups_or_experts_nodes_are_free():
 
 def test_every_stair_of_a_batch_ramp_is_shared_evenly():
     """A stair is a multiple of a micro-batch, which the devices share."""
-    from dsv3_jax.config import Phase, ScheduleConfig
-
     cfg = run(MeshConfig(data=2), rows=8, microbatches=2)
     ramp = ScheduleConfig(rows_phases=(Phase(0, 100, 4, "constant"),))
     assert replace(cfg, schedule=ramp).schedule.rows_phases

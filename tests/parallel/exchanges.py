@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.moe import Weights, experts
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.dispatch import Traffic, exchange
 from dsv3_jax.parallel.mesh import EXPERT_AXES, TOKEN_AXES, make_mesh, varying
 from dsv3_jax.parallel.wire import PLAIN, Wire
@@ -78,7 +78,7 @@ def placed(mesh: Mesh, specs: tuple, args: tuple) -> tuple:
     return jax.device_put(args, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
 
-def fast(plan: Exchange, wire: Wire = PLAIN) -> Callable[..., tuple[jax.Array, Traffic]]:
+def fast(plan: ExchangePlan, wire: Wire = PLAIN) -> Callable[..., tuple[jax.Array, Traffic]]:
     """The exchange with this repository's experts."""
     apply = partial(experts, complete=False)
 

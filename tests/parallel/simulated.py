@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.model.moe import Weights, experts
-from dsv3_jax.parallel.buckets import Exchange
+from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.wire import Wire
 from dsv3_jax.quant.recipes import Operand
 
@@ -18,7 +18,7 @@ Copy = tuple[int, int]  # a token of all, and which of its choices
 Slots = list[list[Copy | None]]  # of every device
 
 
-def rounds(plan: Exchange, experts_TK: np.ndarray) -> Iterator[Slots]:
+def rounds(plan: ExchangePlan, experts_TK: np.ndarray) -> Iterator[Slots]:
     """Of one group of devices, whose tokens come one device after the other; round by round."""
     devices = plan.nodes * plan.locals
     tokens, k = len(experts_TK) // devices, experts_TK.shape[1]
@@ -68,7 +68,7 @@ def rounds(plan: Exchange, experts_TK: np.ndarray) -> Iterator[Slots]:
             yield slots
 
 
-def simulated(plan: Exchange, wire: Wire, shards: int) -> Callable:
+def simulated(plan: ExchangePlan, wire: Wire, shards: int) -> Callable:
     """`f(x_TD, gates_TK, weights, experts_TK)` of the tokens of all groups (`shards` devices)."""
 
     def layer(x_TD, gates_TK, weights: Weights, experts_TK: np.ndarray):

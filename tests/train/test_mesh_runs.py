@@ -41,7 +41,7 @@ def snapshot_on(shape: str) -> tuple[RunConfig, Snapshot]:
     moments = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
     state = state._replace(optimizer=moments.optimizer)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state(state)))
+    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
     return cfg, Snapshot(state, Position(step=7), ema.on_host(state.params))
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path, before: 
     found = jax.device_get((restored.state, restored.average))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     if sharding.mesh:
-        places = sharding.placements(sharding.state(restored.state))
+        places = sharding.placements(sharding.state_specs(restored.state))
         same = jax.tree.map(lambda x, place: x.sharding == place, restored.state, places)
         assert all(jax.tree.leaves(same))
 
@@ -84,12 +84,12 @@ def test_the_step_after_a_change_of_mesh_is_the_same(x64, tmp_path: Path, before
     cfg = run_of(before, 1, 1)
     _, state = state_of(cfg, jnp.float64)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state(state)))
+    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
     store.save(tmp_path, 7, *contents(cfg, Snapshot(state, Position(step=7)), DATA))
     cfg = run_of(after, 1, 1)
     sharding = make_sharding(cfg, state.params)
     like = jax.tree.map(jnp.copy, state_of(cfg, jnp.float64)[1])
-    like = jax.device_put(like, sharding.placements(sharding.state(like)))
+    like = jax.device_put(like, sharding.placements(sharding.state_specs(like)))
     restored = restore(store.load(tmp_path), cfg, like).state
     stepped, _ = step_on(after)(restored, sharding.put_rows(batch_of(cfg)), NUMBERS)
     assert_close(jax.device_get(stepped), expected(1, 1, "float64", True).state, FLOAT64)

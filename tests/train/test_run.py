@@ -202,7 +202,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_folder_is_made(
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        "parameters, whose masters, moments and gradients take 0 GB; this device has 0 GB" in line
+        "parameters, whose masters, moments and gradients take 0 GB; this machine has 0 GB" in line
     )
     assert not list(tmp_path.iterdir())
 

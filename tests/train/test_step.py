@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_changes_nothing(monke
         grads["norm_D"] = jax.tree.map(lambda g: g.at[3].set(bad), grads["norm_D"])
         zero = jnp.zeros(())
         parts = LossParts(zero + 2, zero, zero, jnp.zeros((1, RUN.model.num_experts), jnp.int32))
-        return zero + 2, grads, parts, jnp.ones(B, bool)
+        return zero + 2, grads, parts, jnp.ones(B, bool), None
 
     monkeypatch.setattr(step_module, "gradients", made_up)
     before = jax.tree.map(np.array, state)
