@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.checkpoint.names import is_stack
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.config.load import load_json
@@ -16,6 +15,7 @@ from dsv3_jax.data.corpus import build_corpus
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.model.router import RouterBias
+from dsv3_jax.parallel.mesh import is_stacked
 from dsv3_jax.quant.recipes import Operand
 from dsv3_jax.quant.trained_weight import Taps
 from dsv3_jax.train.loss import loss
@@ -87,7 +87,7 @@ def tensors(of: Trained) -> dict[str, Tensors]:
 
 
 def _zero_taps(name: str, shape: tuple[int, ...], rows: int) -> Taps:
-    size = (*shape[: is_stack(name)], min(ROWS, rows))
+    size = (*shape[: is_stacked(name)], min(ROWS, rows))
     # Gate and up are one product.
     width = shape[-1] * (2 if "w_gate" in name or "w_up" in name else 1)
     return Taps(jnp.zeros((*size, shape[-2])), jnp.zeros((*size, width)), first_rows)

@@ -1,5 +1,5 @@
-"""Loss curves of runs of fp8_vs_bf16's configuration, which share seed, data and steps: made, read,
-compared.
+"""Runs of experiments, which differ from each other in a few options: made, and their loss curves
+read and compared.
 """
 
 import json
@@ -29,23 +29,27 @@ class Options:
     """Of the runs"""
 
 
-def command(tell: Callable[[Path], None], description: str) -> Callable[[list[str]], None]:
+def command(
+    tell: Callable[[Path], None], description: str, default: Options | None = None
+) -> Callable[[list[str]], None]:
     """The main function of an experiment that tells what its folder of runs holds."""
 
     def main(args: list[str]) -> None:
-        options = parse(Options, Options(), prog="run.py", description=description, args=args)
+        options = parse(
+            Options, default or Options(), prog="run.py", description=description, args=args
+        )
         with user_errors():
             tell(options.folder)
 
     return main
 
 
-def train(folder: Path, name: str, *options: str) -> Path:
+def train(folder: Path, name: str, *options: str, config: Path = CONFIG) -> Path:
     """The folder of a finished run of this name; it is trained, or resumed, if there is none.
 
     ValueError if the folder holds another run of that name. SystemExit if the training ends early.
     """
-    folder, options = folder.absolute(), ("--config", str(CONFIG), *options)
+    folder, options = folder.absolute(), ("--config", str(config), *options)
     run, words = folder / f"{name}-001", [sys.executable, "-m", "dsv3_jax.train"]
     if run.exists():
         _check_same(run, resolve(list(options))[0].run)
