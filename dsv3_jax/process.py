@@ -27,6 +27,13 @@ SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 MAX_EMULATED = 4096
+# Emulated devices wait for each other, and XLA ends a process whose devices have waited 40 s: one
+# that has most of the tokens may well take longer, and so does a laptop that slept.
+PATIENCE = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=86400",
+    "--xla_cpu_collective_timeout_seconds=86400",
+)
 ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
@@ -70,24 +77,50 @@ def compilation_cache(environment: Mapping[str, str]) -> dict[str, str]:
 def emulate(devices: int | None) -> None:
     """So many devices on the CPU, asked for before JAX has begun; None leaves them as they are.
 
-    ValueError for a number that cannot be, or another one in XLA_FLAGS.
+    ValueError for a number that cannot be, or where the environment asks for another one.
     """
-    if devices is None:
-        return
-    if not 1 <= devices <= MAX_EMULATED:
+    if devices is not None and not 1 <= devices <= MAX_EMULATED:
         raise ValueError(f"--devices is {devices}; allowed: 1 to {MAX_EMULATED:,}")
     flags = os.environ.get("XLA_FLAGS", "")
-    asked = re.findall(r"--xla_force_host_platform_device_count=(\S+)", flags)
-    if asked and asked[-1] != str(devices):
-        raise ValueError(
-            f"--devices is {devices}, and XLA_FLAGS asks for {asked[-1]} emulated devices; "
-            "allowed: one of them"
-        )
+    asked = {
+        "XLA_FLAGS": re.findall(r"--xla_force_host_platform_device_count=(\S+)", flags)[-1:],
+        "JAX_NUM_CPU_DEVICES": [os.environ[n] for n in ("JAX_NUM_CPU_DEVICES",) if n in os.environ],
+    }
+    for name, numbers in asked.items():
+        for number in numbers:
+            _check_asked(name, number, devices)
+    if devices is None:
+        return
+    os.environ["XLA_FLAGS"] = " ".join([flags, *PATIENCE]).strip()
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    if not asked:
+    if not asked["XLA_FLAGS"]:
         jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _check_asked(name: str, number: str, devices: int | None) -> None:
+    if not (number.isdecimal() and 1 <= int(number) <= MAX_EMULATED):
+        raise ValueError(f"{name} asks for {number!r} CPU devices; allowed: 1 to {MAX_EMULATED:,}")
+    if devices not in (None, int(number)):
+        raise ValueError(
+            f"--devices is {devices}, and {name} asks for {number} CPU devices; allowed: one of "
+            "them"
+        )
+
+
+def check_devices() -> None:
+    """Starts JAX. ValueError, one line, if it finds no device to compute on."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX finds no device (JAX_PLATFORMS is {platforms!r}): "
+            f"{' '.join(str(error).split())[:200] or 'no platform could be started'}"
+        ) from error
 
 
 def give_back() -> None:

@@ -72,32 +72,46 @@ def test_compiled_programs_are_kept_in_the_cache_unless_the_user_says_where(
     assert process.compilation_cache({}) == {}
 
 
+COUNT = "--xla_force_host_platform_device_count="
+
+
 @pytest.mark.parametrize(
-    ("flags", "devices", "told"),
+    ("environment", "devices", "told"),
     [
-        ("", "3", "3 cpu"),
-        ("--xla_force_host_platform_device_count=4", "4", "4 cpu"),
-        ("--xla_force_host_platform_device_count=4", "None", "4 cpu"),
+        ({}, "3", "3 cpu"),
+        ({"XLA_FLAGS": f"{COUNT}4"}, "4", "4 cpu"),
+        ({"XLA_FLAGS": f"{COUNT}4"}, "None", "4 cpu"),
+        ({"JAX_NUM_CPU_DEVICES": "2"}, "2", "2 cpu"),
         (
-            "--xla_force_host_platform_device_count=4",
+            {"XLA_FLAGS": f"{COUNT}4"},
             "2",
-            "--devices is 2, and XLA_FLAGS asks for 4 emulated devices; allowed: one of them",
+            "--devices is 2, and XLA_FLAGS asks for 4 CPU devices; allowed: one of them",
         ),
-        ("", "5000", "--devices is 5000; allowed: 1 to 4,096"),
+        (
+            {"JAX_NUM_CPU_DEVICES": "2"},
+            "4",
+            "--devices is 4, and JAX_NUM_CPU_DEVICES asks for 2 CPU devices; allowed: one of them",
+        ),
+        ({"XLA_FLAGS": f"{COUNT}x"}, "None", "XLA_FLAGS asks for 'x' CPU devices; allowed: 1 to"),
+        ({"XLA_FLAGS": f"{COUNT}0"}, "None", "XLA_FLAGS asks for '0' CPU devices; allowed: 1 to"),
+        ({}, "5000", "--devices is 5000; allowed: 1 to 4,096"),
+        ({"JAX_PLATFORMS": "cuda"}, "None", "JAX finds no device (JAX_PLATFORMS is 'cuda'): "),
     ],
 )
-def test_devices_are_emulated(flags: str, devices: str, told: str):
+def test_devices_are_emulated_or_refused_in_a_line(environment: dict, devices: str, told: str):
     program = f"""
 from dsv3_jax import process
 try:
     process.emulate({devices})
+    process.check_devices()
 except ValueError as error:
     print(error)
 else:
     import jax
     print(jax.device_count(), jax.default_backend())
 """
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == told
+    assert done.stdout.startswith(told)
+    assert len(done.stdout.splitlines()) == 1

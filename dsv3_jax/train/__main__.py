@@ -74,6 +74,7 @@ def main(args: Sequence[str]) -> int | None:
 def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | None) -> int:
     with user_errors():
         process.emulate(options.devices)
+        process.check_devices()
     # JAX comes in here, not before --help.
     from dsv3_jax.checkpoint.arrays import CheckpointError
     from dsv3_jax.train.console import RunConsole

@@ -83,6 +83,11 @@ def test_nothing_is_dropped_whatever_the_routing(x64, routing):
     check("1x2x4", 1.0, routing)
 
 
+def test_nothing_is_dropped_where_both_hops_overflow(x64):
+    traffic = check("2x2x2", 0.2, lognormal)
+    assert traffic.rounds.max() > 2 * 5  # a token's first hop may wait five rounds
+
+
 PAIRS = [("2x2x2", 0.2), ("1x1x8", 1.0), ("4x1x2", 4.0), ("1x8x1", 0.2), ("1x4x2", 4.0)]
 
 

@@ -3,6 +3,8 @@
 In float64, where a missing or doubled term is far above rounding. One device is the oracle.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -14,14 +16,30 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from optax.tree_utils import tree_get
 
-from dsv3_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from dsv3_jax.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model import router
+from dsv3_jax.parallel.dispatch import Traffic
+from dsv3_jax.parallel.mesh import TOKEN_AXES
 from dsv3_jax.train.exchange_records import bytes_of_row, exchange_entry
 from dsv3_jax.train.loss import loss
 from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, make_sharding
-from dsv3_jax.train.step import StepMetrics, TrainState, gradients, make_step
+from dsv3_jax.train.step import (
+    StepMetrics,
+    StepTraffic,
+    TrainState,
+    gradients,
+    make_step,
+    step_traffic,
+)
 from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.train.test_step import coefficients, state_of
@@ -63,6 +81,20 @@ class Outcome(NamedTuple):
     metrics: StepMetrics | None = None
 
 
+@cache
+def step_program(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The compiled step on the mesh; it puts its arguments in their places."""
+    graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
+    sharding = make_sharding(cfg, state.params)
+    places = sharding.placements(sharding.state_specs(state))
+    numbers = coefficients(0.01, 0.003)
+    arguments = sharding.placed_shapes(state), sharding.put_rows(batch_of(cfg)), numbers
+    step = make_step(graphdef, cfg, sharding).lower(*arguments).compile(FAST_COMPILATION)
+    return lambda state, batch: step(
+        jax.device_put(state, places), sharding.put_rows(batch), numbers
+    )
+
+
 def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
     graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
     sharding = make_sharding(cfg, state.params)
@@ -78,8 +110,7 @@ def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
     found = Outcome(*compiled(body)(state, batch, numbers.mtp_weight))
     if not whole:
         return found
-    step = make_step(graphdef, cfg, sharding).lower(state, batch, numbers)
-    after, metrics = step.compile(FAST_COMPILATION)(state, batch, numbers)
+    after, metrics = step_program(cfg)(state_of(cfg, jnp.dtype(cfg.train.dtype))[1], batch_of(cfg))
     return found._replace(state=after, metrics=metrics)
 
 
@@ -164,6 +195,54 @@ def routing_margin(patch: pytest.MonkeyPatch, cfg: RunConfig) -> float:
         loss(model, batch_of(cfg), jnp.int32(1), jnp.float32(0.3), cfg.train)
     assert len(margins) == 2 * (cfg.model.num_moe_layers + cfg.model.mtp_depth)
     return min(margins)
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, stepped):
+    """And nothing of it reaches any weight."""
+    cfg = run_of("2x2x2", 1, 2)
+    _, state = state_of(cfg, jnp.float64)
+    embed_VD = state.params["embed_VD"]
+    state.params["embed_VD"] = embed_VD.replace(embed_VD[...].at[63].set(jnp.nan))
+    tokens_BT, labels_BT, _ = batch_of(cfg)
+    tokens_BT, before = (tokens_BT % 63).at[11, 0].set(63), jax.tree.map(np.array, state)
+    after, metrics = step_program(cfg)(state, Batch(tokens_BT, labels_BT.at[11].set(1)))
+    assert not metrics.applied
+    assert np.flatnonzero(~np.asarray(metrics.row_is_finite_B)).tolist() == [11]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
+
+
+def test_what_devices_count_is_summed_and_the_most_is_kept():
+    cfg = run_of("2x2x2", 1, 2)
+    sharding = make_sharding(cfg, state_of(cfg)[1].params)
+
+    def body():
+        p = jax.lax.axis_index(TOKEN_AXES)
+        return step_traffic(Traffic(*(jnp.array([p + i, 7]) for i in range(5))), sharding)
+
+    found = jax.jit(sharding.per_device(body, (), WHOLE))()
+    np.testing.assert_array_equal(found.total.received, [28, 56])
+    np.testing.assert_array_equal(found.total.local_copies, [28 + 8 * 4, 56])
+    np.testing.assert_array_equal(found.most_received_L, [7, 7])
+    np.testing.assert_array_equal(found.most_rounds_L, [8, 7])
+
+
+def test_an_entry_about_the_exchange_counts_rows_and_their_bytes():
+    """Two layers, two micro-batches, 80 tokens to 2 of 16 experts each."""
+    cfg = run_of("2x2x2", 1, 2, "bfloat16")
+    total = Traffic(*map(np.array, ([160, 160], [32, 16], [40, 20], [50, 30], [100, 60])))
+    traffic = StepTraffic(total, np.array([30, 50]), np.array([6, 2]))
+    entry = exchange_entry(cfg, ROWS_OF_A_STEP, traffic)
+    assert entry == {
+        "device_imbalance": (30 / 20 + 50 / 20) / 2,
+        "rounds": (32 + 16) / 2 / 8 / 2,
+        "most_rounds": 6 / 2,
+        "crossing_share": 60 / 160,
+        "crossings_per_token": 80 / 160,
+        "node_bytes": 80 * 4 * 32 * 2,
+        "local_bytes": 160 * 4 * 32 * 2,
+    }
+    fp8 = replace(cfg, quant=QuantConfig("fp8"))
+    assert bytes_of_row(fp8) == 2 * (32 + 1) + 2 * 32 * 2
 
 
 def test_every_device_has_the_same_biases(stepped):
