@@ -120,13 +120,18 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 def check_mesh(mesh: Mesh, cfg: ModelConfig) -> None:
     """ValueError for a mesh of other axes, or over which the experts cannot be spread evenly."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh is a {type(mesh).__name__}; allowed: a jax.sharding.Mesh, as "
+            "dsv3_jax.parallel.mesh.make_mesh makes of a MeshConfig"
+        )
     if mesh.axis_names != AXES:
         raise ValueError(f"mesh has axes {', '.join(mesh.axis_names)}; allowed: {', '.join(AXES)}")
     sizes = [mesh.shape[axis] for axis in EXPERT_AXES]
     if cfg.num_experts % (sizes[0] * sizes[1]) and (cfg.num_moe_layers or cfg.mtp_depth):
         raise ValueError(
             f"{cfg.num_experts} experts on a mesh of node {sizes[0]} x local {sizes[1]} = "
-            f"{sizes[0] * sizes[1]} devices; allowed: multiples of {sizes[0] * sizes[1]}"
+            f"{sizes[0] * sizes[1]} devices; allowed: node x local that divides {cfg.num_experts}"
         )
 
 

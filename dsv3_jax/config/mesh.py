@@ -17,16 +17,16 @@ class MeshConfig:
     """
 
     pipe: int = 1
-    """Pipeline ranks"""
+    """Pipeline ranks; 1 so far"""
     data: int = 1
-    """Groups of devices that each hold all experts"""
+    """Groups of node x local devices, each of which holds all experts"""
     node: int = 1
-    """Nodes a group of experts lies on"""
+    """Nodes that a group's experts are spread over"""
     local: int = 1
     """Devices in a node"""
     bucket_factor: float = 1.25
-    """Rows of an exchange's bucket over a device's share under balanced routing: what does not fit
-    goes in further rounds"""
+    """Room of a bucket, in shares of a device under even routing. What finds none goes in further
+    rounds: larger is fewer rounds and more memory"""
 
     def __post_init__(self) -> None:
         check_types("mesh", self)

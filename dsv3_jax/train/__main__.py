@@ -44,7 +44,8 @@ class Options:
     print_schedule: Path | None = None
     """Draw learning rate, batch, bias speed and MTP weight as a .png, .svg or .pdf and leave"""
     devices: int | None = None
-    """Emulate this many devices on the CPU, for a configuration's mesh (XLA_FLAGS does as well)"""
+    """Emulate this many devices on the CPU, whose cores they share; the axes of mesh multiply to it
+    (XLA_FLAGS does as well)"""
     debug_nans: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say in which layer a loss or gradient stops being finite; slower"""
     profile: str | None = None
@@ -82,6 +83,9 @@ def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | No
     from dsv3_jax.train.run import Watch, execute, prepare
 
     console = RunConsole()
+    idle = (options.devices or 0) - options.run.mesh.size
+    if idle > 0:
+        console.print(f"warning    {idle} of {options.devices} devices are idle: see --mesh")
     with contextlib.ExitStack() as locks:
         with user_errors():
             watch = Watch(options.debug_nans, options.profile and parse_steps(options.profile))

@@ -6,7 +6,10 @@ from typing import Any
 from dsv3_jax.train.drawing import BLUE, ORANGE
 from dsv3_jax.train.page_pictures import SMALL, Curve, Picture, draw, frame_of, of_kind
 
-NOTE = "means over layers; rounds beyond the first carry what found no room in a bucket"
+NOTE = (
+    "of layers; rounds beyond the first carry what found no room in a bucket; bytes without empty "
+    "rows, and without weights and their gradients"
+)
 
 
 def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
@@ -18,10 +21,10 @@ def pictures(entries: Sequence[dict[str, Any]]) -> list[Picture]:
         return Curve(label, color, tokens, [factor * entry["exchange"][name] for entry in train])
 
     panels = {
-        "Fullest device, copies over the mean": [curve("", BLUE, "device_imbalance")],
-        "Rounds": [curve("mean", BLUE, "rounds"), curve("most", ORANGE, "most_rounds")],
+        "Fullest device, copies over the mean (1 is even)": [curve("", BLUE, "device_imbalance")],
+        "Rounds": [curve("mean of layers", BLUE, "rounds"), curve("most", ORANGE, "most_rounds")],
         "Tokens that leave their node, %": [curve("", BLUE, "crossing_share", 100)],
-        "MB a step between devices": [
+        "MB of tokens a step": [
             curve("nodes", ORANGE, "node_bytes", 1e-6),
             curve("within nodes", BLUE, "local_bytes", 1e-6),
         ],

@@ -38,7 +38,7 @@ from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
 from dsv3_jax.train.schedules import rows_after, rows_at
-from dsv3_jax.train.sharding import RunSharding, make_sharding
+from dsv3_jax.train.sharding import RunSharding, described, make_sharding
 from dsv3_jax.train.snapshot import Position, Snapshot
 from dsv3_jax.train.step import abstract_state, check_state, init_state
 from dsv3_jax.train.trouble import BadSteps
@@ -209,6 +209,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     if RECIPES[cfg.quant.recipe]:
         say(f"           linears by the recipe {cfg.quant.recipe}, in emulated GEMMs")
+    if cfg.mesh.size > 1:
+        say(f"mesh       {described(cfg)}")
     tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
@@ -239,6 +241,9 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     consumed = start.position.consumed_rows * cfg.data.length
     origin = _origin(prepared, start.position)
+    if origin and not prepared.is_new:
+        for change in origin["text"].split("; ")[1:]:
+            say(f"           {change}")
     prepared.checkpoint = start = None  # the trainer holds what it needs of them
     if has_weights:  # a run stopped before its first checkpoint would start from others
         trainer.save()

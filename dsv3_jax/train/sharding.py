@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from optax.tree_utils import tree_set
 
 from dsv3_jax.config import RunConfig
+from dsv3_jax.config.mesh import AXES
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.parallel.buckets import ExchangePlan, make_exchange_plan
 from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, varying
@@ -164,3 +165,17 @@ def make_sharding(cfg: RunConfig, params: nnx.State) -> RunSharding:
         name = parameter_name(path)
         specs[name] = stored_spec(name, x.shape, mesh.shape)
     return RunSharding(mesh, make_exchange_plan(cfg.mesh, cfg.model), specs)
+
+
+def described(cfg: RunConfig) -> str:
+    """In a line, what each device of a mesh has."""
+    mesh, axes = cfg.mesh, []
+    for axis in AXES:
+        size = getattr(mesh, axis)
+        axes += [f"{axis} {size}"] if size > 1 else []
+    rows = cfg.train.rows // cfg.train.microbatches // mesh.token_shards
+    experts = cfg.model.num_experts // mesh.expert_shards
+    return (
+        f"{' x '.join(axes)}: a device has {experts} of {cfg.model.num_experts} experts, and "
+        f"{rows} of a micro-batch's rows"
+    )
