@@ -4,7 +4,8 @@
 
 The devices share the cores, so this is what the exchange of tokens and the gathering of weights
 cost, not what a mesh gains. The step is that of train_cpu.py: `bench_cpu`, 8 rows of 512 random
-tokens, float32; on two nodes of four devices each device has one row.
+tokens, float32; on two nodes of four devices each device has one row, and in buckets of twice an
+even share the exchange mostly takes one round.
 
 Expected: a table with a row for each interpreter; the mesh at 0.5 of one device's speed (twice the
 time), at least at 0.33. 5 minutes on two cores.
@@ -33,7 +34,7 @@ class Options(ContestOptions):
     """What is compared, and how long."""
 
     torch_python: tyro.conf.Suppress[str | None] = None
-    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(node=2, local=4))
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(1, 1, 2, 4, bucket_factor=2.0))
     rows: int = 8
     """Rows of a step"""
     length: int = 512

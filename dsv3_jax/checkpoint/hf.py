@@ -71,7 +71,8 @@ def load_pretrained(
         mesh: with the axes of `parallel.mesh.make_mesh`. Experts, [E, ...] or [L, E, ...], are
             spread over node and local, all else is whole on every device (`weight_spec`); scales
             lie as their values. A process reads what its own devices hold, and checks the scales
-            and the copies of all, so that all refuse a folder. None: JAX's default device.
+            and the copies of all, so that all refuse a folder. Layers of such a model compute
+            inside a `shard_map` alone. None: JAX's default device.
         keep_fp8: linears stored in FP8 become `Blocked`, values and scales untouched.
         skip_mtp: leave MTP modules out, be they in the folder or not.
 

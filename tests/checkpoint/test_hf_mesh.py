@@ -276,8 +276,8 @@ def test_a_mesh_may_be_of_one_device_and_not_the_first(folders, loaded):
         ((2, 2), ("data", "node"), "mesh has axes data, node; allowed: pipe, data, node, local"),
         ((1, 2, 1, 2), ("data", "pipe", "node", "local"), "mesh has axes data, pipe, node, local;"),
         ((1,), ("x",), "mesh has axes x; allowed"),
-        ((1, 2, 3, 1), None, "8 experts on a mesh of node 3 x local 1 = 3 devices; .* of 3$"),
-        ((1, 1, 2, 3), None, "8 experts on a mesh of node 2 x local 3 = 6 devices; .* of 6$"),
+        ((1, 2, 3, 1), None, "8 experts on a mesh of node 3 x local 1 = 3 devices; .* divides 8$"),
+        ((1, 1, 2, 3), None, "8 experts on a mesh of node 2 x local 3 = 6 devices; .* divides 8$"),
     ],
 )
 def test_other_meshes_are_refused_in_one_line(folders, sizes, axes, problem: str):
@@ -287,6 +287,11 @@ def test_other_meshes_are_refused_in_one_line(folders, sizes, axes, problem: str
     with pytest.raises(ValueError, match=problem) as refusal:
         load(folders["bf16"], mesh=mesh)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_configuration_is_no_mesh(folders):
+    with pytest.raises(ValueError, match=r"mesh is a MeshConfig; allowed: a jax\.sharding\.Mesh"):
+        load(folders["bf16"], mesh=MeshConfig())
 
 
 # --- several processes ---
