@@ -29,8 +29,8 @@ EXPERT_AXES = (NODE, LOCAL)
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a configuration. ValueError if there are too few devices.
 
-    Given devices are taken in their order, `local` fastest. Otherwise JAX's own: by their topology
-    on a TPU, elsewhere in their order, in which those of one host are neighbours.
+    Given devices are taken in their order, `local` fastest. Otherwise JAX's own, laid out by JAX as
+    their topology suggests: in their order where it knows none, as on CPUs.
     """
     shape = tuple(getattr(cfg, axis) for axis in AXES)
     found = jax.devices() if devices is None else list(devices)
@@ -40,7 +40,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"here are {len(found)} (--devices {cfg.size} emulates them on a CPU)"
         )
     found, types = found[: cfg.size], (AxisType.Explicit,) * len(AXES)
-    if devices is None and found[0].platform == "tpu":
+    if devices is None:
         return jax.make_mesh(shape, AXES, types, devices=found)
     return Mesh(np.array(found).reshape(shape), AXES, axis_types=types)
 
