@@ -188,6 +188,7 @@ def trained(grads: tuple) -> list:
     return [g for g in jax.tree.leaves(grads) if g.dtype == jnp.float32]
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_between_devices_and_not_in_sums():
     plan, mesh = plan_of("1x2x4")
     x_TD, experts_TK, gates_TK, weights, dy_TD = case(uniform, TOKENS, np.float32)

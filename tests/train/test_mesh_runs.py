@@ -107,6 +107,7 @@ def finished(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "small-001"
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_its_exchange(finished: Path):
     train = [e for e in read_metrics(finished / "metrics.jsonl") if e["kind"] == "train"]
     assert all(entry["exchange"]["rounds"] >= 1 for entry in train)
