@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,3 +97,15 @@ def nodes_of(chosen_LTE: np.ndarray, num_nodes: int) -> np.ndarray:
     """On how many nodes each token's experts lie [L, T]; a node holds a block of experts."""
     layers, tokens, _ = chosen_LTE.shape
     return chosen_LTE.reshape(layers, tokens, num_nodes, -1).any(-1).sum(-1)
+
+
+def held_out_choices(path: Path, rows: int) -> tuple[Trained, np.ndarray]:
+    """A run's newest model, and what it chooses on some rows that it never saw: `choices`."""
+    of = trained(path)
+    return of, choices(of.model, some(of.held_out, rows), of.cfg.train.dtype)
+
+
+def whole_validation(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A finished run's entry about the whole held-out split."""
+    (whole,) = [entry for entry in entries if entry["kind"] == "validation" and entry["whole"]]
+    return whole

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from balancing import BALANCING, RUNS, first_seeds, trained_runs
 from curves import command, main_losses, smoothed
-from routing import Balance, balance_of, choices, some, trained
+from routing import Balance, balance_of, held_out_choices, whole_validation
 
 from dsv3_jax.cli import run
 from dsv3_jax.train.drawing import SERIES, new_figure
@@ -64,9 +64,7 @@ def tell(folder: Path) -> None:
 def outcome(path: Path) -> Outcome:
     """Read from the run's metrics and counted with its model."""
     entries = read_metrics(path / "metrics.jsonl")
-    (whole,) = [entry for entry in entries if entry["kind"] == "validation" and entry["whole"]]
-    of = trained(path)
-    chosen_LTE = choices(of.model, some(of.held_out, ROWS), of.cfg.train.dtype)
+    whole, (_, chosen_LTE) = whole_validation(entries), held_out_choices(path, ROWS)
     held_out = balance_of(chosen_LTE.sum(1))
     steps = violations(path)[-LAST:].mean()
     # Loads since the validation in the middle of the run.

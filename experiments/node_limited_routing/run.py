@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from balancing import BALANCING, RUNS, Variant, first_seeds, trained_runs
 from curves import command
-from routing import balance_of, choices, nodes_of, some, trained
+from routing import balance_of, held_out_choices, nodes_of, whole_validation
 
 from dsv3_jax.cli import run
 from dsv3_jax.config import ModelConfig
@@ -82,10 +82,8 @@ def tell(folder: Path) -> None:
 
 def outcome(path: Path) -> Outcome:
     """Read from the run's metrics and counted with its model."""
-    entries = read_metrics(path / "metrics.jsonl")
-    (whole,) = [entry for entry in entries if entry["kind"] == "validation" and entry["whole"]]
-    of = trained(path)
-    chosen_LTE = choices(of.model, some(of.held_out, ROWS), of.cfg.train.dtype)
+    whole = whole_validation(read_metrics(path / "metrics.jsonl"))
+    of, chosen_LTE = held_out_choices(path, ROWS)
     nodes_LT = nodes_of(chosen_LTE, NODES)
     uniform_T = uniform_nodes(of.cfg.model, RANDOM_TOKENS)
     violation = balance_of(chosen_LTE.sum(1)).max_violation

@@ -145,7 +145,10 @@ ROUTINGS = (uniform, one_expert, one_node, idle_expert, lognormal)
 def case(routing: Callable, tokens: int, dtype: Any = jnp.float64, seed: int = 0) -> tuple:
     """x [T, D], experts [T, K], gates [T, K], weights, dy [T, D], as NumPy arrays."""
     draw = np.random.default_rng(seed)
-    normal = lambda *shape: draw.standard_normal(shape).astype(dtype)  # noqa: E731
+
+    def normal(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape).astype(dtype)
+
     weights = Weights(normal(E, D, F), normal(E, D, F), normal(E, F, D))
     experts_TK = routing(draw, tokens).astype(np.int32)
     return normal(tokens, D), experts_TK, normal(tokens, K), weights, normal(tokens, D)
