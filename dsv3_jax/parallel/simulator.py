@@ -1,10 +1,9 @@
-"""When each operation of a schedule runs, given how long its kind takes; what is wrong with one that
-cannot run.
+"""When each operation of a schedule runs, given how long its kind takes (report 3.2.1, Table 2).
 
-Two models of transfers. By default a message crosses in no time and only who needs it waits: the
-assumption of the report's Table 2. With a time for transfers both neighbours stop for a swap, as
-devices do that run one program after the other. Either way the orders are first checked: every input
-is there before its use, and blocking transfers never wait for each other in a circle.
+Two models of transfers. By default a message crosses in no time and only who needs it waits, as the
+table assumes. With a time for transfers both neighbours stop for a swap, as devices do that run one
+program after the other. Either way the orders are first checked: every input is there before its
+use, and blocking transfers never wait for each other in a circle.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,8 +34,8 @@ class Timeline:
     spans: tuple[Span, ...]
     """Rank by rank, each in order"""
     peak: tuple[int, ...]
-    """Of each rank, the most residual sets alive at once. A set, what one chunk's forward pass keeps
-    of one micro-batch, is born with F and dies after B or W."""
+    """Of each rank, the most residual sets alive at once. A set, what the forward pass of one chunk
+    keeps of one micro-batch, is born with F and dies after B or W."""
 
     @property
     def makespan(self) -> float:
@@ -79,9 +78,9 @@ def simulate(
 ) -> Timeline:
     """The step with operations that last F, B, W, FB, and b B − W (report 3.2.1, Table 2).
 
-    `measured` times, by kind or (rank, kind), go before these. With `transfer`, both ranks of a swap
-    stop until both are there and for so long. ValueError for orders that cannot run, with the rank
-    and the operation, and for times that are none.
+    `measured` times, by kind or (rank, kind), go before these. With `transfer`, both ranks of a
+    swap stop until both are there and for so long. ValueError for orders that cannot run, with the
+    rank and the operation, and for times that are none.
     """
     times = {"F": F, "B": B, "W": W, "FB": FB, "b": B - W} | dict(measured or {})
     check_times(times)

@@ -1,10 +1,10 @@
 """Where transfers stand in a schedule's orders, so that they can block and never deadlock.
 
-Each message has a moment: the end of the operation that makes it, when operations last F = 1, B = 2,
-W = 1, FB = 3 and messages cross in no time. On both ranks it stands before the first operation that
-starts at that moment or later: on the sender right behind its maker, on the receiver behind what is
-running then. So there is one total order of all operations and transfers that every rank's order is
-a part of, and ranks that wait for each other in it cannot form a circle.
+Each message has a moment: the end of the operation that makes it, when operations last F = 1,
+B = 2, W = 1, FB = 3 and messages cross in no time. On both ranks it stands before the first
+operation that starts at that moment or later: on the sender right behind its maker, on the receiver
+behind what is running then. So there is one total order of all operations and transfers that every
+rank's order is a part of, and ranks that wait for each other in it cannot form a circle.
 """
 
 from bisect import bisect_left
