@@ -22,6 +22,7 @@ FLOORS = {
     "cli": 0,  # what the commands share; knows no other module
     "config": 0,
     "files": 0,
+    "drawing": 1,  # pictures, of plans as of runs
     "process": 1,  # what a command's process needs before JAX is imported
     "data": 1,
     "quant": 1,

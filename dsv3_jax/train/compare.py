@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import OutputConfig
-from dsv3_jax.train.drawing import check_picture_path, short
+from dsv3_jax.drawing import check_picture_path, short
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.metrics import read_metrics
 
@@ -173,7 +173,7 @@ def faded_average(tokens_N: "np.ndarray", values_N: "np.ndarray", smoothing: flo
 
 def draw(compared: Compared, path: Path) -> None:
     """The averaged losses over each other, and below them the differences to the first run."""
-    from dsv3_jax.train.drawing import SERIES, new_figure, save_picture, tokens_on_x
+    from dsv3_jax.drawing import SERIES, new_figure, save_picture, tokens_on_x
 
     with new_figure(9, 6.5) as figure:
         losses, differences = figure.subplots(2, 1, height_ratios=(3, 2), sharex=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_jax.train.drawing import BLUE, ORANGE
+from dsv3_jax.drawing import BLUE, ORANGE
 from dsv3_jax.train.page_pictures import SMALL, Curve, Picture, draw, frame_of, of_kind
 
 NOTE = (

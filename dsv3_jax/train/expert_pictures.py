@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsv3_jax.train.drawing import BLUE, ORANGE, PINK, column, new_figure, tokens_on_x
+from dsv3_jax.drawing import BLUE, ORANGE, PINK, column, new_figure, tokens_on_x
 from dsv3_jax.train.page_pictures import (
     LARGE,
     VARIABLES,

@@ -13,10 +13,10 @@ from typing import Any
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
+from dsv3_jax.drawing import short
 from dsv3_jax.files import replace_file
 from dsv3_jax.train import exchange_page, expert_pictures, page_pictures, quant_page
 from dsv3_jax.train.console import printable
-from dsv3_jax.train.drawing import short
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.page_pictures import LARGE, Picture
 from dsv3_jax.train.page_style import STYLE

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.train.drawing import (
+from dsv3_jax.drawing import (
     BLUE,
     EDGE,
     GREEN,

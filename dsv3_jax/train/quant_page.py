@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from dsv3_jax.train.drawing import BLUE, GREEN, ORANGE
+from dsv3_jax.drawing import BLUE, GREEN, ORANGE
 from dsv3_jax.train.page_pictures import LARGE, Curve, Picture, draw, frame_of, of_kind
 from dsv3_jax.train.quant_health import KINDS, Health
 

@@ -15,9 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dsv3_jax.files import replace_file
-from dsv3_jax.train.console import printable
-from dsv3_jax.train.drawing import (
+from dsv3_jax.drawing import (
     BLUE,
     GREEN,
     GREY,
@@ -27,6 +25,8 @@ from dsv3_jax.train.drawing import (
     smoothed,
     tokens_on_x,
 )
+from dsv3_jax.files import replace_file
+from dsv3_jax.train.console import printable
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.metrics import clock, strict_json
 

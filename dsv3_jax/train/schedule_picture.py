@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.train.drawing import BLUE, GREY, new_figure, save_picture, tokens_on_x
+from dsv3_jax.drawing import BLUE, GREY, new_figure, save_picture, tokens_on_x
 from dsv3_jax.train.schedules import Values, never_reached, rows_after, values_at
 
 if TYPE_CHECKING:

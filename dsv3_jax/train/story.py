@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.train.drawing import column, short, smoothed
+from dsv3_jax.drawing import column, short, smoothed
 from dsv3_jax.train.metrics import clock
 from dsv3_jax.train.report import Result, verdict
 

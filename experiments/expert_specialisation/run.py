@@ -24,7 +24,7 @@ from dsv3_jax.cli import run
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.packing import Row, Rows
 from dsv3_jax.data.tokenised import tokenize
-from dsv3_jax.train.drawing import new_figure
+from dsv3_jax.drawing import new_figure
 
 ROWS = 128  # of each kind, and of each part of the source
 BRIGHTEST = 3.0  # times the mean; more is drawn alike

@@ -20,7 +20,7 @@ from curves import command, main_losses, smoothed
 from routing import Balance, balance_of, held_out_choices, whole_validation
 
 from dsv3_jax.cli import run
-from dsv3_jax.train.drawing import SERIES, new_figure
+from dsv3_jax.drawing import SERIES, new_figure
 from dsv3_jax.train.metrics import read_metrics
 
 ROWS = 256  # of held-out text that loads are counted on

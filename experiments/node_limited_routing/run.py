@@ -23,8 +23,8 @@ from routing import balance_of, held_out_choices, nodes_of, whole_validation
 
 from dsv3_jax.cli import run
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.drawing import SERIES, new_figure
 from dsv3_jax.model.router import choose_experts
-from dsv3_jax.train.drawing import SERIES, new_figure
 from dsv3_jax.train.metrics import read_metrics
 
 NODES = 8

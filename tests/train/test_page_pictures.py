@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from dsv3_jax.drawing import SERIES
 from dsv3_jax.train import page_pictures
-from dsv3_jax.train.drawing import SERIES
 from dsv3_jax.train.page_pictures import Curve, Frame, draw, frame_of
 from tests.logged import CFG, GROUPS, OLD, event, make_entries
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dsv3_jax.drawing import BLUE, GREEN, GREY, ORANGE
 from dsv3_jax.train import report
-from dsv3_jax.train.drawing import BLUE, GREEN, GREY, ORANGE
 from dsv3_jax.train.report import Result, loss_picture, summary
 from tests import logged
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.train import drawing
-from dsv3_jax.train.drawing import column, new_figure, save_picture, smoothed, thinned
+from dsv3_jax import drawing
+from dsv3_jax.drawing import column, new_figure, save_picture, smoothed, thinned
 from tests.tolerances import FLOAT64
 
 
