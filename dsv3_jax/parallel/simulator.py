@@ -6,6 +6,7 @@ program after the other. Either way the orders are first checked: every input is
 use, and blocking transfers never wait for each other in a circle.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -83,8 +84,10 @@ def simulate(
     rank and the operation, and for times that are none.
     """
     times = {"F": F, "B": B, "W": W, "FB": FB, "b": B - W} | dict(measured or {})
-    check_times(times)
     check_orders(schedule)
+    _check_times(schedule, times)
+    if transfer is not None and not 0 <= transfer < math.inf:
+        raise ValueError(f"time of a transfer is {transfer:g}; allowed: 0 or more, finite")
 
     def lasts(rank: int, operation: Operation) -> float:
         return times.get((rank, operation.kind), times[operation.kind])
@@ -94,13 +97,16 @@ def simulate(
     return Timeline(schedule, tuple(spans), peak)
 
 
-def check_times(times: Times) -> None:
-    """ValueError for a time that is not above 0 and finite."""
+def _check_times(schedule: Schedule, times: Times) -> None:
+    """ValueError for a time that the schedule needs and that is not above 0 and finite."""
+    kinds = {op.kind for rank in range(schedule.ranks) for op in schedule.operations(rank)}
     for key, time in times.items():
-        if not 0 < time < float("inf"):
-            kind = key if isinstance(key, str) else f"{key[1]} on rank {key[0]}"
-            derived = " (B - W)" if key == "b" else ""
-            raise ValueError(f"time of {kind}{derived} is {time:g}; allowed: above 0, finite")
+        kind, where = (key, "") if isinstance(key, str) else (key[1], f" on rank {key[0]}")
+        if kind in kinds and not 0 < time < math.inf:
+            name = "b (B - W)" if key == "b" else kind
+            raise ValueError(
+                f"{schedule.name}: time of {name}{where} is {time:g}; allowed: above 0, finite"
+            )
 
 
 def spans_of(

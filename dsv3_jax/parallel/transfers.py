@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from dsv3_jax.parallel.orders import Message, Operation, Schedule, Transfer
+from dsv3_jax.parallel.orders import Item, Message, Operation, Schedule, Transfer
 from dsv3_jax.parallel.simulator import Span, spans_of
 
 DURATIONS = {"F": 1, "B": 2, "b": 1, "W": 1, "FB": 3}
@@ -28,15 +28,15 @@ class _Sent:
     message: Message
 
 
-def with_transfers(
-    schedule: Schedule,
-) -> tuple[tuple[Operation | Transfer, ...], ...]:
+def with_transfers(schedule: Schedule) -> tuple[tuple[Item, ...], ...]:
     """The orders of a schedule of operations, with its transfers.
 
     Of neighbours, messages that cross between the same operations share a transfer, one each way.
     """
     spans = spans_of(schedule, lambda _, operation: DURATIONS[operation.kind])
-    starts = [[span.start for span in spans if span.rank == rank] for rank in range(schedule.ranks)]
+    starts: list[list[float]] = [[] for _ in range(schedule.ranks)]
+    for span in spans:
+        starts[span.rank].append(span.start)
     slots: dict[tuple[int, int, int], list[_Sent]] = defaultdict(list)
     for sent in (sent for span in spans for sent in _messages(schedule, span)):
         left = min(sent.source, sent.target)
@@ -77,8 +77,9 @@ def _swaps(left: int, sent: list[_Sent]) -> list[Transfer]:
 
 def _woven(
     operations: tuple[Operation, ...], before: dict[int, list[Transfer]]
-) -> tuple[Operation | Transfer, ...]:
-    order: list[Operation | Transfer] = []
+) -> tuple[Item, ...]:
+    """A rank's order; transfers by the place of the operation that they stand before."""
+    order: list[Item] = []
     for place in range(len(operations) + 1):
         order += before.get(place, [])
         order += operations[place : place + 1]
