@@ -63,6 +63,7 @@ def show(options: Options) -> None:
 
     from dsv3_jax.drawing import check_picture_path
     from dsv3_jax.parallel.schedules import make, simulate
+    from dsv3_jax.plan.bubbles import FORMULAS
     from dsv3_jax.plan.timeline import OPTION, draw_timeline, title
 
     if options.timeline:
@@ -75,6 +76,8 @@ def show(options: Options) -> None:
     console = Console(highlight=False)
     console.print(title(timeline), markup=False)
     console.print(whole_table(timeline, options))
+    if holds := FORMULAS[options.schedule].holds:
+        console.print(f"the bubble's formula holds for {holds}", markup=False, soft_wrap=True)
     console.print(rank_table(timeline))
     if options.timeline:
         console.print(f"picture: {options.timeline}", markup=False, soft_wrap=True)
@@ -90,12 +93,10 @@ def whole_table(timeline: "Timeline", options: Options) -> "Table":
     )
     peak = formula.peak(schedule.ranks, schedule.microbatches)
     table = _table("", "simulated", "formula")
-    table.add_row("bubble", f"{timeline.bubble:g}", f"{bubble:g} = {formula.text}")
+    table.add_row("bubble", _number(timeline.bubble), f"{_number(bubble)} = {formula.text}")
     table.add_row("live activations", f"{max(timeline.peak)}", f"{peak} = {formula.live}")
     table.add_row("stages on a rank", f"{schedule.chunks}", "")
-    table.add_row("step", f"{timeline.makespan:g}", "")
-    if formula.holds:
-        table.caption = f"the bubble's formula holds for {formula.holds}"
+    table.add_row("step", _number(timeline.makespan), "")
     return table
 
 
@@ -111,14 +112,19 @@ def _rank_rows(timeline: "Timeline") -> Iterator[tuple[str, ...]]:
     schedule = timeline.schedule
     for rank, (idle, peak) in enumerate(zip(timeline.idle, timeline.peak, strict=True)):
         stages = ", ".join(str(schedule.stage(rank, chunk)) for chunk in range(schedule.chunks))
-        yield str(rank), stages, f"{idle:g}", f"{idle / timeline.makespan:.1%}", str(peak)
+        yield str(rank), stages, _number(idle), f"{idle / timeline.makespan:.1%}", str(peak)
+
+
+def _number(time: float) -> str:
+    """Without the last digits, in which sums in another order differ."""
+    return f"{round(time, 9):.6g}"
 
 
 def _table(*columns: str) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in ("", "formula") else "right")
     return table

@@ -28,7 +28,7 @@ class Formula:
     """Of ranks and micro-batches: the number of live sets"""
 
 
-EVEN_PAIRS = "B − W = F ≥ W"
+EVEN_PAIRS = "B − W = F ≥ W, B ≤ FB ≤ F + B"
 FORMULAS = {
     "gpipe": Formula(
         text="(P − 1)(F + B)",
@@ -41,7 +41,7 @@ FORMULAS = {
     "1f1b": Formula(
         text="(P − 1)(F + B)",
         holds="",
-        live="P",
+        live="min(P, N)",
         stages_on_rank=1,
         bubble=lambda P, F, B, W, FB: (P - 1) * (F + B),
         peak=lambda P, N: min(P, N),
@@ -49,7 +49,7 @@ FORMULAS = {
     "zb1p": Formula(
         text="(P − 1)(F + B − 2W)",
         holds="W ≤ F, W ≤ B − W, N ≥ P",
-        live="P",
+        live="min(P, N)",
         stages_on_rank=1,
         bubble=lambda P, F, B, W, FB: (P - 1) * (F + B - 2 * W),
         peak=lambda P, N: min(P, N),

@@ -1,8 +1,8 @@
 """A picture of a pipeline's timeline: a row for a rank, a box for an operation.
 
-As the report's Figure 5 shows DualPipe. What runs down the ranks is dark, what runs the other way or on the second leg of a V light; a fused
-pair is a box with its forward half above its backward half. Where nothing lies on the grey, a rank
-idles.
+As in the report's Figure 5. What runs from the first rank to the last is dark; what runs
+the other way, or on the second leg of a V, is light. A fused pair has its forward half above its
+backward half. Where the grey is seen, a rank idles.
 """
 
 from pathlib import Path
