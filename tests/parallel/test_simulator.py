@@ -111,6 +111,7 @@ def test_transfers_that_block_but_take_no_time_cost_nothing(schedule: Schedule):
 
 def test_measured_times_go_before_the_others_and_those_of_a_rank_before_those_of_a_kind():
     schedule = make("zb1p", 2, 2)
+    assert simulate(schedule, measured={"B": 6, "W": 2}).idle == simulate(schedule, B=6, W=2).idle
     timeline = simulate(schedule, measured={"b": 5, (1, "b"): 7, (0, "F"): 2})
     lasted = {(s.rank, s.operation.kind): s.end - s.start for s in timeline.spans}
     expected = {"F": 2, "b": 5, "W": 1}, {"F": 1, "b": 7, "W": 1}
