@@ -79,9 +79,9 @@ def simulate(
 ) -> Timeline:
     """The step with operations that last F, B, W, FB, and b B − W (report 3.2.1, Table 2).
 
-    `measured` times, by kind or (rank, kind), go before these; b's may be among them. With `transfer`, both ranks of a
-    swap stop until both are there and for so long. ValueError for orders that cannot run, with the
-    rank and the operation, and for times that are none.
+    `measured` times, by kind or (rank, kind) and with b's own or without, go before these. With
+    `transfer`, both ranks of a swap stop until both are there and for so long. ValueError for
+    orders that cannot run, with the rank and the operation, and for times that are none.
     """
     times = {"F": F, "B": B, "W": W, "FB": FB} | dict(measured or {})
     times.setdefault("b", times["B"] - times["W"])
