@@ -21,6 +21,7 @@ Simulated beside the report's formulas, and drawn with --timeline. Times are in 
 micro-batch in one of a rank's model parts.
 """
 Flag = tyro.conf.arg
+LARGEST = 100_000  # ranks times micro-batches, which take half a minute
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def show(options: Options) -> None:
 
     if options.timeline:
         check_picture_path(options.timeline, OPTION)
+    if options.ranks * options.microbatches > LARGEST:
+        raise ValueError(
+            f"--ranks {options.ranks:,} times --microbatches {options.microbatches:,} is too large "
+            f"to simulate; allowed: up to {LARGEST:,}"
+        )
     schedule = make(options.schedule, options.ranks, options.microbatches)
     times = (options.forward, options.backward, options.weights, options.fused)
     timeline = simulate(schedule, *times, transfer=options.transfer)
