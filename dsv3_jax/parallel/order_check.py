@@ -35,6 +35,8 @@ class _Walk:
                         self._fail(f"{kind}{Work(microbatch, chunk)}", "is missing")
 
     def _run(self, operation: Operation) -> None:
+        for work in filter(None, (operation.forward, operation.backward)):
+            self._check_belongs(operation, work)
         if work := operation.forward:
             self._need_message(operation, "activation", work)
             self._do(operation, "F", work)
@@ -47,10 +49,12 @@ class _Walk:
                 self._need(operation, "B", work)
                 self._do(operation, "W", work)
 
-    def _do(self, operation: Operation, kind: str, work: Work) -> None:
+    def _check_belongs(self, operation: Operation, work: Work) -> None:
         belongs = work.chunk in self.schedule.chunks_of(work.microbatch)
         if not (0 <= work.microbatch < self.schedule.microbatches and belongs):
             self._fail(operation, "belongs to no micro-batch and chunk of this schedule")
+
+    def _do(self, operation: Operation, kind: str, work: Work) -> None:
         if (kind, work) in self.done:
             self._fail(operation, f"does again what was done: {kind}{work}")
         self.done.add((kind, work))

@@ -1,7 +1,7 @@
 """Where transfers stand in a schedule's orders, so that they can block and never deadlock.
 
 Each message has a moment: the end of the operation that makes it, when operations last F = 1,
-B = 2, W = 1, FB = 3 and messages cross in no time. On both ranks it stands before the first
+B = 2, W = 1, FB = 2 and messages cross in no time. On both ranks it stands before the first
 operation that starts at that moment or later: on the sender right behind its maker, on the receiver
 behind what is running then. So there is one total order of all operations and transfers that every
 rank's order is a part of, and ranks that wait for each other in it cannot form a circle.
@@ -15,7 +15,9 @@ from itertools import zip_longest
 from dsv3_jax.parallel.orders import Item, Message, Operation, Schedule, Transfer
 from dsv3_jax.parallel.simulator import Span, spans_of
 
-DURATIONS = {"F": 1, "B": 2, "b": 1, "W": 1, "FB": 3}
+# A pair as long as B alone: places found so cost nothing for any pair from B to F + B. With F + B
+# too many operations end together, and shorter pairs lose a part of what they gain.
+DURATIONS = {"F": 1, "B": 2, "b": 1, "W": 1, "FB": 2}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ Simulated beside the report's formulas, and drawn with --timeline. Times are in 
 micro-batch in one of a rank's model parts.
 """
 Flag = tyro.conf.arg
-LARGEST = 100_000  # ranks times micro-batches, which take half a minute
+LARGEST = 100_000  # ranks times micro-batches, which take about a minute
 
 
 @dataclass(frozen=True)

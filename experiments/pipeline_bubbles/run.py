@@ -78,7 +78,7 @@ def memory_rows(ranks: int) -> Iterator[str]:
         peak = max(timeline.peak)
         yield (
             f"| `{name}` | {schedule.stages} | {schedule.chunks} | {formula.live} = {expected} "
-            f"| {peak} | {peak / schedule.stages:.3g} |"
+            f"| {peak} | {peak / schedule.stages:.4g} |"
         )
 
 

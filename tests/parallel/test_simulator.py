@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.parallel.order_check import check_orders
-from dsv3_jax.parallel.schedules import Schedule, Transfer, make, simulate
+from dsv3_jax.parallel.schedules import Message, Operation, Schedule, Transfer, Work, make, simulate
 from tests.parallel.orders_twin import can_run, schedules, start_times, with_order
 
 EVEN = range(2, 17, 2)
@@ -104,9 +104,16 @@ def test_starts_are_the_earliest_that_break_no_rule(schedule: Schedule, times, t
         assert tuple(span.operation for span in spans) == schedule.operations(rank)
 
 
-@given(schedules())
-def test_transfers_that_block_but_take_no_time_cost_nothing(schedule: Schedule):
-    assert simulate(schedule, transfer=0).idle == simulate(schedule).idle
+@given(schedule=schedules(), FB=st.sampled_from([2, 2.25, 2.5, 2.75, 3]))
+def test_transfers_that_block_but_take_no_time_cost_nothing(schedule: Schedule, FB: float):
+    """For every pair between B and F + B."""
+    assert simulate(schedule, FB=FB, transfer=0).makespan == simulate(schedule, FB=FB).makespan
+
+
+@pytest.mark.parametrize("FB", [2, 2.25, 2.5, 3])
+def test_nor_do_they_on_16_ranks(FB: float):
+    schedule = make("dualpipe", 16, 32)
+    assert simulate(schedule, FB=FB, transfer=0).makespan == simulate(schedule, FB=FB).makespan
 
 
 def test_measured_times_go_before_the_others_and_those_of_a_rank_before_those_of_a_kind():
@@ -211,6 +218,24 @@ def test_crossed_transfers_are_a_deadlock_that_names_who_waits_for_whom():
     order[one : other + 1] = [order[one + 1], order[other], order[one]]
     with pytest.raises(ValueError, match=r"deadlock: rank 0 waits for rank 1 .*; rank 1 waits for"):
         simulate(with_order(schedule, 0, order))
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        (Transfer(0, Message("activation", 1, 0), None), "carries activation 1 again"),
+        (Transfer(0, None, Message("gradient", 1, 0)), "rank 0: .* carries gradient 1 again"),
+        (Transfer(0, Message("gradient", 1, 0), None), "sends gradient 1 where it does not go"),
+        (Transfer(0, Message("activation", 1, 1), None), "sends activation 1' where it does not"),
+        (Transfer(1, Message("activation", 1, 0), None), "rank 0: transfer 1.2: .* other ranks"),
+        (Operation("F", Work(9, 0)), "rank 0: F9 belongs to no micro-batch and chunk"),
+        (Operation("F", Work(1, 1)), "rank 0: F1' belongs to no micro-batch and chunk"),
+    ],
+)
+def test_what_belongs_to_no_such_schedule_is_refused(planted, said: str):
+    schedule = make("1f1b", 3, 3)
+    with pytest.raises(ValueError, match=said):
+        simulate(with_order(schedule, 0, [*schedule.orders[0], planted]))
 
 
 @settings(max_examples=150)
