@@ -19,6 +19,7 @@ from dsv3_jax.parallel.schedules import (
 from tests.parallel.orders_twin import can_run, results, schedules
 
 
+@settings(max_examples=40)
 @given(schedules())
 def test_every_stage_sees_every_microbatch_once_forward_and_backward(schedule: Schedule):
     done = Counter(
@@ -31,6 +32,7 @@ def test_every_stage_sees_every_microbatch_once_forward_and_backward(schedule: S
     assert len(done) == 3 * schedule.microbatches * schedule.stages
 
 
+@settings(max_examples=40)
 @given(schedules())
 def test_every_message_is_sent_once_and_used_later(schedule: Schedule):
     crossings = schedule.ranks - 1
@@ -61,6 +63,7 @@ def used(operation: Operation) -> list[Message]:
     return taken
 
 
+@settings(max_examples=40)
 @given(schedules())
 def test_neighbours_have_the_same_transfers_in_the_same_order(schedule: Schedule):
     for left in range(schedule.ranks - 1):

@@ -12,7 +12,7 @@ EVEN = range(2, 17, 2)
 
 
 @pytest.mark.parametrize("ranks", EVEN)
-@pytest.mark.parametrize("more", [0, 2, 6, 10])
+@pytest.mark.parametrize("more", [0, 2, 10])
 def test_dualpipe_idles_and_holds_what_the_formulas_say(ranks: int, more: int):
     """Table 2: (PP/2 - 1)(F&B + B - 3W) and PP + 1 chunks; on every rank if FB = F + B."""
     schedule = make("dualpipe", ranks, 2 * ranks + more)
@@ -50,6 +50,7 @@ def test_a_v_idles_and_holds_as_a_dualpipe_of_twice_the_ranks(ranks: int, more: 
     assert simulate(schedule, FB=2.25).bubble == (ranks - 1) * (2.25 + 2 - 3)
 
 
+@settings(max_examples=50)
 @given(
     ranks=st.integers(1, 10),
     microbatches=st.integers(1, 30),
@@ -64,6 +65,7 @@ def test_gpipe_and_1f1b_idle_alike_and_hold_n_and_pp_minus_r(ranks, microbatches
         assert timeline.peak == tuple(min(each, microbatches) for each in held)
 
 
+@settings(max_examples=50)
 @given(
     ranks=st.integers(1, 10),
     more=st.integers(0, 20),
@@ -79,6 +81,7 @@ def test_zb1p_idles_and_holds_what_the_formulas_say(ranks, more, W, F, b):
     assert timeline.peak == (ranks,) * ranks
 
 
+@settings(max_examples=50)
 @given(schedule=schedules(8), W=st.floats(0.1, 1.9), FB=st.floats(0.1, 3))
 def test_live_sets_are_bounded_whatever_the_times(schedule: Schedule, W: float, FB: float):
     timeline = simulate(schedule, W=W, FB=FB)
@@ -104,6 +107,7 @@ def test_starts_are_the_earliest_that_break_no_rule(schedule: Schedule, times, t
         assert tuple(span.operation for span in spans) == schedule.operations(rank)
 
 
+@settings(max_examples=50)
 @given(schedule=schedules(), FB=st.sampled_from([2, 2.25, 2.5, 2.75, 3]))
 def test_transfers_that_block_but_take_no_time_cost_nothing(schedule: Schedule, FB: float):
     """For every pair between B and F + B."""
