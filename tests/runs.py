@@ -30,6 +30,8 @@ from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.optimizer import adamw
+from dsv3_jax.train.pipeline import Pipeline
+from dsv3_jax.train.pipeline_state import from_whole
 from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import TrainState
 from tests.shapes import random_model, tiny_model
@@ -96,9 +98,10 @@ class SmallRun:
         with pytest.MonkeyPatch.context() as patch, jax_option("jax_disable_most_optimizations"):
             patch.setenv("XDG_CACHE_HOME", str(self.home / "cache"))
             patch.setattr(run, "matmul_peak", lambda dtype: 1e9)
-            patch.setattr(run, "init_state", random_state)
+            patch.setattr(programs, "init_state", random_state)
+            patch.setattr(Pipeline, "init_state", random_stages)
             patch.setattr(programs, "make_step", once_per_program(step.make_step))
-            patch.setattr(loop, "make_validate", once_per_program(validation.make_validate))
+            patch.setattr(programs, "make_validate", once_per_program(validation.make_validate))
             patch.setattr(loop, "make_probe", once_per_program(quant_health.make_probe))
             yield
 
@@ -119,6 +122,11 @@ def random_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainSta
     _, params, biases = nnx.split(model, nnx.Param, RouterBias)
     state = TrainState(params, biases, adamw(cfg.optimizer).init(params))
     return jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+
+
+def random_stages(pipeline: Pipeline) -> TrainState:
+    """The same for a pipeline."""
+    return from_whole(pipeline.layout, random_state(pipeline.cfg))
 
 
 PROGRAMS: dict[tuple, Callable] = {}

@@ -7,31 +7,19 @@ other nothing while they are filled, and one device alone is the case of one pie
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
+from dsv3_jax.checkpoint.boxes import Box, box_of, whole
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.mesh import AXES
 from dsv3_jax.parallel.mesh import EXPERT_AXES, weight_spec
 from dsv3_jax.quant.fp8 import Blocked
 
 Abstract = jax.ShapeDtypeStruct | Blocked
-
-
-class Box(NamedTuple):
-    """A part of an array: where it begins and its shape, with all of the array's dimensions."""
-
-    starts: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def index(self, index: tuple[int, ...]) -> tuple[int, ...] | None:
-        """What `index`, of the array's first dimensions, is in this part; None if not in it."""
-        inside = [(i - start, size) for i, start, size in zip(index, *self, strict=False)]
-        return tuple(i for i, _ in inside) if all(0 <= i < n for i, n in inside) else None
 
 
 class Filling:
@@ -107,15 +95,9 @@ def _allocation(abstract: tuple[Abstract, ...], device: Sharding | None) -> Call
 def _boxes(shape: tuple[int, ...], sharding: Sharding | None) -> list[Box]:
     """Of every device of this process, in the mesh's order."""
     if sharding is None:
-        return [Box((0,) * len(shape), shape)]
+        return [whole(shape)]
     indices = sharding.addressable_devices_indices_map(shape)
     return [box_of(indices[d], shape) for d in sharding.mesh.local_devices]
-
-
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """The part of an array of this shape that slices of all its dimensions name."""
-    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-    return Box(tuple(r.start for r in ranges), tuple(map(len, ranges)))
 
 
 def check_mesh(mesh: Mesh, cfg: ModelConfig) -> None:

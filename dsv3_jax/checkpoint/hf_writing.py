@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from dsv3_jax.checkpoint.boxes import box_of
 from dsv3_jax.checkpoint.hf_folder import SINGLE
-from dsv3_jax.checkpoint.hf_pieces import box_of, held_whole, holder
+from dsv3_jax.checkpoint.hf_pieces import held_whole, holder
 from dsv3_jax.checkpoint.hf_table import SCALES, Entry, copies, entries
 from dsv3_jax.checkpoint.tensor_file import DTYPES, Spec
 from dsv3_jax.model.router import RouterBias

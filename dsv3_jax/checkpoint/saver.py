@@ -1,4 +1,5 @@
-"""Saving beside the training: `store.save` in a thread of its own, one save at a time.
+"""Saving beside the training: `store.save` in a thread of its own, one save at a time; in several
+processes `joint.save`, in a thread of each.
 
 The caller hands over arrays and goes on; the thread writes, commits, and then deletes what
 `Retention` lets go of. It deletes only after the commit, so a folder that held a whole checkpoint
@@ -8,17 +9,20 @@ Only the caller's thread raises. What went wrong is raised by the next `wait` or
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import joint, store
 from dsv3_jax.checkpoint.arrays import CheckpointError
+from dsv3_jax.checkpoint.parts import Piece
 from dsv3_jax.checkpoint.retention import KEEP_ALL, Retention
+from dsv3_jax.parallel import processes
 
-Arrays = Mapping[str, Mapping[str, np.ndarray]]
+Arrays = Mapping[str, Mapping[str, np.ndarray | Sequence[Piece]]]
 
 
 class Saver:
@@ -47,7 +51,8 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, arrays: Arrays, meta: dict[str, Any]) -> None:
-        """Saves in the background, as `store.save` does, once the save before has ended.
+        """Saves in the background, as `store.save` or `joint.save` does, once the save before has
+        ended.
 
         Nobody may write to the arrays until this one has ended: no view of a buffer that is
         donated to a later program. Raises what `wait` raises; nothing is then started.
@@ -93,15 +98,19 @@ class Saver:
 
     def _work(self, step: int, arrays: Arrays, meta: dict[str, Any]) -> None:
         try:
-            store.save(self.folder, step, arrays, meta)
-            self._damaged.discard(step)
+            if processes.count() > 1:
+                joint.save(self.folder, step, arrays, meta, after=partial(self._after, step))
+            else:
+                store.save(self.folder, step, arrays, meta)
+                self._after(step)
             self.committed = step
-            self._thin_out(step)
         except BaseException as error:  # told by the caller's thread
             self._error = error
 
-    def _thin_out(self, written: int) -> None:
+    def _after(self, written: int) -> None:
         """Deletes what need not stay. Where that fails the checkpoint is there all the same."""
+        self._damaged.discard(written)
+        self.committed = written
         try:
             usable = set(self._usable())
             kept = self._retention.kept(usable, written)

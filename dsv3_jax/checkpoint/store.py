@@ -4,7 +4,8 @@ The report trains on 2048 GPUs (section 3.1) and does not describe its checkpoin
 whole or absent, never in between. One checkpoint is one folder:
 
     <folder>/step_00000123/
-        arrays/          by Orbax, see `arrays.py`
+        arrays/          by Orbax, see `arrays.py`; or, of a run in several processes,
+        part-00000.safetensors ...    each process's pieces, see `parts.py`
         meta.json        what the caller wants back besides arrays
         manifest.json    format, step, CRC-32 of meta.json; shape, dtype, CRC-32 of each array
         COMMITTED        CRC-32 of manifest.json; written last
@@ -27,8 +28,8 @@ Checksums are verified on every load: Orbax does not notice a flipped bit in an 
 
 A reader that meets a step which the writer replaced or let go of lists and reads again.
 
-Left out: several processes, restoring to a sharding. One writer per folder (`saver.py` is one that
-works in the background and thins out); readers may come at any time.
+One writer per folder: `save`, or of several processes `joint.save` (`saver.py` works in the
+background and thins out). Readers may come at any time.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from dsv3_jax.checkpoint import manifest
 from dsv3_jax.checkpoint.arrays import (
-    DTYPES,
     CheckpointError,
     crc32,
     describe,
@@ -55,6 +56,7 @@ from dsv3_jax.checkpoint.arrays import (
     to_host,
     write_arrays,
 )
+from dsv3_jax.checkpoint.boxes import Box, whole
 from dsv3_jax.checkpoint.listing import (
     MARKER,
     STEP,
@@ -68,15 +70,16 @@ from dsv3_jax.checkpoint.listing import (
     told_as,
     unless_replaced,
 )
+from dsv3_jax.checkpoint.manifest import Lines
+from dsv3_jax.checkpoint.parts import Parts, Reader, is_in_pieces
 from dsv3_jax.cli import to_stderr
-from dsv3_jax.config.plain_json import check_plain, parse_json
 from dsv3_jax.files import sync, sync_tree
 
 if TYPE_CHECKING:
     import jax
 
-FORMAT = 1
-_LINE = {"shape", "dtype", "crc32"}  # of an array in the manifest
+Wanted = Mapping[str, Mapping[str, Sequence[Box]]]
+"""Group -> name -> boxes"""
 _TEMPORARY = re.compile(r"step_[0-9]{8,}\.tmp-[0-9a-f]{8}")
 
 
@@ -90,6 +93,8 @@ class Checkpoint:
     step: int
     arrays: dict[str, dict[str, np.ndarray]]  # group -> name -> array
     meta: dict[str, Any]
+    bytes_read: int = 0
+    """By this process, where it was asked to read parts alone"""
 
 
 def save(
@@ -107,28 +112,44 @@ def save(
     Raises `CheckpointError` (disk full, folder not writable, unsupported dtype, ...); temporary
     files are then gone, and every earlier checkpoint is what it was.
     """
-    if step < 0:
-        raise CheckpointError(f"step of a checkpoint: {step}; allowed: 0 or more")
     host = {
         group: {name: to_host(f"{group}/{name}", x) for name, x in named.items()}
         for group, named in arrays.items()
     }
-    meta_bytes = _to_json("meta", meta)
-    manifest_bytes = _to_json("manifest", _manifest(step, host, meta_bytes))
-    final = _step_folder(folder, step)
-    temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
+    lines = {
+        group: {name: describe(array) for name, array in named.items()}
+        for group, named in host.items()
+    }
+    texts = manifest.described_by(step, lines, meta)
+    temporary = temporary_of(folder, step)
     with told_as(f"cannot write checkpoint of step {step} in {folder}"):
         try:
             os.makedirs(temporary)
             write_arrays(temporary / "arrays", host)
-            _write_file(temporary / "meta.json", meta_bytes)
-            _write_file(temporary / "manifest.json", manifest_bytes)
-            sync_tree(temporary)
-            sync(folder.parent)  # the folder of checkpoints may be new
-            _publish(temporary, final, marker=crc32(manifest_bytes).encode())
+            return commit(temporary, step, texts)
         except BaseException:  # an interrupt, too, leaves nothing behind
-            _discard(temporary)
+            discard(temporary)
             raise
+
+
+def temporary_of(folder: Path, step: int) -> Path:
+    """Where a checkpoint is to be written until `commit`."""
+    if step < 0:
+        raise CheckpointError(f"step of a checkpoint: {step}; allowed: 0 or more")
+    return folder / f"{_step_folder(folder, step).name}.tmp-{secrets.token_hex(4)}"
+
+
+def commit(temporary: Path, step: int, texts: tuple[bytes, bytes]) -> Path:
+    """Turns a folder whose arrays are written into the committed one, which it returns. `texts`:
+    meta and manifest, of `manifest.described_by`.
+    """
+    folder, final = temporary.parent, _step_folder(temporary.parent, step)
+    meta_bytes, manifest_bytes = texts
+    _write_file(temporary / "meta.json", meta_bytes)
+    _write_file(temporary / "manifest.json", manifest_bytes)
+    sync_tree(temporary)
+    sync(folder.parent)  # the folder of checkpoints may be new
+    _publish(temporary, final, marker=crc32(manifest_bytes).encode())
     return final
 
 
@@ -147,7 +168,7 @@ def load(
 
     Raises `CheckpointError` where nothing usable is found.
     """
-    return _newest_readable(folder, step, partial(_read, groups=groups), report)
+    return newest_readable(folder, step, partial(read, groups=groups), report)
 
 
 def described(
@@ -156,7 +177,7 @@ def described(
     """Returns the step that `load` would read, as far as that can be said without reading arrays,
     and group -> name -> shape, dtype and CRC-32.
     """
-    return _newest_readable(folder, step, _read_description, report)
+    return newest_readable(folder, step, _read_description, report)
 
 
 def steps(folder: Path) -> list[int]:
@@ -217,11 +238,11 @@ def _publish(temporary: Path, final: Path, marker: bytes) -> None:
         os.replace(final / f"{MARKER}.tmp", final / MARKER)
         sync(final)
     except BaseException:
-        _discard(final)  # whatever stands there is the new one: the committed one stands aside
+        discard(final)  # whatever stands there is the new one: the committed one stands aside
         if is_committed(old):
             os.rename(old, final)
         raise
-    _discard(old)
+    discard(old)
 
 
 def _drop(path: Path) -> None:
@@ -233,7 +254,7 @@ def _drop(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Like `_drop`, but an error is no reason to fail: `clean` removes what is left."""
     # After an error Orbax's threads may still create a file or two: 20 tries, 1 s at most.
     for _ in range(20):
@@ -251,35 +272,10 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-# --- manifest ------------------------------------------------------------------------------------
-
-
-def _manifest(
-    step: int, host: Mapping[str, Mapping[str, np.ndarray]], meta_bytes: bytes
-) -> dict[str, Any]:
-    """Returns the manifest: a function of step, arrays and meta alone."""
-    return {
-        "format": FORMAT,
-        "step": int(step),
-        "meta": crc32(meta_bytes),
-        "arrays": {
-            group: {name: describe(array) for name, array in named.items()}
-            for group, named in host.items()
-        },
-    }
-
-
-def _to_json(what: str, value: Any) -> bytes:
-    try:
-        return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{what} of a checkpoint must be JSON: {error}") from error
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _newest_readable(
+def newest_readable(
     folder: Path,
     step: int | None,
     read: Callable[[Path, int], Read],
@@ -313,64 +309,77 @@ def _newest_readable(
     return again_if_replaced(folder, once)
 
 
-def _read(path: Path, step: int, groups: Collection[str] | None) -> Checkpoint:
-    """Returns a committed folder's content, verified; raises `CheckpointError` where it fails."""
+def read(
+    path: Path,
+    step: int,
+    groups: Collection[str] | None,
+    wanted: Wanted | None = None,
+) -> Checkpoint:
+    """Returns a committed folder's content, verified; raises `CheckpointError` where it fails.
+
+    With `wanted`, arrays are `Parts`: of its groups those arrays and boxes alone, of others all.
+    """
     with unless_replaced(path), told_as(f"checkpoint {path}"):
-        manifest = _verified_manifest(path, step)
-        meta_bytes = _content(path, "meta.json")
-        _expect(path, "CRC-32 of meta.json", crc32(meta_bytes), manifest["meta"])
-        described = manifest["arrays"]
+        known = manifest.verified(path, step)
+        meta_bytes = manifest.content(path, "meta.json")
+        manifest.expect(path, "CRC-32 of meta.json", crc32(meta_bytes), known["meta"])
+        described = known["arrays"]
         missing = sorted(set(groups or ()) - set(described))
         if missing:
             raise CheckpointError(
                 f"checkpoint {path}: no group {', '.join(missing)}; found: "
                 f"{', '.join(sorted(described))}"
             )
-        wanted = described if groups is None else {group: described[group] for group in groups}
-        arrays = read_arrays(path / "arrays", wanted)
-        for group, named in wanted.items():
-            for name, description in named.items():
-                found = describe(arrays[group][name])
-                for what, expected in description.items():
-                    _expect(path, f"{what} of array {group}/{name}", found[what], expected)
-    return Checkpoint(step, arrays, json.loads(meta_bytes))
+        lines = described if groups is None else {group: described[group] for group in groups}
+        arrays, size = _arrays(path, only(lines, wanted or {}), wanted)
+    return Checkpoint(step, arrays, json.loads(meta_bytes), size)
+
+
+def only(
+    groups: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, Any]]:
+    """Without the arrays that nobody wants of groups of which only some are wanted."""
+    return {
+        group: {name: x for name, x in named.items() if name in wanted.get(group, named)}
+        for group, named in groups.items()
+    }
+
+
+def _arrays(
+    path: Path, lines: Lines, wanted: Wanted | None
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """What is wanted of these arrays, and how many bytes were read for it."""
+    entire = {
+        group: {name: line for name, line in named.items() if not is_in_pieces(line)}
+        for group, named in lines.items()
+    }
+    arrays, reader = read_arrays(path / "arrays", entire), Reader(path)
+
+    def one(group: str, name: str, line: Mapping[str, Any]) -> Any:
+        if name in entire[group]:
+            array = arrays[group].pop(name)
+            for what, found in describe(array).items():
+                manifest.expect(path, f"{what} of array {group}/{name}", found, line[what])
+            if wanted is None:
+                return array
+            reader.bytes += array.nbytes
+        elif wanted is None:
+            return reader.read(group, name, line, whole(line["shape"]))
+        boxes = wanted.get(group, {}).get(name, [whole(line["shape"])])
+        take = partial(reader.read, group, name, line) if is_in_pieces(line) else _taken(array)
+        return Parts(tuple(line["shape"]), {box: take(box) for box in dict.fromkeys(boxes)})
+
+    return {
+        group: {name: one(group, name, line) for name, line in named.items()}
+        for group, named in lines.items()
+    }, reader.bytes
+
+
+def _taken(array: np.ndarray) -> Callable[[Box], np.ndarray]:
+    """Boxes of an array, in memory of their own."""
+    return lambda box: array[(*box.slices, ...)].copy()
 
 
 def _read_description(path: Path, step: int) -> tuple[int, dict[str, Any]]:
     with unless_replaced(path), told_as(f"checkpoint {path}"):
-        return step, _verified_manifest(path, step)["arrays"]
-
-
-def _verified_manifest(path: Path, step: int) -> dict[str, Any]:
-    """Returns a committed folder's manifest; raises `CheckpointError` if it is not that of its
-    marker and its step.
-    """
-    content, marker = _content(path, "manifest.json"), _content(path, MARKER)
-    _expect(path, "CRC-32 of manifest.json", crc32(content), marker.decode(errors="replace"))
-    try:
-        manifest = parse_json(content)
-        for what, expected in (("format", FORMAT), ("step", step)):
-            _expect(path, what, manifest[what], expected)
-        lines = [line for named in manifest["arrays"].values() for line in named.values()]
-        whole = all(set(line) == _LINE and _is_spec(line) for line in lines)
-    except CheckpointError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or "meta" not in manifest:
-        raise CheckpointError(f"checkpoint {path}: manifest.json is none of this format")
-    return manifest
-
-
-def _is_spec(line: Mapping[str, Any]) -> bool:
-    return line["dtype"] in DTYPES and all(type(n) is int and n >= 0 for n in line["shape"])
-
-
-def _content(path: Path, name: str) -> bytes:
-    check_plain(path / name)
-    return (path / name).read_bytes()
-
-
-def _expect(path: Path, what: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise CheckpointError(f"checkpoint {path}: {what} is {found}, should be {expected}")
+        return step, manifest.verified(path, step)["arrays"]

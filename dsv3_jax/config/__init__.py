@@ -3,6 +3,7 @@
 from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.config.model import ModelConfig, ParamCount, YarnConfig
+from dsv3_jax.config.pipeline import PipelineConfig
 from dsv3_jax.config.quant import QuantConfig
 from dsv3_jax.config.run import (
     OptimizerConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "ParamCount",
     "ParamGroup",
     "Phase",
+    "PipelineConfig",
     "QuantConfig",
     "RunConfig",
     "ScheduleConfig",

@@ -17,7 +17,7 @@ class MeshConfig:
     """
 
     pipe: int = 1
-    """Pipeline ranks; 1 so far"""
+    """Pipeline ranks, each with stages of its own: see the options of pipeline"""
     data: int = 1
     """Groups of node x local devices, each of which holds all experts"""
     node: int = 1
@@ -33,7 +33,6 @@ class MeshConfig:
         for name in AXES:
             size = getattr(self, name)
             check(f"mesh.{name}", size, 1 <= size <= MAX_DEVICES, f"1 to {MAX_DEVICES:,}")
-        check("mesh.pipe", self.pipe, self.pipe == 1, "1, since pipelines are not built yet")
         factor = self.bucket_factor
         check("mesh.bucket_factor", factor, 0 < factor <= 1024, "above 0, up to 1024")
 

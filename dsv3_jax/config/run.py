@@ -12,6 +12,7 @@ from dsv3_jax.config.data import DataConfig
 from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.pipeline import PipelineConfig
 from dsv3_jax.config.quant import DTYPES, QuantConfig
 from dsv3_jax.config.schedule import ScheduleConfig
 
@@ -176,6 +177,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
         check_types("", self)

@@ -7,8 +7,8 @@ another process.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,39 +42,62 @@ def batch_at(rows: Rows | Mixture, consumed_rows: int, num_rows: int) -> Batch:
 
 
 def load(
-    rows: Rows | Mixture, consumed_rows: int, batch_sizes: Iterable[int], readers: int = 1
+    rows: Rows | Mixture,
+    consumed_rows: int,
+    batch_sizes: Iterable[int],
+    readers: int = 1,
+    own: Callable[[int], Sequence[int]] = range,
 ) -> Iterator[Batch]:
     """One batch for each of `batch_sizes`, from `consumed_rows` on.
 
     Args:
         batch_sizes: in rows; taken one by one, may be endless.
         readers: threads that read ahead; 0 reads on demand. The batches do not depend on it.
+        own: of a batch of so many rows, those that are made, in order; by default all.
     """
-    import grain  # a slow import, and it brings in JAX
-
-    ahead = max(readers, min(_AHEAD_ROWS, _AHEAD_TOKENS // rows.length))
-    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.source(_RowsFrom(rows, consumed_rows)).to_iter_dataset(options)
-    iterator = iter(dataset)
+    size, iterator = 0, None
     try:
         for num_rows in batch_sizes:
-            yield stack([next(iterator) for _ in range(num_rows)])
+            if num_rows != size:  # of another batch other rows are read ahead
+                if iterator:
+                    iterator.close()
+                size, chosen = num_rows, own(num_rows)
+                iterator = _read_ahead(_RowsFrom(rows, consumed_rows, size, chosen), readers)
+            consumed_rows += size
+            yield stack([next(iterator) for _ in chosen])
     finally:
-        iterator.close()
+        if iterator:
+            iterator.close()
 
 
 class _RowsFrom:
-    """The rows from `start` on, as grain's random-access source; practically endless."""
+    """Chosen rows of each of the batches from `start` on, as grain's random-access source;
+    practically endless.
+    """
 
-    def __init__(self, rows: Rows | Mixture, start: int) -> None:
-        self._rows = rows
-        self._start = start
+    def __init__(
+        self, rows: Rows | Mixture, start: int, batch_size: int, chosen: Sequence[int]
+    ) -> None:
+        self.length = rows.length
+        self._rows, self._start = rows, start
+        self._batch_size, self._chosen = batch_size, chosen
 
     def __len__(self) -> int:
-        return sys.maxsize - self._start
+        batches = (sys.maxsize - self._start) // self._batch_size
+        return batches * len(self._chosen)
 
     def __getitem__(self, index: int) -> Row:
-        return self._rows[self._start + index]
+        batch, place = divmod(index, len(self._chosen))
+        return self._rows[self._start + batch * self._batch_size + self._chosen[place]]
+
+
+def _read_ahead(source: _RowsFrom, readers: int) -> Any:
+    """Grain's iterator over a source."""
+    import grain  # a slow import, and it brings in JAX
+
+    ahead = max(readers, min(_AHEAD_ROWS, _AHEAD_TOKENS // source.length))
+    options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
 def stack(batch: Sequence[Row]) -> Batch:

@@ -64,12 +64,37 @@ def _forward(h_BTD, head_DV, labels_BT):
 
 
 def _backward(residuals, dtotal):
-    # 1 / tokens rounded to bfloat16 would be off by up to 0.4%, for dh and not for the head.
-    dh, dhead = ((g.astype(dtotal.dtype) * dtotal).astype(g.dtype) for g in residuals)
+    dh, dhead = (_scaled(g, dtotal) for g in residuals)
     return dh, dhead, None
 
 
+def _scaled(g: jax.Array, dtotal: jax.Array) -> jax.Array:
+    # 1 / tokens rounded to bfloat16 would be off by up to 0.4%, for dh and not for the head.
+    return (g.astype(dtotal.dtype) * dtotal).astype(g.dtype)
+
+
 cross_entropy.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def cross_entropy_and_dhead(
+    h_BTD: jax.Array, head_DV: jax.Array, labels_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy`, and its gradient for the head [D, V] as a value: where the backward pass
+    comes much later, it need not be kept until then. No gradient goes to the head.
+    """
+    total, (_, dhead_DV) = _forward(h_BTD, head_DV, labels_BT)
+    return total, dhead_DV
+
+
+def _both_forward(h_BTD, head_DV, labels_BT):
+    total, (dh_BTD, dhead_DV) = _forward(h_BTD, head_DV, labels_BT)
+    return (total, dhead_DV), dh_BTD
+
+
+cross_entropy_and_dhead.defvjp(
+    _both_forward, lambda dh_BTD, cotangents: (_scaled(dh_BTD, cotangents[0]), None, None)
+)
 
 
 def _nll(h_XD, head_DV, labels_X) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,5 @@
-"""DeepSeek-V3 on one device: embedding, dense layers, MoE layers, head, MTP modules (report 2).
+"""DeepSeek-V3 on one device: embedding, dense layers, MoE layers, head, MTP modules (report 2); or
+a stretch of it, as a stage of a pipeline holds.
 
 Layers of a kind are stacked. Deep stacks are scanned, so that a program's size does not grow with
 depth. Forward passes change nothing: router statistics come back as values.
@@ -16,6 +17,7 @@ from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.parallel.buckets import ExchangePlan
+from dsv3_jax.parallel.stages import Cut, whole
 from dsv3_jax.quant.gemm import few_rows_einsum
 
 # So few layers of a kind are written out in the program: what they keep for the backward pass need
@@ -25,21 +27,35 @@ UNROLLED = 8
 
 
 class DeepSeekV3(nnx.Module):
-    """The model. Weights of `dense_layers` and `moe_layers` carry a leading layer dimension."""
+    """The model, or the part that `cut` leaves of it. Weights of `dense_layers` and `moe_layers`
+    carry a leading layer dimension.
+    """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        cut: Cut | None = None,
+    ) -> None:
         self.cfg = cfg
+        self.cut = cut = cut or whole(cfg.num_layers, cfg.mtp_depth)
         init = Init(rngs.params(), cfg.init_std, dtype)
         layers = init.at("layers")
-        self.embed_VD = init.normal("embed_VD", cfg.vocab_size, cfg.d_model)
-        dense, total = cfg.num_dense_layers, cfg.num_layers
-        self.dense_layers = _stack(cfg, layers, 0, dense, moe=False)
-        self.moe_layers = _stack(cfg, layers, dense, total, moe=True)
-        self.norm_D = init.ones(cfg.d_model)
-        if not cfg.tied_head:
+        has_logits = cut.head or cut.has_mtp
+        if cut.embed or cut.has_mtp or (has_logits and cfg.tied_head):
+            self.embed_VD = init.normal("embed_VD", cfg.vocab_size, cfg.d_model)
+        dense = cfg.num_dense_layers
+        self.dense_layers = _stack(cfg, layers, cut.layers(0, dense), moe=False)
+        self.moe_layers = _stack(cfg, layers, cut.layers(dense, cfg.num_layers), moe=True)
+        if cut.head:
+            self.norm_D = init.ones(cfg.d_model)
+        if has_logits and not cfg.tied_head:
             self.head_DV = init.normal("head_DV", cfg.d_model, cfg.vocab_size)
         mtp = init.at("mtp")
-        self.mtp = nnx.List([MTP(cfg, init=mtp.layer(k)) for k in range(cfg.mtp_depth)])
+        depths = range(cut.first_mtp, cut.end_mtp)
+        self.mtp = nnx.List([MTP(cfg, init=mtp.layer(k)) for k in depths])
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int32 [B, T] -> logits of the next token [B, T, V], at least float32."""
@@ -55,7 +71,15 @@ class DeepSeekV3(nnx.Module):
         return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """Embedding rows in `dtype` (default: the weights'), the activations' from here on."""
+        """Embedding rows in `dtype` (default: the weights'), the activations' from here on.
+
+        ValueError for rows longer than the model.
+        """
+        if tokens_BT.shape[1] > self.cfg.max_length:
+            raise ValueError(
+                f"{tokens_BT.shape[1]} tokens in a row; "
+                f"allowed: at most model.max_length = {self.cfg.max_length}"
+            )
         return self.embed_VD[...][tokens_BT].astype(dtype or self.embed_VD.dtype)
 
     def hidden(
@@ -79,18 +103,33 @@ class DeepSeekV3(nnx.Module):
                 slot's is not.
             plan: of the exchange with experts on other devices, within a `shard_map`.
         """
-        if tokens_BT.shape[1] > self.cfg.max_length:
-            raise ValueError(
-                f"{tokens_BT.shape[1]} tokens in a row; "
-                f"allowed: at most model.max_length = {self.cfg.max_length}"
-            )
-        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         x_BTD = self.embed(tokens_BT, dtype)
         if slot_B is not None:
             x_BTD += slot_B.astype(x_BTD.dtype)[:, None, None]
+        x_BTD, stats = self.layers(x_BTD, tokens_BT, valid_BT, remat, segments_BT, plan)
+        return self.normed(x_BTD), stats
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """Behind the last layer."""
+        return rms_norm(x_BTD, self.norm_D[...], self.cfg.rms_eps)
+
+    def layers(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        valid_BT: jax.Array | None = None,
+        remat: Remat = "none",
+        segments_BT: jax.Array | None = None,
+        plan: ExchangePlan | None = None,
+    ) -> tuple[jax.Array, RouterStats]:
+        """The stream behind the layers that are here, and statistics stacked over their routers;
+        arguments as of `hidden`.
+        """
+        valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), x_BTD.dtype)
 
-        def run(x_BTD, layers, count):
+        def run(x_BTD, layers):
+            count = len(layers.ffn_norm_D)
             scanned = count > UNROLLED
             body = rematerialised(
                 lambda x, block: block(x, rope_BTR, valid_BT, segments_BT, plan),
@@ -100,13 +139,13 @@ class DeepSeekV3(nnx.Module):
             return lax.scan(body, x_BTD, layers, unroll=1 if scanned else count)
 
         if self.dense_layers is not None:
-            x_BTD, _ = run(x_BTD, self.dense_layers, self.cfg.num_dense_layers)
+            x_BTD, _ = run(x_BTD, self.dense_layers)
         stats = RouterStats(
             jnp.zeros((0, self.cfg.num_experts), jnp.int32), jnp.zeros(0, rope_BTR.dtype)
         )
         if self.moe_layers is not None:
-            x_BTD, stats = run(x_BTD, self.moe_layers, self.cfg.num_moe_layers)
-        return rms_norm(x_BTD, self.norm_D[...], self.cfg.rms_eps), stats
+            x_BTD, stats = run(x_BTD, self.moe_layers)
+        return x_BTD, stats
 
     def mtp_hidden(
         self,
@@ -117,14 +156,15 @@ class DeepSeekV3(nnx.Module):
         segments_BT: jax.Array | None = None,
         plan: ExchangePlan | None = None,
     ) -> list[tuple[jax.Array, RouterStats]]:
-        """Each depth's normed hidden states and statistics, from the main model's `hidden`.
+        """Normed hidden states and statistics of each depth that is here, from the main model's
+        `hidden`, or in a later stage from the depth before.
 
         Depth k is valid on the first T - k tokens of a segment (without segments, of a row).
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
         rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), h_BTD.dtype)
         outputs = []
-        for k, module in enumerate(self.mtp, start=1):
+        for k, module in enumerate(self.mtp, start=self.cut.first_mtp + 1):
             embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
             valid = valid_BT & shift_left(valid_BT, k, fill=False) & same_segment(segments_BT, k)
             depth = rematerialised(
@@ -146,8 +186,9 @@ def positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     return places - lax.cummax(jnp.where(starts_BT, places, 0), axis=1)
 
 
-def _stack(cfg: ModelConfig, init: Init, start: int, stop: int, *, moe: bool) -> Block | None:
-    """Layers start..stop-1 in one module with a leading dimension; None if there are none."""
-    if start == stop:
+def _stack(cfg: ModelConfig, init: Init, layers: range, *, moe: bool) -> Block | None:
+    """These layers in one module with a leading dimension; None if there are none."""
+    if not layers:
         return None
-    return jax.vmap(lambda i: Block(cfg, moe=moe, init=init.layer(i)))(jnp.arange(start, stop))
+    indices = jnp.arange(layers.start, layers.stop)
+    return jax.vmap(lambda i: Block(cfg, moe=moe, init=init.layer(i)))(indices)

@@ -22,21 +22,23 @@ of F in the activations' dtype, and twice the weights' gradients in temporary me
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.parallel.buckets import ExchangePlan, Queue, Tables, local_table, node_table, queue_of
 from dsv3_jax.parallel.copies import Copies, fill_slots, fill_values, sum_copies, values_of_copies
-from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE
+from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE, varying_like
 from dsv3_jax.parallel.wire import Wire, pack, unpack
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.quant.recipes import Operand
+from dsv3_jax.quant.tape import hollow
+from dsv3_jax.quant.trained_weight import TrainedWeight, off_tape
 
 # What has come from other devices, by a name for policies of recomputation: to compute it again
 # would be to send it again.
@@ -78,6 +80,7 @@ def exchange(
     queue = queue_of(plan, experts_TK)
     zero = jnp.zeros_like(queue.rounds)
     y_TD, more = _one_round(plan, wire, apply, x_TD, gates_TK, weights, queue, (zero, zero))
+    weights = jax.tree.map(off_tape, weights, is_leaf=_is_trained_weight)
     rest_TD, rounds = _rest(plan, wire, apply, x_TD, gates_TK, weights, queue, more)
     return (y_TD + rest_TD).astype(x_TD.dtype), _traffic(plan, queue, rounds)
 
@@ -226,16 +229,18 @@ def _rest(plan, wire, apply, x_TD, gates_TK, weights, queue, more):
     return _loop(queue, more, zeros, step)
 
 
-def _rest_fwd(plan, wire, apply, *args):
-    return _rest(plan, wire, apply, *args), args
+def _rest_fwd(plan, wire, apply, x_TD, gates_TK, weights, *others):
+    result = _rest(plan, wire, apply, x_TD, gates_TK, weights, *others)
+    weights = jax.tree.map(_without_slot, weights, is_leaf=_is_trained_weight)
+    return result, (x_TD, gates_TK, weights, *others)
 
 
 def _rest_bwd(plan, wire, apply, residuals, cotangents):
     x_TD, gates_TK, weights, queue, more = residuals
-    trained = jax.tree.map(lambda w: w if _is_trained(w) else None, weights)
+    trained = jax.tree.map(_destination, weights, is_leaf=_is_trained_weight)
 
     def results(x_TD, gates_TK, trained, turns):
-        used = _first_of(trained, weights)
+        used = _with_destinations(trained, weights)
         return _one_round(plan, wire, apply, x_TD, gates_TK, used, queue, turns)
 
     def step(turns):
@@ -247,29 +252,42 @@ def _rest_bwd(plan, wire, apply, residuals, cotangents):
     zeros = jax.tree.map(jnp.zeros_like, (gates_TK, trained))
     zeros = jnp.zeros_like(x_TD, wide(x_TD.dtype)), *zeros
     (dx_TD, dgates_TK, dtrained), _ = _loop(queue, more, zeros, step)
-    dweights = _first_of(dtrained, jax.tree.map(_no_gradient, weights))
+    dweights = _with_destinations(dtrained, weights, gradients=True)
     return dx_TD.astype(x_TD.dtype), dgates_TK, dweights, None, None
 
 
 _rest.defvjp(_rest_fwd, _rest_bwd)
 
 
-def _is_trained(leaf: jax.Array) -> bool:
-    """FP8 values are not."""
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+def _is_trained_weight(node: Any) -> bool:
+    return isinstance(node, TrainedWeight)
 
 
-def _no_gradient(leaf: jax.Array) -> jax.Array | np.ndarray:
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros_like(leaf)
-    return np.zeros(leaf.shape, jax.dtypes.float0)
+def _without_slot(weight: jax.Array | TrainedWeight) -> jax.Array | TrainedWeight:
+    """What a backward pass needs of it: the slot is never read, and may be of the weight's size."""
+    if not _is_trained_weight(weight):
+        return weight
+    return replace(weight, slot=hollow((weight.slot,))[0], taps=None)
 
 
-def _first_of(tree: Any, other: Any) -> Any:
-    """Leaf by leaf, that of the other tree where there is none."""
-    return jax.tree.map(
-        lambda x, y: y if x is None else x, tree, other, is_leaf=lambda x: x is None
-    )
+def _destination(weight: jax.Array | TrainedWeight) -> jax.Array:
+    """Where its gradient goes; of a weight without its slot."""
+    if not _is_trained_weight(weight):
+        return weight
+    return varying_like(jnp.zeros(weight.shape, weight.dtype), weight.value)
+
+
+def _with_destinations(there: Any, weights: Any, *, gradients: bool = False) -> Any:
+    """Weights whose gradients go there; or, of gradients, those of the weights."""
+
+    def one(weight: jax.Array | TrainedWeight, slot: jax.Array) -> Any:
+        if not _is_trained_weight(weight):
+            return slot
+        if gradients:  # None: no gradient at all
+            return replace(weight, value=None, slot=slot)
+        return replace(weight, slot=slot)
+
+    return jax.tree.map(one, weights, there, is_leaf=_is_trained_weight)
 
 
 def _traffic(plan: ExchangePlan, queue: Queue, rounds: jax.Array) -> Traffic:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dsv3_jax.config.mesh import AXES, MeshConfig
 
-DATA, NODE, LOCAL = AXES[1:]
+PIPE, DATA, NODE, LOCAL = AXES
 STACKS = ("dense_layers", "moe_layers")  # first names of parameters with a dimension of layers
 TOKEN_AXES = (DATA, NODE, LOCAL)
 EXPERT_AXES = (NODE, LOCAL)
@@ -66,7 +66,7 @@ def varying(tree: Any, axes: Sequence[str]) -> Any:
     """The same values, typed as differing over these axes too."""
 
     def one(x: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in _varying_axes(x))
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
@@ -74,9 +74,9 @@ def varying(tree: Any, axes: Sequence[str]) -> Any:
 
 def varying_like(tree: Any, *others: Any) -> Any:
     """The same values, typed as differing over every axis over which any of the others does."""
-    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves(others)))
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(others)))
     return varying(tree, tuple(axis for axis in AXES if axis in axes))
 
 
-def _varying_axes(x: jax.Array) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying

@@ -38,9 +38,8 @@ def wire_of(w_up: object, w_down: object) -> Wire:
     """As the recipe of the experts' weights quantises what has travelled, if that is lossless: one
     row a block, powers of two. To quantise it once more at its destination then changes nothing.
     """
-    if not isinstance(w_up, TrainedWeight) or not isinstance(w_down, TrainedWeight):
-        return PLAIN
-    return wire_of_rules(w_up.rule, w_down.rule)
+    rules = [w.rule for w in (w_up, w_down) if isinstance(w, TrainedWeight) and w.rule]
+    return wire_of_rules(*rules) if len(rules) == 2 else PLAIN
 
 
 def wire_of_rules(up: Rule, down: Rule) -> Wire:

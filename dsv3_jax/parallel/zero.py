@@ -67,8 +67,13 @@ def summed_and_scattered(grad: jax.Array, name: str, spec: PartitionSpec) -> jax
 
 def holds_first(spec: PartitionSpec) -> jax.Array:
     """bool: whether this device is the first of those that hold the same shard."""
-    others = tuple(axis for axis in TOKEN_AXES if axis not in _axes_of(spec))
+    others = unused_axes(spec)
     return lax.axis_index(others) == 0 if others else jnp.bool_(True)
+
+
+def unused_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """Axes over which devices hold the same shard."""
+    return tuple(axis for axis in TOKEN_AXES if axis not in _axes_of(spec))
 
 
 def _spread(name: str, spec: PartitionSpec) -> Iterator[tuple[int, tuple[str, ...]]]:

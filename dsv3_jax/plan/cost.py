@@ -34,3 +34,24 @@ def _activated_by_mtp(model: ModelConfig) -> int:
     idle = (model.num_experts - model.experts_per_token) * expert
     head = model.vocab_size * model.d_model
     return model.param_count().mtp + model.mtp_depth * (head - idle)
+
+
+def item_costs(model: ModelConfig, length: int) -> list[float]:
+    """FLOPs per token of the forward pass of what pipelines cut a model into: embedding, every
+    layer, head, every MTP module with its pass through the head; in rows of `length` tokens.
+    """
+    d, heads, q = model.d_model, model.num_heads, model.nope_dim + model.rope_dim
+    queries = d * heads * q
+    if model.q_latent is not None:
+        queries = model.q_latent * (d + heads * q)
+    latent = d * (model.kv_latent + model.rope_dim)
+    expanded = model.kv_latent * heads * (model.nope_dim + model.v_dim)
+    scores = length // 2 * heads * (q + model.v_dim)
+    attention = queries + latent + expanded + heads * model.v_dim * d + scores
+    dense = attention + 3 * d * model.dense_hidden
+    active = model.experts_per_token + model.num_shared_experts
+    moe = attention + d * model.num_experts + 3 * d * model.expert_hidden * active
+    head = d * model.vocab_size
+    layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
+    # To look rows up is a copy of d numbers.
+    return [2.0 * cost for cost in (d, *layers, head, *[2 * d * d + moe + head] * model.mtp_depth)]

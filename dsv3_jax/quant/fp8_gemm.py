@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.quant.expert_rows import by_group, parted, side_by_side, sum_by_expert
+from dsv3_jax.quant import tape
+from dsv3_jax.quant.expert_rows import by_group, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
-from dsv3_jax.quant.kept import keep
+from dsv3_jax.quant.kept import Kept, keep
 from dsv3_jax.quant.recipes import Rule
 from dsv3_jax.quant.trained_weight import Measure, TrainedWeight
 
@@ -38,8 +39,6 @@ class _Static(NamedTuple):
     rule: Rule
     activation: Activation | None
     measure: Measure | None
-    dtypes: tuple[jnp.dtype, ...]
-    """Of the weights' gradients"""
 
 
 class _Arrays(NamedTuple):
@@ -64,8 +63,8 @@ def fp8_linear(
     first = weights[0]
     assert all(w.rule == first.rule for w in weights), "weights side by side have one rule"
     measure = first.taps and first.taps.measure
-    static = _Static(first.rule, activation, measure, tuple(w.dtype for w in weights))
-    arrays = _Arrays(expert_x, tuple(w.blocked for w in weights))
+    static = _Static(first.rule, activation, measure)
+    arrays = _Arrays(expert_x, tuple(w.value for w in weights))
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)
 
@@ -76,7 +75,6 @@ def _fp8_linear(static, source, gate_X1, slots, taps, arrays):
 
 
 def _forward(static, source, gate_X1, slots, taps, arrays):
-    del slots
     rule = static.rule
     name = ACTIVATION_INPUT if static.activation else INPUT
     kept = checkpoint_name(keep(source, rule.kept), name)
@@ -84,26 +82,24 @@ def _forward(static, source, gate_X1, slots, taps, arrays):
     y_xMF = _einsum("xmd,xdf->xmf", rule.input.fake_quantize(x_xMD), _weights(arrays))
     found = static.measure and static.measure(x_xMD, rule.input)
     y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
-    return y_XF, (kept, gate_X1, found, taps, arrays)
+    operands = kept, gate_X1, y_XF, arrays.expert_x
+    tape.note(slots, _widths(arrays), _gradient_of(static, arrays), operands)
+    return y_XF, (kept, gate_X1, found, tape.hollow(slots), taps, arrays)
 
 
 def _backward(static, residuals, dy_XF):
-    kept, gate_X1, found, taps, arrays = residuals
+    kept, gate_X1, found, slots, taps, arrays = residuals
     rule = static.rule
     x_XD, pull = jax.vjp(partial(_input, static), kept.dequantize(), gate_X1)
-    x_xMD = by_group(x_XD, arrays.expert_x)
     dy_xMF = by_group(dy_XF, arrays.expert_x)
     dx_xMD = _einsum("xmf,xdf->xmd", rule.grad_output.fake_quantize(dy_xMF), _weights(arrays))
-    dw_xDF = _einsum(
-        "xmd,xmf->xdf",
-        rule.wgrad_input.fake_quantize(x_xMD),
-        rule.wgrad_grad_output.fake_quantize(dy_xMF),
-    )
     dsource, dgate_X1 = pull(dx_xMD.reshape(x_XD.shape))
     if static.measure:  # weights side by side share their input and their output's gradient
         measured = found, static.measure(dy_xMF, rule.grad_output)
         taps = tuple(jax.tree.unflatten(jax.tree.structure(tap), measured) for tap in taps)
-    return dsource.astype(dy_XF.dtype), dgate_X1, _dslots(dw_xDF, static, arrays), taps, None
+    operands = kept, gate_X1, dy_XF, arrays.expert_x
+    dslots = tape.cotangents(slots, _widths(arrays), _gradient_of(static, arrays), operands)
+    return dsource.astype(dy_XF.dtype), dgate_X1, dslots, taps, None
 
 
 _fp8_linear.defvjp(_forward, _backward)
@@ -124,11 +120,28 @@ def _weights(arrays: _Arrays) -> jax.Array:
     return w[None] if arrays.expert_x is None else w[arrays.expert_x]
 
 
-def _dslots(dw_xDF: jax.Array, static: _Static, arrays: _Arrays) -> tuple[jax.Array, ...]:
-    """The gradient of each weight, summed over its blocks of rows."""
-    shapes = [w.shape for w in arrays.blocked]
-    if arrays.expert_x is None:
-        dw = dw_xDF[0]
-    else:
-        dw = sum_by_expert(dw_xDF, arrays.expert_x, shapes[0][0])
-    return parted(dw, [shape[-1] for shape in shapes], static.dtypes)
+def _widths(arrays: _Arrays) -> tuple[int, ...]:
+    return tuple(w.shape[-1] for w in arrays.blocked)
+
+
+def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:
+    return partial(_wgrad, static, num_experts=arrays.blocked[0].shape[0])
+
+
+def _wgrad(
+    static: _Static,
+    kept: Kept,
+    gate_X1: jax.Array | None,
+    dy_XF: jax.Array,
+    expert_x: jax.Array | None,
+    num_experts: int,
+) -> jax.Array:
+    """The gradient of the weights side by side, summed over an expert's blocks of rows."""
+    rule = static.rule
+    x_xMD = by_group(_input(static, kept.dequantize(), gate_X1), expert_x)
+    dw_xDF = _einsum(
+        "xmd,xmf->xdf",
+        rule.wgrad_input.fake_quantize(x_xMD),
+        rule.wgrad_grad_output.fake_quantize(by_group(dy_XF, expert_x)),
+    )
+    return dw_xDF[0] if expert_x is None else sum_by_expert(dw_xDF, expert_x, num_experts)

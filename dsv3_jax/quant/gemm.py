@@ -7,11 +7,13 @@ the way in, and their gradient leaves in the weights' own dtype without ever hav
 to the activations'.
 
 A weight may be a `Blocked`: it is expanded to the activations' dtype before the product, and no
-gradient goes to it. With a `TrainedWeight` the product is that of `fp8_gemm`.
+gradient goes to it. With a `TrainedWeight` the gradient goes where that says, and where it has a
+rule, the product is that of `fp8_gemm`.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.quant.expert_rows import by_group, only_live, parted, side_by_side, sum_by_expert
+from dsv3_jax.quant import tape
+from dsv3_jax.quant.expert_rows import by_group, only_live, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT, Activation, fp8_linear
 from dsv3_jax.quant.trained_weight import TrainedWeight
@@ -58,10 +61,10 @@ def linear(x: jax.Array, *weights: Weight, activation: Activation | None = None)
     nearer to the peak. With an `activation` (SwiGLU) the product's input is `activation(x, None)`;
     of the two, low precision keeps x alone for the backward pass.
     """
-    if isinstance(weights[0], TrainedWeight):
+    if _is_quantised(weights[0]):
         return fp8_linear(_rows(x), weights, activation).reshape(*x.shape[:-1], -1)
     x = _input(x, activation)
-    return _linear(x, tuple(_expanded(w, x.dtype) for w in weights))
+    return _linear(x, *_values_and_slots(weights, x.dtype))
 
 
 def _input(
@@ -71,25 +74,52 @@ def _input(
 
 
 @jax.custom_vjp
-def _linear(x, weights):
-    return _linear_fwd(x, weights)[0]
+def _linear(x, weights, slots):
+    return _linear_fwd(x, weights, slots)[0]
 
 
-def _linear_fwd(x, weights):
+def _linear_fwd(x, weights, slots):
     x = checkpoint_name(x, INPUT)
     x_XD = _rows(x)
     y_XF = _product(partial(few_rows_einsum, "xd,df->xf", x_XD), len(x_XD), weights, x.dtype)
-    return y_XF.astype(x.dtype).reshape(*x.shape[:-1], -1), (x, weights)
+    y_XF = y_XF.astype(x.dtype)
+    tape.note(slots, _widths(weights), _wgrad, (x_XD, y_XF))
+    return y_XF.reshape(*x.shape[:-1], -1), (x, weights, tape.hollow(slots))
 
 
 def _linear_bwd(residuals, dy):
-    x, weights = residuals
+    x, weights, slots = residuals
     dy_XF = _rows(dy)
     dx_XD = wide_einsum("xf,df->xd", dy_XF, _joined(weights, dy.dtype)).astype(x.dtype)
-    return dx_XD.reshape(x.shape), _gradients(wide_einsum("xd,xf->df", _rows(x), dy_XF), weights)
+    dslots = tape.cotangents(slots, _widths(weights), _wgrad, (_rows(x), dy_XF))
+    return dx_XD.reshape(x.shape), None, dslots
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _wgrad(x_XD: jax.Array, dy_XF: jax.Array) -> jax.Array:
+    return wide_einsum("xd,xf->df", x_XD, dy_XF)
+
+
+def _is_quantised(w: Weight) -> bool:
+    return isinstance(w, TrainedWeight) and w.rule is not None
+
+
+def _values_and_slots(
+    weights: Sequence[Weight], dtype: jnp.dtype
+) -> tuple[tuple[jax.Array, ...], tuple[Any, ...]]:
+    """What is multiplied with, and where gradients go."""
+    values = [w.value if isinstance(w, TrainedWeight) else _expanded(w, dtype) for w in weights]
+    slots = [
+        w.slot if isinstance(w, TrainedWeight) else value
+        for w, value in zip(weights, values, strict=True)
+    ]
+    return tuple(values), tuple(slots)
+
+
+def _widths(weights: Sequence[jax.Array]) -> tuple[int, ...]:
+    return tuple(w.shape[-1] for w in weights)
 
 
 def _expanded(w: jax.Array | Blocked, dtype: jnp.dtype) -> jax.Array:
@@ -110,11 +140,6 @@ def _product(
 
 def _joined(weights: Sequence[jax.Array], dtype: jnp.dtype) -> jax.Array:
     return side_by_side([w.astype(dtype) for w in weights])
-
-
-def _gradients(dw: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Of each weight, from that of all side by side."""
-    return parted(dw, [w.shape[-1] for w in weights], [w.dtype for w in weights])
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -141,21 +166,21 @@ def grouped_linear(
         gate_X1 = None if gate_X1 is None else only_live(gate_X1, live_X)
         y_XF = grouped_linear(x_XD, expert_x, *weights, activation=activation, gate_X1=gate_X1)
         return only_live(y_XF, live_X)
-    if isinstance(weights[0], TrainedWeight):
+    if _is_quantised(weights[0]):
         return fp8_linear(x_XD, weights, activation, gate_X1, expert_x)
     x_XD = _input(x_XD, activation, gate_X1)
     if any(isinstance(w, Blocked) for w in weights):  # only experts in use are expanded
         weights = tuple(_expanded(w[expert_x], x_XD.dtype) for w in weights)
         expert_x = jnp.arange(expert_x.size, dtype=expert_x.dtype)
-    return _grouped(x_XD, weights, expert_x)
+    return _grouped(x_XD, *_values_and_slots(weights, x_XD.dtype), expert_x)
 
 
 @jax.custom_vjp
-def _grouped(x_XD, weights, expert_x):
-    return _grouped_fwd(x_XD, weights, expert_x)[0]
+def _grouped(x_XD, weights, slots, expert_x):
+    return _grouped_fwd(x_XD, weights, slots, expert_x)[0]
 
 
-def _grouped_fwd(x_XD, weights, expert_x):
+def _grouped_fwd(x_XD, weights, slots, expert_x):
     x_XD = checkpoint_name(x_XD, INPUT)
     x_xMD, dtype = by_group(x_XD, expert_x), x_XD.dtype
 
@@ -163,17 +188,30 @@ def _grouped_fwd(x_XD, weights, expert_x):
         return wide_einsum("xmd,xdf->xmf", x_xMD, w_EDF[expert_x])
 
     y_xMF = _product(multiply, x_xMD.shape[1], weights, dtype)
-    return _rows(y_xMF.astype(dtype)), (x_XD, weights, expert_x)
+    y_XF = _rows(y_xMF.astype(dtype))
+    tape.note(slots, _widths(weights), _gradient_of(weights), (x_XD, y_XF, expert_x))
+    return y_XF, (x_XD, weights, tape.hollow(slots), expert_x)
 
 
 def _grouped_bwd(residuals, dy_XF):
-    x_XD, weights, expert_x = residuals
+    x_XD, weights, slots, expert_x = residuals
     dy_xMF = by_group(dy_XF, expert_x)
     w_xDF = _joined(weights, dy_XF.dtype)[expert_x]
     dx_xMD = wide_einsum("xmf,xdf->xmd", dy_xMF, w_xDF).astype(x_XD.dtype)
-    dw_xDF = wide_einsum("xmd,xmf->xdf", by_group(x_XD, expert_x), dy_xMF)
-    dw_EDF = sum_by_expert(dw_xDF, expert_x, weights[0].shape[0])
-    return _rows(dx_xMD), _gradients(dw_EDF, weights), None
+    operands = x_XD, dy_XF, expert_x
+    dslots = tape.cotangents(slots, _widths(weights), _gradient_of(weights), operands)
+    return _rows(dx_xMD), None, dslots, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+def _gradient_of(weights: Sequence[jax.Array]) -> Callable[..., jax.Array]:
+    return partial(_grouped_wgrad, num_experts=weights[0].shape[0])
+
+
+def _grouped_wgrad(
+    x_XD: jax.Array, dy_XF: jax.Array, expert_x: jax.Array, num_experts: int
+) -> jax.Array:
+    dw_xDF = wide_einsum("xmd,xmf->xdf", by_group(x_XD, expert_x), by_group(dy_XF, expert_x))
+    return sum_by_expert(dw_xDF, expert_x, num_experts)

@@ -1,4 +1,4 @@
-"""A weight that was quantised once for a whole step, and the place its gradient goes to."""
+"""A weight as a step computes with it, and the place its gradient goes to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.recipes import Operand, Rule
+from dsv3_jax.quant.tape import Slot
 
 Measure = Callable[[jax.Array, Operand], jax.Array]
 
@@ -32,25 +33,31 @@ class Taps:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["blocked", "slot", "taps"],
+    data_fields=["value", "slot", "taps", "overflow"],
     meta_fields=["rule"],
 )
 @dataclass(frozen=True)
 class TrainedWeight:
-    """Stands in a model where a weight [..., D, F] does: linears multiply with `blocked` by `rule`.
+    """Stands in a model where a weight [..., D, F] does: linears multiply with `value`, and its
+    gradient goes to `slot`.
 
     As with an array, `w[...]` is itself and `w[i]` indexes leading dimensions.
     """
 
-    blocked: Blocked
-    slot: jax.Array
-    """[..., D, F], never read: its gradient is the weight's. Usually the master weight"""
-    rule: Rule
+    value: Blocked | jax.Array
+    """Quantised once for a whole step, or in the dtype of activations"""
+    slot: jax.Array | Slot
+    """[..., D, F], never read: usually the master weight. Or a `Slot` for what makes the gradient
+    """
+    rule: Rule | None = None
+    """How a linear rounds its operands; None if `value` is an array"""
     taps: Taps | None = None
+    overflow: jax.Array | None = None
+    """As a slot [..., D, F], beside a `Slot`: for products whose number only the routing decides"""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.blocked.shape
+        return self.value.shape
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -60,5 +67,13 @@ class TrainedWeight:
     def __getitem__(self, index: Any) -> "TrainedWeight":
         if index is Ellipsis:
             return self
-        taps = jax.tree.map(lambda tap: tap[index], self.taps)
-        return replace(self, blocked=self.blocked[index], slot=self.slot[index], taps=taps)
+        taps, overflow = jax.tree.map(lambda x: x[index], (self.taps, self.overflow))
+        slot, value = self.slot[index], self.value[index]
+        return replace(self, value=value, slot=slot, taps=taps, overflow=overflow)
+
+
+def off_tape(weight: Any) -> Any:
+    """A weight whose gradient goes to its `overflow`, if it has one."""
+    if isinstance(weight, TrainedWeight) and weight.overflow is not None:
+        return replace(weight, slot=weight.overflow, overflow=None)
+    return weight

@@ -16,6 +16,8 @@ from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
 from dsv3_jax.config.presets import tiny_run
+from dsv3_jax.parallel import launch
+from dsv3_jax.parallel.launch import LaunchOptions
 from dsv3_jax.train.folder import RunFolder, find_run, locked, run_at
 
 PROG = "python -m dsv3_jax.train"
@@ -50,6 +52,7 @@ class Options:
     """Say in which layer a loss or gradient stops being finite; slower"""
     profile: str | None = None
     """START:STOP, steps to trace into the run's folder, for xprof and Perfetto"""
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=tiny_run)
 
 
@@ -69,32 +72,56 @@ def main(args: Sequence[str]) -> int | None:
             print(line)
         print(options.print_schedule)
         return 0
-    return _train(options, *folders)
-
-
-def _train(options: Options, resume: RunFolder | None, init_from: RunFolder | None) -> int:
     with user_errors():
-        process.emulate(options.devices)
+        launch.check(options.launch, options.devices, options.run.mesh.size)
+        started = launch.started()
+        if options.launch.processes > 1 and not started:
+            return launch.run(options.launch)
+    if not started and not options.launch.cluster:
+        return _train(options, *folders)
+    with launch.leaving_at_once():
+        return _train(options, *folders, started)
+
+
+def _train(
+    options: Options,
+    resume: RunFolder | None,
+    init_from: RunFolder | None,
+    started: launch.Started | None = None,
+) -> int:
+    devices = options.devices
+    if started:
+        devices = options.run.mesh.size // started.count
+    with user_errors():
+        process.emulate(devices)
+        if started or options.launch.cluster:
+            from dsv3_jax.parallel import processes
+
+            processes.join(started and started.place)
         process.check_devices()
     # JAX comes in here, not before --help.
     from dsv3_jax.checkpoint.arrays import CheckpointError
+    from dsv3_jax.parallel.processes import is_first
     from dsv3_jax.train.console import RunConsole
     from dsv3_jax.train.profile import parse_steps
     from dsv3_jax.train.run import Watch, execute, prepare
 
-    console = RunConsole()
+    console = RunConsole(quiet=not is_first())
     idle = (options.devices or 0) - options.run.mesh.size
     if idle > 0:
         console.print(f"warning    {idle} of {options.devices} devices are idle: see --mesh")
     with contextlib.ExitStack() as locks:
         with user_errors():
-            watch = Watch(options.debug_nans, options.profile and parse_steps(options.profile))
-            if resume:
+            profiled = options.profile and parse_steps(options.profile)
+            watch = Watch(options.debug_nans, profiled, options.launch.hang_seconds)
+            if resume and is_first():
                 locks.enter_context(locked(resume))
             say = partial(console.print, soft_wrap=True)
             prepared = prepare(options.run, resume, say, init_from, watch)
-            if not resume:
+            if not resume and is_first():
                 locks.enter_context(locked(prepared.run))
+            if started and is_first():
+                started.tell_run(prepared.run.path)
         with user_errors((CheckpointError, OSError, MemoryError)):  # others are faults of ours
             return execute(prepared, console, watch)
 

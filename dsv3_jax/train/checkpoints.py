@@ -1,10 +1,13 @@
 """A run's checkpoints while it trains: handed over, settled, gone back to."""
 
-from dsv3_jax.checkpoint import store
+import json
+
+from dsv3_jax.checkpoint import joint, store
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.checkpoint.retention import Retention
 from dsv3_jax.checkpoint.saver import Saver
 from dsv3_jax.config import RunConfig
+from dsv3_jax.parallel import processes
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.records import event_record
@@ -17,10 +20,17 @@ class Checkpoints:
     """
 
     def __init__(
-        self, cfg: RunConfig, run: RunFolder, data: dict[str, str], start: Position
+        self,
+        cfg: RunConfig,
+        run: RunFolder,
+        data: dict[str, str],
+        start: Position,
+        wanted: store.Wanted | None = None,
     ) -> None:
-        """`data` identifies tokenizer and documents; the run goes on from `start`."""
-        self.cfg, self.data, self.folder = cfg, data, run.checkpoints
+        """`data` identifies tokenizer and documents; the run goes on from `start`. `wanted`: what
+        this process needs of a checkpoint.
+        """
+        self.cfg, self.data, self.folder, self._wanted = cfg, data, run.checkpoints, wanted
         output = cfg.output
         retention = Retention(output.keep_last, output.keep_every, output.save_every)
         self._saver = Saver(run.checkpoints, retention, loaded=start.step)
@@ -72,10 +82,11 @@ class Checkpoints:
         cannot be read is told and passed over.
         """
         self.settle(out)
-        for step in reversed(self._saver.steps()):
+        steps = json.loads(processes.of_first("rewind", lambda: json.dumps(self._saver.steps())))
+        for step in reversed(steps):
             if step and step % self.cfg.output.save_every == 0:
                 try:
-                    checkpoint = store.load(self.folder, step)
+                    checkpoint = joint.load(self.folder, step, wanted=self._wanted)
                 except CheckpointError as error:
                     self._saver.disown(step)
                     out.message(f"checkpoint skipped: {error}")

@@ -16,10 +16,13 @@ class RunConsole(Console):
     ^C on `train | tee log` ends tee first: the run must save all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        """`quiet` says nothing at all."""
         # Notebooks set FORCE_COLOR, which makes a terminal of a pipe, but none that redraws.
         live = None if sys.stdout.isatty() else False
-        super().__init__(highlight=False, markup=False, emoji=False, force_interactive=live)
+        super().__init__(
+            highlight=False, markup=False, emoji=False, force_interactive=live, quiet=quiet
+        )
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich does it, but text may be anything that a file is named, or holds."""

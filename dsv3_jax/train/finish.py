@@ -5,6 +5,7 @@ import math
 from dsv3_jax.data.mixture import Mixture
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.files import replace_file
+from dsv3_jax.parallel import processes
 from dsv3_jax.train.ema import in_device_memory
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe
@@ -22,9 +23,9 @@ def passes(train: Rows | Mixture, consumed_rows: int) -> float | None:
     return None if isinstance(train, Mixture) else consumed_rows / len(train)
 
 
-def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
+def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result | None:
     """Validates on the whole held-out split, and leaves picture, sample and result in the run's
-    folder.
+    folder; None in other processes than the first, which does that.
     """
     cfg, run, corpus = trainer.cfg, trainer.run, trainer.corpus
     rows = corpus.validation
@@ -37,6 +38,8 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result:
         averaged = trainer.validate(average, rows, range(len(rows)))
         record = validation_record(averaged, trained.position, cfg, whole=True)
         records.append(record | {"kind": "averaged"})
+    if not processes.is_first():
+        return None
     if text:
         records.append(sample_record(cfg, trained.position, text))
     known = read_metrics(run.metrics)

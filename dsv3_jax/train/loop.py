@@ -6,9 +6,7 @@ cores, and a step that begins as the last one ends holds the temporary memory of
 """
 
 import contextlib
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +17,28 @@ from dsv3_jax import process
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.loader import Batch, load
+from dsv3_jax.data.loader import Batch, batch_at, load
+from dsv3_jax.parallel import processes
 from dsv3_jax.plan.cost import train_flops_per_token
 from dsv3_jax.train import ema, snapshot
 from dsv3_jax.train.checkpoints import Checkpoints
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.diagnose import first_bad_layer
+from dsv3_jax.train.flight import Flight, Trained
 from dsv3_jax.train.folder import RunFolder
+from dsv3_jax.train.lockstep import Lockstep
 from dsv3_jax.train.machine import describe
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.page import write_page
+from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.quant_health import make_probe, not_finite
 from dsv3_jax.train.records import (
     event_record,
     experts_record,
+    pipeline_record,
     quant_record,
     sample_record,
     train_record,
@@ -45,29 +48,10 @@ from dsv3_jax.train.records import (
 from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.schedules import Values, rows_after, values_at
 from dsv3_jax.train.snapshot import Position, Snapshot
-from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState, stacked_biases
+from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState
 from dsv3_jax.train.trouble import BadSteps, SpikeMeter, said_of
-from dsv3_jax.train.validation import make_validate, spread
-
-
-class Trained(NamedTuple):
-    """How the loop ended: where it stands, the signal that stopped it, if one did, and why its last
-    state could not be saved, if so.
-    """
-
-    snapshot: Snapshot
-    stopped_by: int | None
-    unsaved: CheckpointError | None = None
-
-
-class Flight(NamedTuple):
-    """A step that was handed to the device: what it was given, and what it will tell."""
-
-    position: Position
-    """After the step"""
-    values: Values
-    batch: Batch
-    metrics: StepMetrics
+from dsv3_jax.train.validation import spread
+from dsv3_jax.train.watchdog import Watchdog
 
 
 class Trainer:
@@ -79,21 +63,23 @@ class Trainer:
         run: RunFolder,
         corpus: Corpus,
         graphdef: nnx.GraphDef,
-        programs: StepPrograms,
+        programs: StepPrograms | PipelineRun,
         start: Snapshot,
         matmul_peak: float,
         *,
         debug_nans: bool = False,
         profile: Profile | None = None,
+        hang_seconds: float = 0.0,
     ) -> None:
         self.cfg, self.run, self.corpus, self.graphdef = cfg, run, corpus, graphdef
         self.debug_nans, self.profile = debug_nans, profile or Profile.none()
+        self.hang_seconds, self.doing = hang_seconds, "before its first step".format
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
         self.programs = programs
         self.probe, self.probed = make_probe(graphdef, cfg), False
         lengths_V = corpus.tokenizer.byte_lengths_V
         self.sharding = programs.sharding
-        self.validate = make_validate(graphdef, cfg, lengths_V, self.sharding)
+        self.validate = programs.make_validate(lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
         self.average, self.update_average = None, None
@@ -101,9 +87,12 @@ class Trainer:
             self.average = ema.on_host(start.average or self.state.params)
             self.update_average = ema.make_update(self.state.params, cfg.optimizer.ema_decay)
         data = {"content": corpus.content_hash, "tokenizer": corpus.tokenizer.content_hash}
-        self.checkpoints = Checkpoints(cfg, run, data, self.position)
+        wanted = snapshot.wanted(cfg, programs.shapes)
+        self.checkpoints = Checkpoints(cfg, run, data, self.position, wanted)
+        self.lockstep, self.watchdog = Lockstep(self.sharding), None
         self.clock: Clock | None = None
         self.load_LE = start.load_LE  # since the last entry about experts
+        self.bias_LE: np.ndarray | None = None
         self.warned, self.rewinds = False, []
         self.batches: Iterator[Batch] = iter(())
         self._count_tokens()
@@ -115,15 +104,20 @@ class Trainer:
         position = self.position._replace(seconds=seconds)
         return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
 
-    def whole_weights(self) -> TrainState:
-        """Weights and biases on one device, for what knows of one."""
+    def whole_weights(self) -> TrainState | None:
+        """Weights and biases on one device, for what knows of one; None in the processes that have
+        not got it.
+        """
         return self.sharding.on_one_device(self.state._replace(optimizer=()))
 
     def sample(self) -> str:
         """What the model writes now; nothing if no sample is wanted."""
         if not self.cfg.output.sample_tokens:
             return ""
-        return continuation(self.graphdef, self.whole_weights(), self.cfg, self.corpus)
+        weights = self.whole_weights()
+        text = weights and continuation(self.graphdef, weights, self.cfg, self.corpus)
+        processes.wait("sample")
+        return text or ""
 
     def train(self, out: Output) -> Trained:
         """Runs to `train.steps` or to SIGTERM or ^C, and saves that state.
@@ -133,17 +127,20 @@ class Trainer:
         """
         self.clock = Clock(self.position.consumed_rows, self.position.seconds)
         self._open_batches()
-        with _stop_signals(out.message) as stop, contextlib.closing(self.profile):
+        self.watchdog = Watchdog(out.message, lambda: self.doing(), self.hang_seconds)
+        with self.lockstep.hearing(out.message), contextlib.closing(self.profile):
             try:
-                self._steps(stop, out)
+                self._steps(out)
             except OSError:  # the data: what was learned until here is kept
-                self.checkpoints.finish(self.snapshot, out)
+                if processes.count() == 1:  # others may be in the middle of the step
+                    self.checkpoints.finish(self.snapshot, out)
                 raise
             except Exception:
                 self.checkpoints.settle(out)
                 raise
             finally:
                 self.batches.close()
+                self.watchdog.close()
                 self.checkpoints.close()  # while the run's folder is still held, a second ^C or not
             if self.position.step == self.cfg.train.steps:
                 self._tell_experts(out)
@@ -153,16 +150,16 @@ class Trainer:
                 self.checkpoints.finish(self.snapshot, out)
             except CheckpointError as error:
                 unsaved = error
-        return Trained(self.snapshot, stop[0] if stop else None, unsaved)
+        return Trained(self.snapshot, self.lockstep.stopped_by, unsaved)
 
-    def _steps(self, stop: list[int], out: Output) -> None:
+    def _steps(self, out: Output) -> None:
         """To the last step or a signal; none is in flight over a pause, or with --debug-nans."""
         wait_for_each = self.debug_nans or jax.default_backend() == "cpu"
         flight = None
-        while flight or (self.position.step < self.cfg.train.steps and not stop):
+        while flight or self._goes_on():
             self.checkpoints.look(out)
             before, flight = flight, None
-            if self.position.step < self.cfg.train.steps and not stop:
+            if self._goes_on():
                 flight = self._launch()
             if before and self._land(before, out):
                 flight = None  # launched before the run went back
@@ -171,6 +168,9 @@ class Trainer:
                 if not rewound:
                     with self.clock.paused():
                         self._pause(out)
+
+    def _goes_on(self) -> bool:
+        return self.position.step < self.cfg.train.steps and not self.lockstep.stopped_by
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -181,18 +181,24 @@ class Trainer:
             with self.clock.paused():
                 self.programs.of(values.rows)
                 process.give_back()
+                processes.wait("compiled")
+        self.doing = "reading rows".format
+        self.watchdog.begin(self.position.step + 1)
         with self.clock.waiting():
             batch = next(self.batches)
+        self.doing = self.programs.where
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
         step = self.programs.of(values.rows)
-        self.state, metrics = step(self.state, self.sharding.put_rows(batch), coefficients)
+        rows = self.sharding.put_rows(batch, values.rows)
+        self.state, metrics = step(self.state, rows, coefficients)
+        metrics, signals = self.lockstep.share(metrics)
         if self.update_average:
             self.average = self.update_average(self.average, self.state.params)
         rows = self.position.consumed_rows + values.rows
         self.position = self.position._replace(step=self.position.step + 1, consumed_rows=rows)
         self.profile.after(self.position.step, metrics)
-        return Flight(self.position, values, batch, metrics)
+        return Flight(self.position, values, metrics, signals)
 
     def _land(self, flight: Flight, out: Output) -> bool:
         """Waits for a step's results and tells them. True if it made the run go back: what was
@@ -200,6 +206,8 @@ class Trainer:
         """
         rewound = False
         metrics = jax.device_get(flight.metrics)
+        self.lockstep.take(flight.signals)
+        self.watchdog.end()
         self.clock.mark(flight.position.consumed_rows)
         if not metrics.weights_are_finite:  # what went before the update is gone
             raise BadSteps(
@@ -212,6 +220,7 @@ class Trainer:
                 out.event(event_record(self.cfg, flight.position, "warning", line))
         load_LE = metrics.parts.load_LE.astype(np.int64)
         self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        self.bias_LE = metrics.bias_LE
         if metrics.applied:
             self.position = self.position._replace(skipped_in_a_row=0)
             self.meter.add(flight.position.step, float(metrics.parts.main))
@@ -222,6 +231,8 @@ class Trainer:
             self.cfg, position, flight.values, metrics, self.clock, self.flops_share
         )
         step, every = position.step, self.cfg.output.log_every
+        if measured := self.programs.measured():
+            out.keep(pipeline_record(self.cfg, position, *measured))
         out.step(record, logged=step in (1, self.cfg.train.steps) or step % every == 0)
         return rewound
 
@@ -237,7 +248,8 @@ class Trainer:
     def _open_batches(self) -> None:
         """From the next row on."""
         consumed, readers = self.position.consumed_rows, self.cfg.data.readers
-        self.batches = load(self.corpus.train, consumed, self._batch_sizes(), readers)
+        own = self.sharding.own_rows
+        self.batches = load(self.corpus.train, consumed, self._batch_sizes(), readers, own)
 
     def _batch_sizes(self) -> Iterator[int]:
         """Asked for the next batch, says how many rows it has: those of the step to come."""
@@ -265,7 +277,7 @@ class Trainer:
         total = flight.values.rows
         text = said_of(flight.position.step, main, rows, list(names), total, spike=is_spike)
         if self.debug_nans and not is_spike:
-            text += f"; {self._bad_layer(flight.batch, rows[0] - first if rows else 0)}"
+            text += f"; {self._bad_layer(rows[0] if rows else first)}"
         out.event(event_record(self.cfg, flight.position, "skipped", text))
         if is_spike and self.cfg.train.spike == "rewind" and self._rewind(flight, out):
             return True
@@ -277,10 +289,12 @@ class Trainer:
             )
         return False
 
-    def _bad_layer(self, batch: Batch, row: int) -> str:
+    def _bad_layer(self, row: int) -> str:
         """Where one row stops being finite: the whole batch may not fit at once."""
-        one = Batch(*(x if x is None else x[row : row + 1] for x in batch))
-        return first_bad_layer(self.graphdef, self.whole_weights(), one, self.cfg.train)
+        weights, one = self.whole_weights(), batch_at(self.corpus.train, row, 1)
+        text = weights and first_bad_layer(self.graphdef, weights, one, self.cfg.train)
+        processes.wait("bad layer")
+        return text or ""
 
     def _rewind(self, flight: Flight, out: Output) -> bool:
         """Back to the newest regular checkpoint, if there is one, and on with the rows after the
@@ -345,10 +359,9 @@ class Trainer:
 
     def _tell_experts(self, out: Output) -> None:
         """Loads since the last time, and biases."""
-        if self.load_LE is None or not self.load_LE.size:
+        if self.load_LE is None or self.bias_LE is None or not self.load_LE.size:
             return
-        bias_LE = np.asarray(stacked_biases(self.state.biases))
-        out.keep(experts_record(self.cfg, self.position, self.load_LE, bias_LE))
+        out.keep(experts_record(self.cfg, self.position, self.load_LE, self.bias_LE))
         self.load_LE = None
 
     def _tell_quant(self, out: Output) -> None:
@@ -358,8 +371,9 @@ class Trainer:
         if not self.probed:
             out.message("  compiling what measures low precision (up to a minute, once)")
             self.probed = True
-        weight = self._values().mtp_weight
-        layers = self.probe(self.whole_weights(), self.corpus.validation, weight)
+        weight, weights = self._values().mtp_weight, self.whole_weights()
+        layers = self.probe(weights, self.corpus.validation, weight) if weights else {}
+        processes.wait("quant")
         out.keep(quant_record(self.cfg, self.position, layers))
         text = not_finite(layers)
         if text:
@@ -367,6 +381,8 @@ class Trainer:
 
     def tell_page(self, out: Output) -> None:
         """The page of a run that has not ended; a disk that is full is no reason to end it."""
+        if not processes.is_first():
+            return
         try:
             write_page(self.run, self.cfg, describe(), read_metrics(self.run.metrics), None)
         except OSError as error:
@@ -375,26 +391,3 @@ class Trainer:
     def save(self) -> None:
         """One checkpoint of this run. CheckpointError if it cannot be written."""
         self.checkpoints.save(self.snapshot)
-
-
-@contextlib.contextmanager
-def _stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM or SIGINT has come, which is said at once.
-
-    A second one acts as it always does.
-    """
-    came: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        signal.signal(number, previous[number])
-        say(f"{signal.Signals(number).name}: saving after this step; once more leaves without it")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The training loss: main + MTP + balance (report Eq. 17, 24, 25)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,24 @@ class LossParts(NamedTuple):
     """Of every exchange with experts on other devices [L]"""
 
 
+class StageOutput(NamedTuple):
+    """What a stage hands on, what it adds to the loss, and the parts of that."""
+
+    h_BTD: jax.Array
+    """Behind its last layer; normed behind the head, and behind MTP that depth's"""
+    total: jax.Array
+    parts: LossParts
+
+
+# (hidden states, head [D, V], labels, d loss / d result) -> sum of -log p, as `cross_entropy`
+Nats = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _nats(h_BTD, head_DV, labels_BT, share) -> jax.Array:
+    del share
+    return cross_entropy(h_BTD, head_DV, labels_BT)
+
+
 def loss(
     model: DeepSeekV3,
     batch: Batch,
@@ -45,18 +64,45 @@ def loss(
     are zeros whose gradient tells the rows whose gradient is not finite. With a `plan`, experts are
     spread over devices and all values are this device's.
     """
+    return stage_loss(model, None, batch, valid_tokens, mtp_weight, cfg, row_share, slot_B, plan)[
+        1:
+    ]
+
+
+def stage_loss(
+    model: DeepSeekV3,
+    x_BTD: jax.Array | None,
+    batch: Batch,
+    valid_tokens: jax.Array,
+    mtp_weight: jax.Array,
+    cfg: TrainConfig,
+    row_share: float = 1.0,
+    slot_B: jax.Array | None = None,
+    plan: ExchangePlan | None = None,
+    nats: Nats = _nats,
+) -> StageOutput:
+    """The part of `loss` that a stage adds, from what the stage before has handed on; the first
+    one, where tokens enter, takes None and `slot_B`. `nats` gives the cross-entropy.
+    """
     tokens_BT, labels_BT, segments_BT = batch
-    dtype = jnp.dtype(cfg.dtype)
-    valid_BT = labels_BT >= 0
-    h_BTD, stats = model.hidden(tokens_BT, valid_BT, dtype, cfg.remat, segments_BT, slot_B, plan)
-    main = cross_entropy(h_BTD, model.head(), labels_BT) / valid_tokens
-    mtp = jnp.zeros_like(main)
+    cut, valid_BT = model.cut, labels_BT >= 0
+    if cut.embed:
+        x_BTD = model.embed(tokens_BT, jnp.dtype(cfg.dtype))
+        if slot_B is not None:
+            x_BTD += slot_B.astype(x_BTD.dtype)[:, None, None]
+    x_BTD, stats = model.layers(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
+    main = mtp = jnp.zeros_like(stats.balance, shape=())
+    if cut.head:
+        x_BTD, share = model.normed(x_BTD), jnp.ones_like(main) / valid_tokens
+        main = nats(x_BTD, model.head(), labels_BT, share) / valid_tokens
     loads, balances, traffic = [stats.load_E], [stats.balance.sum()], [stats.traffic]
-    depths = model.mtp_hidden(h_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
-    for k, (h_k, stats_k) in enumerate(depths, start=1):
+    depths = model.mtp_hidden(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
+    for k, (x_BTD, stats_k) in enumerate(depths, start=cut.first_mtp + 1):
         counted_BT = valid_BT & same_segment(segments_BT, k)
         labels_k = jnp.where(counted_BT, shift_left(labels_BT, k, fill=-1), -1)
-        mtp += cross_entropy(h_k, model.head(), labels_k) / (valid_tokens * len(model.mtp))
+        tokens = valid_tokens * model.cfg.mtp_depth
+        share = jnp.asarray(mtp_weight, main.dtype) / tokens
+        mtp += nats(x_BTD, model.head(), labels_k, share) / tokens
         loads.append(stats_k.load_E[None])
         balances.append(stats_k.balance)
         traffic.append(jax.tree.map(jnp.atleast_1d, stats_k.traffic))
@@ -68,4 +114,5 @@ def loss(
         jnp.concatenate(loads),
         jax.tree.map(lambda *layers: jnp.concatenate(layers), *traffic) if traffic else None,
     )
-    return main + mtp_weight * mtp + cfg.balance_weight * parts.balance, parts
+    total = main + mtp_weight * mtp + cfg.balance_weight * parts.balance
+    return StageOutput(x_BTD, total, parts)

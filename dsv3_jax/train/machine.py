@@ -52,7 +52,9 @@ def _fastest(dtype: str, side: int) -> float:
 
 
 def describe() -> str:
-    """One line: processor, usable cores, JAX version, kind and number of devices."""
+    """One line: processor, usable cores, JAX version, kind and number of devices, processes if
+    there are several.
+    """
     devices, backend, cores = jax.devices(), jax.default_backend(), _usable_cores()
     kind = devices[0].device_kind
     parts = (
@@ -60,6 +62,7 @@ def describe() -> str:
         _counted(cores, "core"),
         f"jax {jax.__version__}",
         _counted(len(devices), f"{backend} device") + (f" ({kind})" if backend != "cpu" else ""),
+        *([f"{jax.process_count()} processes"] if jax.process_count() > 1 else []),
     )
     return ", ".join(parts)
 

@@ -11,7 +11,8 @@ MASTER = GRADIENT = 4  # bytes of a parameter
 
 def state_bytes(cfg: RunConfig) -> int:
     """Of masters, moments and gradients on one device, whatever the batch; on a mesh also of the
-    weights that a step gathers, whole but for the experts of other devices.
+    weights that a step gathers, whole but for the experts of other devices. In a pipeline as if
+    stages were of one size.
     """
     model, mesh = cfg.model, cfg.mesh
     count = model.param_count()
@@ -24,7 +25,12 @@ def state_bytes(cfg: RunConfig) -> int:
     layers = model.num_moe_layers + model.mtp_depth
     experts = layers * model.num_experts * 3 * model.d_model * model.expert_hidden
     computed = params - experts + experts // mesh.expert_shards
-    return params * stored // mesh.token_shards + computed * (MASTER + GRADIENT)
+    whole = params * stored // mesh.token_shards
+    if mesh.pipe == 1:
+        return whole + computed * (MASTER + GRADIENT)
+    copies = 2 if cfg.pipeline.schedule == "dualpipe" else 1
+    weight = jnp.dtype(cfg.train.dtype).itemsize  # stages compute with weights already cast
+    return (whole + copies * computed * (weight + GRADIENT)) // mesh.pipe
 
 
 def check_memory(cfg: RunConfig) -> None:

@@ -8,13 +8,17 @@ from dsv3_jax.train.writers import Writer
 
 
 class Output:
-    """One place to tell."""
+    """One place to tell; without a log, as in all processes but the first, nothing is kept."""
 
-    def __init__(self, log: MetricsLog, progress: Progress, writers: Sequence[Writer] = ()) -> None:
+    def __init__(
+        self, log: MetricsLog | None, progress: Progress, writers: Sequence[Writer] = ()
+    ) -> None:
         self.log, self.progress, self.writers = log, progress, writers
 
     def keep(self, record: dict[str, Any]) -> None:
         """For the files only. A full disk is told: the file takes what it missed once it can."""
+        if self.log is None:
+            return
         try:
             self.log.append(record)
         except OSError as error:

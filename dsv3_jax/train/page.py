@@ -15,7 +15,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.drawing import short
 from dsv3_jax.files import replace_file
-from dsv3_jax.train import exchange_page, expert_pictures, page_pictures, quant_page
+from dsv3_jax.train import exchange_page, expert_pictures, page_pictures, pipeline_page, quant_page
 from dsv3_jax.train.console import printable
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.page_pictures import LARGE, Picture
@@ -59,6 +59,7 @@ def page_html(
         _recipe(cfg, entries),
         _machine(entries),
         _exchange(entries),
+        _pipeline(entries),
         _quant(entries),
         _events(facts),
         _samples(entries, result),
@@ -183,6 +184,14 @@ def _exchange(entries: Sequence[dict]) -> str:
     if not pictures:
         return ""
     return _section("Between devices", _grid(pictures, "pictures"), exchange_page.NOTE)
+
+
+def _pipeline(entries: Sequence[dict]) -> str:
+    pictures = _grid(pipeline_page.pictures(entries), "pictures large")
+    rows = pipeline_page.table(entries)
+    return _section(
+        "Pipeline", pictures + _table(pipeline_page.HEADS, rows) if rows else "", pipeline_page.NOTE
+    )
 
 
 def _quant(entries: Sequence[dict]) -> str:

@@ -5,12 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
-from dsv3_jax.train.step import Coefficients, TrainState, make_step
+from dsv3_jax.train.step import Coefficients, TrainState, init_state, make_step
+from dsv3_jax.train.validation import Validate, make_validate
 
 
 class StepPrograms:
@@ -28,9 +30,24 @@ class StepPrograms:
         sharding: RunSharding = ONE_DEVICE,
     ) -> None:
         """`shapes` of the state, from `abstract_state`."""
-        self.cfg, self.sharding = cfg, sharding
+        self.cfg, self.sharding, self.graphdef = cfg, sharding, graphdef
         self.shapes, self.step = sharding.placed_shapes(shapes), make_step(graphdef, cfg, sharding)
         self.programs: dict[int, Future[Callable]] = {}
+
+    def where(self) -> str:
+        """What the devices are at."""
+        return "computing, or waiting for other devices"
+
+    def measured(self) -> None:
+        """Nothing: a step is one program."""
+
+    def init_state(self) -> TrainState:
+        """A fresh one from the run's seed."""
+        return init_state(self.cfg, self.sharding)
+
+    def make_validate(self, byte_lengths_V: np.ndarray) -> Validate:
+        """Of the run's model."""
+        return make_validate(self.graphdef, self.cfg, byte_lengths_V, self.sharding)
 
     def begin(self, rows: int) -> None:
         """Compiles the step of `rows` rows in a thread of its own."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint.names import to_layers
 from dsv3_jax.config import RunConfig
+from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.exchange_records import exchange_entry
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
@@ -90,6 +91,18 @@ def quant_record(cfg: RunConfig, position: Position, layers: HealthByLayer) -> d
             name: {kind: [float(f"{v:.4g}") for v in health] for kind, health in kinds.items()}
             for name, kinds in layers.items()
         },
+    }
+
+
+def pipeline_record(
+    cfg: RunConfig, position: Position, schedule: Schedule, seconds: dict[str, Any]
+) -> dict[str, Any]:
+    """Of one step's pipeline: what ran, and by kind and rank what an operation took."""
+    return _entry("pipeline", cfg, position) | {
+        "schedule": schedule.name,
+        "ranks": schedule.ranks,
+        "microbatches": schedule.microbatches,
+        "seconds": seconds,
     }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -10,43 +11,52 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 from rich.console import Console
 
 from dsv3_jax import process
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import joint, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.checkpoint.run_model import as_checkpoint, check_trained
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_json
 from dsv3_jax.config.run import from_dict
-from dsv3_jax.data.corpus import Corpus, build_corpus
+from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
+from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.train import snapshot
+from dsv3_jax.train.beginning import check_processes, joint_corpus, joint_folder
 from dsv3_jax.train.finish import finish
-from dsv3_jax.train.folder import RunFolder, check_writable, new_run
+from dsv3_jax.train.folder import RunFolder, check_writable
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe, matmul_peak
 from dsv3_jax.train.memory import check_memory
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
+from dsv3_jax.train.pipeline_cut import check_pipeline, cuts_of
+from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
 from dsv3_jax.train.report import summary
+from dsv3_jax.train.sameness import check_same_model, check_same_run, check_same_text, differences
 from dsv3_jax.train.schedules import rows_after, rows_at
-from dsv3_jax.train.sharding import RunSharding, described, make_sharding
+from dsv3_jax.train.sharding import described, make_sharding
 from dsv3_jax.train.snapshot import Position, Snapshot
-from dsv3_jax.train.step import abstract_state, check_state, init_state
+from dsv3_jax.train.step import abstract_state, check_state
 from dsv3_jax.train.trouble import BadSteps
 from dsv3_jax.train.writers import Writer, open_writers, packages_of
 
+COMPILING = (  # a run without a pipeline, and one with
+    "compiling the training step (up to a minute",
+    "compiling the stages of the pipeline (minutes",
+)
 BAD_STEPS = 3  # exit code
 WEIGHTS = ("params", "router_bias")  # groups of a checkpoint
-IDS = ("bos_id", "eos_id")  # the tokenizer decides them
 
 
 @dataclasses.dataclass
@@ -77,6 +87,8 @@ class Watch(NamedTuple):
     debug_nans: bool = False
     profile: tuple[int, int] | None = None
     """First and last step of a trace"""
+    hang_seconds: float = 0.0
+    """After which a step is said to hang; 0: by the usual step"""
 
 
 NO_WATCH = Watch()
@@ -95,10 +107,12 @@ def prepare(
     """
     if cfg.train.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("train.dtype is float64; JAX has it only with JAX_ENABLE_X64=1 set")
-    if resume is None:
+    if resume is None and processes.is_first():
         check_writable(cfg.output)
     packages_of(cfg)
     make_mesh(cfg.mesh)  # refuses too few devices before anything is made
+    check_pipeline(cfg)
+    check_processes(cfg, resume, init_from)
     say(f"machine    {describe()}")
     if resume:
         check_trained(resume.path)
@@ -109,14 +123,14 @@ def prepare(
         checkpoint = _load(cfg, resume or init_from, None if resume else WEIGHTS, say)
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if checkpoint:  # before the text is read, which may take long
-        check = _check_same_run if resume else _check_same_model
+        check = check_same_run if resume else check_same_model
         check(cfg, checkpoint.meta)
     kept = _tokenizer_at_hand(cfg, resume, init_from)
-    corpus = build_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, say, kept)
+    corpus = joint_corpus(cfg, kept, say)
     ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
     cfg = replace(cfg, model=replace(cfg.model, **ids))
     if checkpoint and resume:
-        _check_same_text(cfg, corpus, checkpoint.meta)
+        check_same_text(cfg, corpus, checkpoint.meta)
     elif checkpoint and checkpoint.meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
         say(
             f"warning    data.tokenizer {cfg.data.tokenizer} is not the one that the weights were "
@@ -124,15 +138,17 @@ def prepare(
         )
     if resume and resume.metrics.exists():
         read_metrics(resume.metrics)
-    with contextlib.nullcontext(resume) if resume else new_run(cfg.output) as run:
-        if resume:
-            store.clean(run.checkpoints)
-        else:
-            if init_from and kept and kept.name == str(init_from.tokenizer):
-                copy_tokenizer(init_from.path, run.path)  # a chat template, for one
-            corpus.tokenizer.save(run.path / "tokenizer.json")
-        done = (checkpoint.step if checkpoint else 0) if resume else None
-        writers = open_writers(cfg, run, done)
+    with joint_folder(cfg, resume) as run:
+        writers = []
+        if processes.is_first():
+            if resume:
+                store.clean(run.checkpoints)
+            else:
+                if init_from and kept and kept.name == str(init_from.tokenizer):
+                    copy_tokenizer(init_from.path, run.path)  # a chat template, for one
+                corpus.tokenizer.save(run.path / "tokenizer.json")
+            done = (checkpoint.step if checkpoint else 0) if resume else None
+            writers = open_writers(cfg, run, done)
         if not init_from:
             _write_config(cfg, run)
     weights_from = init_from and init_from.path
@@ -148,11 +164,19 @@ def _load(
     """The newest checkpoint of a run, or a Hugging Face model as one, expanded as exactly as the
     masters can hold it.
     """
+    wanted = None
+    if processes.count() > 1:
+        wanted = snapshot.wanted(cfg, _programs(cfg)[1].shapes)
     if is_hf_folder(source.path):
         skip_mtp = not cfg.model.mtp_depth
         model = load_pretrained(source.path, dtype="float32", skip_mtp=skip_mtp)
-        return as_checkpoint(model, source.path)
-    return store.load(source.checkpoints, groups=groups, report=say)
+        found = as_checkpoint(model, source.path)
+        # A pipeline's process has some stages, and nowhere to put the others' arrays.
+        return replace(found, arrays=store.only(found.arrays, wanted or {}))
+    found = joint.load(source.checkpoints, groups=groups, wanted=wanted, report=say)
+    if wanted is not None:
+        say(f"           process 0 has read {found.bytes_read / 1e6:,.2f} MB of step {found.step}")
+    return found
 
 
 def _tokenizer_at_hand(
@@ -170,6 +194,8 @@ def _tokenizer_at_hand(
 
 def _write_config(cfg: RunConfig, run: RunFolder) -> None:
     """From here on the run can be resumed."""
+    if not processes.is_first():
+        return
     replace_file(run.config, f"{cfg.to_json()}\n".encode())
 
 
@@ -211,21 +237,25 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         say(f"           linears by the recipe {cfg.quant.recipe}, in emulated GEMMs")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")
+    if cfg.mesh.pipe > 1:
+        say(f"pipeline   {cfg.pipeline.schedule}: {' | '.join(map(str, cuts_of(cfg)))}")
     tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
-    graphdef, shapes = abstract_state(cfg)
-    sharding = make_sharding(cfg, shapes.params)
-    programs = StepPrograms(cfg, graphdef, shapes, sharding)
+    graphdef, programs = _programs(cfg)
     rows = _next_rows(prepared)
     if rows:
-        say("           compiling the training step (up to a minute, kept for the next time)")
+        say(f"           {COMPILING[cfg.mesh.pipe > 1]}, kept for the next time)")
     if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
         programs.begin(rows)
-    start = _start(prepared, sharding, say)
+    start = _start(prepared, programs, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb
         process.give_back()
+    # Emulated devices share the cores that one product takes.
+    devices = 1 if jax.default_backend() == "cpu" else cfg.mesh.size
+    peak = matmul_peak(cfg.train.dtype) * devices if processes.is_first() else math.inf
+    processes.wait("compiled")
     step, has_weights = start.position.step, prepared.is_new and prepared.checkpoint is not None
     trainer = Trainer(
         cfg,
@@ -234,10 +264,13 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         graphdef,
         programs,
         start,
-        # Emulated devices share the cores that one product takes.
-        matmul_peak(cfg.train.dtype) * (1 if jax.default_backend() == "cpu" else cfg.mesh.size),
+        peak,
         debug_nans=watch.debug_nans,
-        profile=Profile(*watch.profile, run.profile) if watch.profile else None,
+        # The first process traces its own devices.
+        profile=Profile(*watch.profile, run.profile)
+        if watch.profile and processes.is_first()
+        else None,
+        hang_seconds=watch.hang_seconds,
     )
     consumed = start.position.consumed_rows * cfg.data.length
     origin = _origin(prepared, start.position)
@@ -248,13 +281,24 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     if has_weights:  # a run stopped before its first checkpoint would start from others
         trainer.save()
         _write_config(cfg, run)
-    log = MetricsLog(run.metrics, None if prepared.is_new else consumed)
-    with contextlib.closing(log):
+    with contextlib.ExitStack() as stack:
+        log = None
+        if processes.is_first():
+            log = MetricsLog(run.metrics, None if prepared.is_new else consumed)
+            stack.enter_context(contextlib.closing(log))
         progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
             if origin:
                 out.keep(origin)
             return _train(trainer, out, console)
+
+
+def _programs(cfg: RunConfig) -> tuple[nnx.GraphDef, StepPrograms | PipelineRun]:
+    """The whole model's structure, and a run's programs."""
+    graphdef, shapes = abstract_state(cfg)
+    if cfg.mesh.pipe > 1:
+        return graphdef, PipelineRun(cfg)
+    return graphdef, StepPrograms(cfg, graphdef, shapes, make_sharding(cfg, shapes.params))
 
 
 def _train(trainer: Trainer, out: Output, console: Console) -> int:
@@ -276,7 +320,9 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
         say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
         return 128 + trained.stopped_by
     say("           validating on all held-out text, sampling")
-    summary(finish(trainer, trained.snapshot, out), console)
+    result = finish(trainer, trained.snapshot, out)
+    if result:
+        summary(result, console)
     if trained.unsaved:  # what takes less room may have been written all the same
         raise trained.unsaved
     return 0
@@ -292,10 +338,12 @@ def _next_rows(prepared: Prepared) -> int:
     return rows_at(cfg, checkpoint.meta["consumed_rows"] * cfg.data.length)
 
 
-def _start(prepared: Prepared, sharding: RunSharding, say: Callable[[str], None]) -> Snapshot:
+def _start(
+    prepared: Prepared, programs: StepPrograms | PipelineRun, say: Callable[[str], None]
+) -> Snapshot:
     """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    state = init_state(cfg, sharding)
+    state = programs.init_state()
     if checkpoint is None:
         if not prepared.is_new:
             say("           never saved: starting over")
@@ -318,8 +366,8 @@ def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
     before = from_dict(RunConfig, checkpoint.meta["config"])
     changed = [
         text
-        for name in ("train", "schedule", "optimizer", "data", "quant", "mesh")
-        for text in _differences(name, getattr(cfg, name), getattr(before, name))
+        for name in ("train", "schedule", "optimizer", "data", "quant", "mesh", "pipeline")
+        for text in differences(name, getattr(cfg, name), getattr(before, name))
     ]
     text = "; ".join([f"after step {position.step}", *changed])
     return event_record(cfg, position, "resumed", text)
@@ -332,51 +380,3 @@ def _never_saved(run: RunFolder) -> bool:
     """
     whole = [path for path in run.checkpoints.glob("step_*") if ".tmp-" not in path.name]
     return not store.steps(run.checkpoints) and len(whole) <= 1
-
-
-def _check_same_model(cfg: RunConfig, meta: dict[str, Any]) -> None:
-    """ValueError if weights are of a model of another shape."""
-    before = from_dict(RunConfig, meta["config"])
-    differ = _differences("model", cfg.model, before.model, keep={"max_length", *IDS})
-    if differ:
-        raise ValueError(f"--init-from: another model: {'; '.join(differ)}")
-
-
-def _differences(section: str, new: Any, old: Any, keep: Collection[str] = ()) -> list[str]:
-    """What differs between two configurations, a phrase for each field that is not in `keep`."""
-    return [
-        f"{section}.{field.name} is {getattr(new, field.name)}, was {getattr(old, field.name)}"
-        for field in dataclasses.fields(new)
-        if field.name not in keep and getattr(new, field.name) != getattr(old, field.name)
-    ]
-
-
-def _check_same_run(cfg: RunConfig, meta: dict[str, Any]) -> None:
-    """A resumed run keeps model, data and seed; ValueError names what differs."""
-    before = from_dict(RunConfig, meta["config"])
-    differ = _differences("model", cfg.model, before.model, keep=IDS)
-    differ += _differences(
-        "data", cfg.data, before.data, keep={"readers", "source"}
-    )  # contents count
-    if cfg.train.seed != before.train.seed:
-        differ.append(f"train.seed is {cfg.train.seed}, was {before.train.seed}")
-    if differ:
-        raise ValueError(f"--resume: this is another run: {'; '.join(differ)}")
-    if cfg.train.steps < meta["step"]:
-        raise ValueError(
-            f"--resume: train.steps is {cfg.train.steps}; "
-            f"allowed: at least {meta['step']}, where the run stands"
-        )
-
-
-def _check_same_text(cfg: RunConfig, corpus: Corpus, meta: dict[str, Any]) -> None:
-    """ValueError if tokenizer or text of a resumed run are not what they were."""
-    source, was = cfg.data.source, from_dict(RunConfig, meta["config"]).data.source
-    differ = []
-    if meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
-        differ.append("the tokenizer differs")
-    if meta["data"]["content"] != corpus.content_hash:
-        changed = f"data.source is {source}, was {was}, and holds other text"
-        differ.append(changed if source != was else f"the text of data.source {source} has changed")
-    if differ:
-        raise ValueError(f"--resume: this is another run: {'; '.join(differ)}")

@@ -5,13 +5,14 @@ and the identity on one device.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -21,6 +22,7 @@ from optax.tree_utils import tree_set
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.mesh import AXES
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.buckets import ExchangePlan, make_exchange_plan
 from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, varying
 from dsv3_jax.parallel.zero import gathered, holds_first, stored_spec, summed_and_scattered
@@ -140,16 +142,51 @@ class RunSharding:
         """Where the rows of a batch go."""
         return self.placements(ROWS)
 
-    def put_rows(self, batch: Batch) -> Batch:
-        """A batch on its devices."""
-        return jax.device_put(batch, self.row_placement)
+    def own_rows(self, rows: int) -> Sequence[int]:
+        """Which of a batch's rows lie on devices of this process, in order."""
+        if processes.count() == 1:
+            return range(rows)
+        places = self.row_placement.addressable_devices_indices_map((rows,)).values()
+        return sorted({row for (part,) in places for row in range(rows)[part]})
+
+    def put_rows(self, batch: Batch, rows: int | None = None) -> Batch:
+        """A batch on its devices. In several processes `batch` has this one's `own_rows` of `rows`
+        rows.
+        """
+        if rows is None or processes.count() == 1:
+            return jax.device_put(batch, self.row_placement)
+        place = {row: i for i, row in enumerate(self.own_rows(rows))}
+
+        def put(x: np.ndarray | None) -> jax.Array | None:
+            return (
+                x
+                if x is None
+                else jax.make_array_from_callback(
+                    (rows, *x.shape[1:]),
+                    self.row_placement,
+                    lambda index: x[[place[row] for row in range(rows)[index[0]]]],
+                )
+            )
+
+        return Batch(*map(put, batch))
 
     def on_one_device(self, tree: Any) -> Any:
-        """All of it on the first device, for programs that know of one."""
+        """All of it on the first device, for programs that know of one; None in the processes that
+        have not got it. All processes must ask.
+        """
         if not self.mesh:
             return tree
+        if processes.count() > 1:
+            found = jax.tree.map(self._in_first_process, tree)
+            return found if processes.is_first() else None
         # A device instead of a sharding would leave the arrays' types those of the mesh.
         return jax.device_put(tree, SingleDeviceSharding(self.mesh.devices.flat[0]))
+
+    def _in_first_process(self, x: jax.Array) -> jax.Array | None:
+        """A whole array on its first device. For a moment every device has a copy."""
+        copies = jax.device_put(x, NamedSharding(self.mesh, WHOLE))
+        first = self.mesh.devices.flat[0]
+        return next((s.data for s in copies.addressable_shards if s.device == first), None)
 
 
 ONE_DEVICE = RunSharding()

@@ -13,8 +13,12 @@ from flax import nnx
 from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.names import from_layers, placed_like, to_layers
+from dsv3_jax.checkpoint.names import boxes, from_layers, placed_like, to_layers, to_pieces
+from dsv3_jax.checkpoint.parts import Parts, Piece
+from dsv3_jax.checkpoint.saver import Arrays
 from dsv3_jax.config import RunConfig
+from dsv3_jax.parallel import processes
+from dsv3_jax.train.pipeline_cut import numbering_of
 from dsv3_jax.train.step import TrainState
 from dsv3_jax.train.trouble import SpikeState
 
@@ -47,23 +51,32 @@ class Snapshot(NamedTuple):
 
 def contents(
     cfg: RunConfig, snapshot: Snapshot, data: dict[str, str]
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """A checkpoint's arrays and meta, for `store.save`. `data` identifies tokenizer and documents.
+) -> tuple[Arrays, dict[str, Any]]:
+    """A checkpoint's arrays and meta, for `store.save`; in several processes the pieces that this
+    one owns, for `joint.save`. `data` identifies tokenizer and documents.
 
     The arrays share no memory with the state, which may be donated to the next step.
     """
-    dense = cfg.model.num_dense_layers
-    state, average = jax.tree.map(_apart, (snapshot.state, snapshot.average))
-    arrays = {
-        "params": to_layers(state.params, dense),
-        "router_bias": to_layers(state.biases, dense),
-        "mu": to_layers(tree_get(state.optimizer, "mu"), dense),
-        "nu": to_layers(tree_get(state.optimizer, "nu"), dense),
+    state, numbering = snapshot.state, numbering_of(cfg)
+
+    def named(part: nnx.State) -> dict[str, np.ndarray] | dict[str, list[Piece]]:
+        if processes.count() > 1:
+            return to_pieces(part, numbering, lambda x: np.asarray(_apart(x)))
+        return to_layers(jax.tree.map(_apart, part), numbering)
+
+    arrays: dict[str, dict[str, Any]] = {
+        "params": named(state.params),
+        "router_bias": named(state.biases),
+        "mu": named(tree_get(state.optimizer, "mu")),
+        "nu": named(tree_get(state.optimizer, "nu")),
     }
-    if average is not None:
-        arrays["average"] = to_layers(average, dense)
-    if snapshot.load_LE is not None:
-        arrays["experts"] = {"load_LE": snapshot.load_LE}
+    if snapshot.average is not None:
+        arrays["average"] = named(snapshot.average)
+    load_LE = snapshot.load_LE
+    if load_LE is not None and processes.count() == 1:
+        arrays["experts"] = {"load_LE": load_LE}
+    elif load_LE is not None and processes.is_first():  # all have the same
+        arrays["experts"] = {"load_LE": [Piece(load_LE.shape, (0, 0), load_LE)]}
     meta = {
         "config": json.loads(cfg.to_json()),
         **snapshot.position._asdict(),
@@ -86,15 +99,27 @@ def _apart(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding, may_alias=False)
 
 
+def wanted(cfg: RunConfig, placed: TrainState) -> store.Wanted | None:
+    """What this process has to read of a checkpoint for an abstract state that says where its
+    arrays lie: None for all, which one process needs.
+    """
+    if processes.count() == 1:
+        return None
+    numbering = numbering_of(cfg)
+    params = boxes(placed.params, numbering)
+    likewise = dict.fromkeys(("params", "mu", "nu", "average"), params)
+    return {**likewise, "router_bias": boxes(placed.biases, numbering)}
+
+
 def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
     """What was taken apart, in the shape of `state`. ValueError if it does not fit.
 
     The checkpoint's arrays are moved and `state`'s memory is given back.
     """
-    dense, state = cfg.model.num_dense_layers, _emptied(state)
+    numbering, state = numbering_of(cfg), _emptied(state)
 
     def part(group: str, like: nnx.State) -> nnx.State:
-        return from_layers(like, checkpoint.arrays[group], dense)
+        return from_layers(like, checkpoint.arrays[group], numbering)
 
     optimizer = tree_set(
         state.optimizer,
@@ -109,6 +134,8 @@ def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> 
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     average = part("average", state.params) if "average" in checkpoint.arrays else None
     load_LE = checkpoint.arrays.get("experts", {}).get("load_LE")
+    if isinstance(load_LE, Parts):
+        (load_LE,) = load_LE.boxes.values()
     return Snapshot(restored, position, average, SpikeState(*checkpoint.meta["spike"]), load_LE)
 
 
@@ -118,11 +145,11 @@ def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) 
     With `cfg`'s number of dense layers; optimiser and position start anew. The checkpoint's arrays
     are moved and the memory of `state`'s weights is given back.
     """
-    dense = cfg.model.num_dense_layers
+    numbering = numbering_of(cfg)
     params, biases = _emptied((state.params, state.biases))
     return state._replace(
-        params=from_layers(params, checkpoint.arrays["params"], dense),
-        biases=from_layers(biases, checkpoint.arrays["router_bias"], dense),
+        params=from_layers(params, checkpoint.arrays["params"], numbering),
+        biases=from_layers(biases, checkpoint.arrays["router_bias"], numbering),
     )
 
 

@@ -126,7 +126,6 @@ def make_step(
 
     The state is donated.
     """
-    transform = adamw(cfg.optimizer)
 
     def step(state: TrainState, batch: Batch, coefficients: Coefficients):
         total, grads, parts, row_is_finite_B, traffic = gradients(
@@ -134,24 +133,15 @@ def make_step(
         )
 
         squares = sharding.sum_of_shards(squared_norms(grads))
-        norms = norms_by_part(squares)
-        norm = optax.tree.norm(norms)
-        applied = jnp.isfinite(total) & jnp.isfinite(norm) & (parts.main <= coefficients.loss_limit)
-        updates, optimizer = transform.update(grads, state.optimizer, state.params, norm=norm)
-        updates = jax.tree.map(lambda u: -coefficients.learning_rate * u, updates)
-        params = optax.apply_updates(state.params, updates)
-        biases = move_biases(state.biases, parts.load_LE, coefficients.bias_speed)
-        # Chosen by element in the passes that update anyway: a branch copies the whole state.
-        after = jax.tree.map(
-            partial(jnp.where, applied), TrainState(params, biases, optimizer), state
-        )
+        decided = decide(total, parts.main, squares, coefficients)
+        after = updated(cfg, state, grads, parts.load_LE, decided, coefficients)
         bias_LE = stacked_biases(after.biases)
         metrics = StepMetrics(
             total,
             parts,
-            norm,
-            norms,
-            applied,
+            decided.norm,
+            decided.norms,
+            decided.applied,
             sharding.sum((~all_finite(after.params)).astype(jnp.int32)) == 0,
             row_is_finite_B,
             max_violation(parts.load_LE),
@@ -166,6 +156,43 @@ def make_step(
     told = StepMetrics(*[WHOLE] * len(StepMetrics._fields))._replace(row_is_finite_B=ROWS)
     step = sharding.per_device(step, (specs, ROWS, WHOLE), (specs, told))
     return jax.jit(step, donate_argnums=0)
+
+
+class Decided(NamedTuple):
+    """About an update, from the whole gradient: norms of parts, norm, whether to make it."""
+
+    norms: dict[str, jax.Array]
+    norm: jax.Array
+    applied: jax.Array
+
+
+def decide(
+    total: jax.Array, main: jax.Array, squares: nnx.State, coefficients: Coefficients
+) -> Decided:
+    """From a step's loss, its main part and its gradient's `squared_norms`."""
+    norms = norms_by_part(squares)
+    norm = optax.tree.norm(norms)
+    applied = jnp.isfinite(total) & jnp.isfinite(norm) & (main <= coefficients.loss_limit)
+    return Decided(norms, norm, applied)
+
+
+def updated(
+    cfg: RunConfig,
+    state: TrainState,
+    grads: nnx.State,
+    load_LE: jax.Array,
+    decided: Decided,
+    coefficients: Coefficients,
+) -> TrainState:
+    """The state after an update, of a whole model or a part; as it was if none is to be made."""
+    transform = adamw(cfg.optimizer)
+    updates, optimizer = transform.update(grads, state.optimizer, state.params, norm=decided.norm)
+    updates = jax.tree.map(lambda u: -coefficients.learning_rate * u, updates)
+    params = optax.apply_updates(state.params, updates)
+    biases = move_biases(state.biases, load_LE, coefficients.bias_speed)
+    # Chosen by element in the passes that update anyway: a branch copies the whole state.
+    after = TrainState(params, biases, optimizer)
+    return jax.tree.map(partial(jnp.where, decided.applied), after, state)
 
 
 def gradients(

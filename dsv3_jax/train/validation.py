@@ -31,18 +31,23 @@ class Validation(NamedTuple):
     rows: int
 
 
+Validate = Callable[[TrainState, Rows, Sequence[int]], Validation]
+
+# A batch's rows of this process, on the host -> nats, labels, bytes of all of it.
+Sums = Callable[[Batch], tuple[jax.Array, jax.Array, jax.Array]]
+
+
 def make_validate(
     graphdef: nnx.GraphDef,
     cfg: RunConfig,
     byte_lengths_V: np.ndarray,
     sharding: RunSharding = ONE_DEVICE,
-) -> Callable[[TrainState, Rows, Sequence[int]], Validation]:
+) -> Validate:
     """`validate(state, rows, indices)`; compiled once for batches as large as a training micro-
     batch.
     """
-    size = cfg.train.rows // cfg.train.microbatches
 
-    def nll(params, biases, batch: Batch):
+    def sums(params, biases, batch: Batch):
         params = with_quantized_weights(sharding.gather(params), cfg.quant.recipe)
         model = nnx.merge(graphdef, params, biases)
         valid_BT, dtype = batch.labels_BT >= 0, jnp.dtype(cfg.train.dtype)
@@ -53,23 +58,54 @@ def make_validate(
             segments_BT=batch.segments_BT,
             plan=sharding.plan,
         )
-        return sharding.sum(cross_entropy(h_BTD, model.head(), batch.labels_BT))
+        nats = cross_entropy(h_BTD, model.head(), batch.labels_BT)
+        return sharding.sum((nats, *counted(batch.labels_BT, byte_lengths_V)))
 
     specs = sharding.param_specs(abstract_state(cfg)[1].params)
-    nll = jax.jit(sharding.per_device(nll, (specs, WHOLE, ROWS), WHOLE))
+    sums = jax.jit(sharding.per_device(sums, (specs, WHOLE, ROWS), WHOLE))
+
+    def of(state: TrainState) -> Sums:
+        def of_batch(batch: Batch) -> tuple[jax.Array, ...]:
+            rows = cfg.train.rows // cfg.train.microbatches
+            return sums(state.params, state.biases, sharding.put_rows(batch, rows))
+
+        return of_batch
+
+    return validating(cfg, of, sharding.own_rows)
+
+
+def counted(labels_BT: jax.Array, byte_lengths_V: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Labels that count, and the bytes that they stand for."""
+    valid_BT, lengths_V = labels_BT >= 0, jnp.asarray(byte_lengths_V, jnp.int32)
+    num_bytes = jnp.where(valid_BT, lengths_V[labels_BT], 0).sum(dtype=jnp.int32)
+    return valid_BT.sum(dtype=jnp.int32), num_bytes
+
+
+def validating(
+    cfg: RunConfig,
+    sums_of: Callable[[TrainState], Sums],
+    own_rows: Callable[[int], Sequence[int]],
+) -> Validate:
+    """`validate(state, rows, indices)` from what gives the sums of a batch, of which this process
+    makes its own rows.
+    """
+    size = cfg.train.rows // cfg.train.microbatches
+    own = np.array(own_rows(size))
 
     def validate(state: TrainState, rows: Rows, indices: Sequence[int]) -> Validation:
-        nats, tokens, num_bytes = 0.0, 0, 0
+        nats, tokens, num_bytes, sums = 0.0, 0, 0, sums_of(state)
         for start in range(0, len(indices), size):
             chosen = indices[start : start + size]
-            batch = stack([rows[index] for index in chosen])
-            absent = ((0, size - len(chosen)), (0, 0))  # the last batch is filled up
-            batch = Batch(*(x if x is None else np.pad(x, absent) for x in batch))
-            batch.labels_BT[len(chosen) :] = -1
-            nats += float(nll(state.params, state.biases, sharding.put_rows(batch)))
-            counted = batch.labels_BT[batch.labels_BT >= 0]
-            tokens += counted.size
-            num_bytes += int(byte_lengths_V[counted].sum())
+            last = len(chosen) - 1
+            batch = stack([rows[chosen[min(i, last)]] for i in own])
+            for x in batch:
+                if x is not None:
+                    x[own > last] = 0  # the last batch is filled up
+            batch.labels_BT[own > last] = -1
+            found = sums(batch)
+            nats += float(found[0])
+            tokens += int(found[1])
+            num_bytes += int(found[2])
         bits = nats / math.log(2)
         return Validation(nats / max(tokens, 1), bits / max(num_bytes, 1), num_bytes, len(indices))
 

@@ -3,9 +3,12 @@
 import asyncio
 import logging
 import resource
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +252,86 @@ def test_failing_reads_end_in_one_silent_error(
     (tmp_path / "arrays" / "manifest.ocdbt").unlink()
     with pytest.raises(arrays.OrbaxError, match="NOT_FOUND"):
         arrays.read_arrays(tmp_path / "arrays", describe_all(groups))
+    assert capfd.readouterr() == ("", "")
+
+
+def interrupted_at_the_last_file(patch: pytest.MonkeyPatch, go_on: Callable[[], object]) -> None:
+    """^C comes as a thread of Orbax is about to write its last file; `go_on` returns before that
+    is written.
+    """
+    from orbax.checkpoint._src.path import async_path
+
+    write = async_path.write_text
+
+    async def late(path: Any, text: str) -> Any:
+        if path.name == "_METADATA":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            await asyncio.to_thread(go_on)
+        return await write(path, text)
+
+    patch.setattr(async_path, "write_text", late)
+
+
+def wait_for_others(before: list[threading.Thread]) -> None:
+    """Returns when every thread that was not there before has ended."""
+    for thread in set(threading.enumerate()) - set(before):
+        threading.Thread.join(thread, 10)  # Orbax's own would raise what went wrong
+        assert not thread.is_alive()
+
+
+def test_an_interrupt_waits_until_nobody_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    removed, before = threading.Event(), threading.enumerate()
+    interrupted_at_the_last_file(monkeypatch, lambda: removed.wait(0.3))
+    with pytest.raises(KeyboardInterrupt):
+        arrays.write_arrays(tmp_path / "step" / "arrays", {"a": {"x": np.ones(3)}})
+    complete = (tmp_path / "step" / "arrays" / "_METADATA").exists()
+    shutil.rmtree(tmp_path / "step")  # as the store does
+    removed.set()
+    wait_for_others(before)
+    assert capfd.readouterr() == ("", "")
+    assert complete
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_an_interrupt_no_longer_waits_for_fails_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    removed, before = threading.Event(), threading.enumerate()
+    interrupted_at_the_last_file(monkeypatch, lambda: removed.wait(10))
+    monkeypatch.setattr(arrays, "_PATIENCE", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        arrays.write_arrays(tmp_path / "step" / "arrays", {"a": {"x": np.ones(3)}})
+    shutil.rmtree(tmp_path / "step")
+    removed.set()
+    wait_for_others(before)
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_read_ends_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import orbax.checkpoint as ocp
+
+    arrays.write_arrays(tmp_path / "arrays", many_arrays())
+    read, before = ocp.type_handlers.NumpyHandler.deserialize, threading.enumerate()
+    begun, ended = [], []
+
+    async def interrupted(*args: Any, **kwargs: Any) -> Any:
+        begun.append(args)
+        if len(begun) == 40:  # ^C as the last of the reads begins
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        found = await read(*args, **kwargs)
+        ended.append(args)
+        return found
+
+    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "deserialize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        arrays.read_arrays(tmp_path / "arrays", describe_all(many_arrays()))
+    wait_for_others(before)
+    assert len(ended) == 40  # none was left with an event loop that is closed
     assert capfd.readouterr() == ("", "")
 
 

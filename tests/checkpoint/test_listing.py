@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_jax.checkpoint import listing, store
+from dsv3_jax.checkpoint import listing, manifest, store
 from dsv3_jax.checkpoint.store import CheckpointError
 from tests.kills import load, read_npz, save
 
@@ -51,7 +51,7 @@ def test_what_a_writer_replaces_meanwhile_is_no_damage(
     saved: Path, monkeypatch: pytest.MonkeyPatch, act: Callable, step: int | None, found, module
 ):
     """Before the arrays are read, before the manifest is, or while the steps are listed."""
-    where = {"arrays": (store, "read_arrays"), "manifest": (store, "_content")}
+    where = {"arrays": (store, "read_arrays"), "manifest": (manifest, "content")}
     place = where.get(module, (listing, "is_committed"))
     before(monkeypatch, *place, lambda: act(saved), times=1)
     assert load(saved, step) == found

@@ -53,7 +53,6 @@ def test_sizes_follow_from_the_axes():
             {"rows": 8, "microbatches": 4},
             "train.rows / train.microbatches is 2 rows; allowed: multiples of the 4 devices",
         ),
-        ({"pipe": 2}, {}, "mesh.pipe is 2; allowed: 1"),
         ({"data": 0}, {}, "mesh.data is 0; allowed: 1 to 1,048,576"),
         ({"local": True}, {}, "mesh.local is True; allowed: whole numbers"),
         ({"bucket_factor": 0.0}, {}, "mesh.bucket_factor is 0.0; allowed: above 0"),

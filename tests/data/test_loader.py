@@ -46,6 +46,20 @@ def test_a_batch_is_its_rows_stacked(rows: Rows) -> None:
         np.testing.assert_array_equal(batch.labels_BT[i], rows[3 + i].labels_T)
 
 
+@pytest.mark.parametrize("sizes", [(4,) * 20, (4, 4, 8, 8, 12, 4)])
+def test_a_part_of_each_batch_is_that_part(rows: Rows, sizes: tuple[int, ...]) -> None:
+    """What a process makes whose devices have the first and the last quarter of a batch."""
+
+    def own(size: int) -> list[int]:
+        return [*range(size // 4), *range(3 * size // 4, size)]
+
+    start = 1120
+    for batch, size in zip(load(rows, start, sizes, own=own), sizes, strict=True):
+        whole = batch_at(rows, start, size)
+        assert_same(batch, Batch(*(x if x is None else x[own(size)] for x in whole)))
+        start += size
+
+
 @pytest.mark.parametrize("readers", [0, 1, 4])
 @pytest.mark.parametrize("start", [0, 1124, 1125, 5000])
 @pytest.mark.parametrize("sizes", [(4,) * 20, (1, 2, 3, 38, 39, 5, 1), (90, 1)])

@@ -28,7 +28,7 @@ def run(function, x, weights, dy, rule: Rule):
     """Output, and gradients of x and of the weights."""
 
     def whole(x, weights, dy):
-        blocked = [trained(w, rule).blocked for w in weights]
+        blocked = [trained(w, rule).value for w in weights]
 
         def product(x, weights):
             stand_ins = [TrainedWeight(b, w, rule) for b, w in zip(blocked, weights, strict=True)]

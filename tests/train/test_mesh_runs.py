@@ -156,7 +156,6 @@ def losses_of(run: Path) -> list[float]:
         (("--mesh.local", 2, "--train.rows", 3), "train.rows / train.microbatches is 3 rows"),
         (("--mesh.node", 8, "--train.rows", 8), "model.num_groups is 4; allowed: multiples of"),
         (("--devices", 0), "--devices is 0; allowed: 1 to 4,096"),
-        (("--mesh.pipe", 2), "mesh.pipe is 2; allowed: 1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(

@@ -19,7 +19,6 @@ from dsv3_jax.train import memory, snapshot
 from dsv3_jax.train import run as run_module
 from dsv3_jax.train.folder import RunFolder, locked
 from dsv3_jax.train.run import prepare
-from dsv3_jax.train.sharding import ONE_DEVICE
 from dsv3_jax.train.snapshot import Position
 from tests.runs import SmallRun, contents, random_state, with_model
 
@@ -240,7 +239,8 @@ def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
     with small.quick():
         prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
         said: list[str] = []
-        start = run_module._start(prepared, ONE_DEVICE, said.append)
+        _, programs = run_module._programs(prepared.cfg)
+        start = run_module._start(prepared, programs, said.append)
     assert (prepared.run.path, prepared.is_new) == (copy, False)
     assert start.position == Position()
     assert not list((copy / "checkpoints").iterdir())

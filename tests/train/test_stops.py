@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.checkpoint import store
-from dsv3_jax.train import loop
+from dsv3_jax.train.lockstep import Lockstep
+from dsv3_jax.train.sharding import ONE_DEVICE
 from tests.runs import SmallRun
 
 
@@ -50,18 +51,20 @@ def test_a_first_signal_is_noted_and_a_second_one_acts_as_ever():
     # A process in the background of a script is born with ^C ignored.
     before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with loop._stop_signals(said.append) as came:
+        lockstep = Lockstep(ONE_DEVICE)
+        with lockstep.hearing(said.append):
+            assert lockstep.stopped_by is None
             signal.raise_signal(signal.SIGTERM)
-            assert (came, heard) == ([signal.SIGTERM], [])
+            assert (lockstep.stopped_by, heard) == (signal.SIGTERM, [])
             assert said == ["SIGTERM: saving after this step; once more leaves without it"]
             signal.raise_signal(signal.SIGTERM)
-            assert (came, heard) == ([signal.SIGTERM], [signal.SIGTERM])
+            assert (lockstep.stopped_by, heard) == (signal.SIGTERM, [signal.SIGTERM])
             signal.raise_signal(signal.SIGINT)
-            assert came == [signal.SIGTERM, signal.SIGINT]
+            assert lockstep.stopped_by == signal.SIGTERM
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert len(came) == 2  # nobody listens any more
+        assert len(said) == 2  # nobody listens any more
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:

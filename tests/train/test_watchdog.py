@@ -1,0 +1,52 @@
+"""A step that hangs is told once, with where it is; one that does not is not."""
+
+import time
+
+from dsv3_jax.train import watchdog
+from dsv3_jax.train.watchdog import Watchdog
+
+
+def until(said: list[str]) -> None:
+    end = time.monotonic() + 5
+    while not said and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def test_a_hanging_step_is_told_once_and_where_it_is():
+    said, where = [], ["reading rows"]
+    dog = Watchdog(said.append, lambda: where[0], limit=0.05)
+    dog.begin(1)
+    dog.end()
+    time.sleep(0.1)
+    assert said == []
+    where[0] = "stage 3, micro-batch 7, F"
+    dog.begin(2)
+    until(said)
+    time.sleep(0.1)
+    dog.close()
+    (line,) = said
+    assert line.startswith("step 2 hangs, 0 s so far: stage 3, micro-batch 7, F; wait, or stop")
+
+
+def test_the_limit_follows_the_usual_step(monkeypatch):
+    monkeypatch.setattr(watchdog, "LEAST_SECONDS", 1.0)
+    dog = Watchdog(print, str)
+    assert dog.limit == 1.0
+    dog._durations.extend([0.1, 2.0, 30.0])
+    assert dog.limit == 40.0
+    dog.close()
+
+
+def test_processes_are_told_together(monkeypatch):
+    """Of three, the third does not even answer."""
+    monkeypatch.setattr(watchdog, "REPLY_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog.processes, "count", lambda: 3)
+    posts = {1: "4 computing"}
+    monkeypatch.setattr(watchdog.processes, "post", lambda _, word: posts.update({0: word}))
+    monkeypatch.setattr(watchdog.processes, "posted", lambda _, number: posts.get(number))
+    said: list[str] = []
+    dog = Watchdog(said.append, lambda: "computing", limit=0.02)
+    dog.begin(4)
+    until(said)
+    dog.close()
+    assert "processes 0, 1: computing; process 2: no answer, so others wait for it" in said[0]
