@@ -36,7 +36,7 @@ from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState, gradients
 from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
 from tests.train.test_step import coefficients, state_of
 
-T, CLIP = 5, 0.05
+CLIP = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Case:
     dtype: str = "float64"
     recipe: str = "dtype"
     remat: str = "none"
+    length: int = 5
     dense: int = 1
     experts: int = 16
     kv_latent: int = 16
@@ -100,7 +101,7 @@ class Case:
         count = self.microbatches * self.ramp
         return RunConfig(
             model=self.model,
-            data=DataConfig(length=T, isolate=self.isolate),
+            data=DataConfig(length=self.length, isolate=self.isolate),
             train=TrainConfig(
                 rows=self.rows * count * self.devices,
                 microbatches=count,
@@ -134,13 +135,13 @@ class Outcome(NamedTuple):
 
 
 def batch_of(case: Case) -> Batch:
-    """Rows have 0 to 5 labels that count; and, if isolated, two or three segments."""
-    rows = case.rows * case.microbatches * case.devices
-    sequence = np.asarray(random_tokens(case.model, rows, T + 1))
+    """Rows have none to all labels that count; and, if isolated, two or three segments."""
+    rows, length = case.rows * case.microbatches * case.devices, case.length
+    sequence = np.asarray(random_tokens(case.model, rows, length + 1))
     draw = np.random.default_rng(0)
-    lengths_B1 = draw.integers(0, T + 1, (rows, 1))
-    labels = np.where(np.arange(T)[None] < lengths_B1, sequence[:, 1:], -1)
-    starts_BT = draw.integers(0, 2, (rows, T)).astype(np.int32)
+    lengths_B1 = draw.integers(0, length + 1, (rows, 1))
+    labels = np.where(np.arange(length)[None] < lengths_B1, sequence[:, 1:], -1)
+    starts_BT = draw.integers(0, 2, (rows, length)).astype(np.int32)
     segments = np.cumsum(starts_BT, axis=1, dtype=np.int32) if case.isolate else None
     return Batch(sequence[:, :-1], labels, segments)
 
@@ -181,7 +182,8 @@ class Walked(NamedTuple):
 def walked(case: Case, batch: Batch | None = None) -> Walked:
     """A step, twice: once for gradients as they lie before the update, once whole."""
     pipeline, batch = pipeline_of(case), batch or batch_of(case)
-    state = from_whole(pipeline.layout, state_for(case)[1])
+    # From the host, where parts are cut without a program for each.
+    state = from_whole(pipeline.layout, jax.device_get(state_for(case)[1]))
     steps, schedule = pipeline.begin(by_stage(state), batch, numbers().mtp_weight)
     executed = pipeline.walk(schedule, steps)
     grads, _ = pipeline.reduce(steps)

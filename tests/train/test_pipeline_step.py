@@ -5,6 +5,7 @@ In float64, where a missing or doubled term is far above rounding. One device is
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tests.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.train.pipelines import (
     CLIP,
     Case,
+    Outcome,
     Walked,
     batch_of,
     expected,
@@ -27,16 +29,26 @@ from tests.train.pipelines import (
 )
 
 # The least micro-batches that make every kind of program appear: F, B, FB, b, W.
-DUALPIPE = Case("dualpipe", "2x1x2", 4, "E+2|H+M", layers=2, rows=2)
+DUALPIPE = Case("dualpipe", "2x1x2", 4, "E+1|H+M", layers=1, rows=2)
 
 
 def compare(found: Walked, case: Case) -> None:
-    """With one device's. Clipping is at work."""
-    tolerance = FLOAT64 if case.dtype == "float64" else FLOAT32
-    assert_close(without_traffic(found.outcome), without_traffic(expected(case.plain)), tolerance)
-    assert found.outcome.metrics.applied
-    assert found.outcome.metrics.grad_norm > CLIP
+    """With one device's; without weights in float32, where Adam's division by the gradient's own
+    size makes of a small one's rounding a large one's. Clipping is at work.
+    """
+    outcome, plain = found.outcome, expected(case.plain)
+    if case.dtype == "float64":
+        assert_close(without_traffic(outcome), without_traffic(plain), FLOAT64)
+    else:
+        assert_close(rounded(outcome), rounded(plain), FLOAT32)
+    assert outcome.metrics.applied
+    assert outcome.metrics.grad_norm > CLIP
     assert found.executed.peak == dict(enumerate(simulate(found.schedule).peak))
+
+
+def rounded(outcome: Outcome) -> Any:
+    metrics = outcome.metrics
+    return outcome.grads, metrics.loss, metrics.parts, metrics.grad_norm, metrics.bias_LE
 
 
 def check(case: Case) -> Walked:
@@ -64,7 +76,7 @@ def test_that_step_had_every_kind_of_program_and_overflow_rounds(dualpipe: Walke
     assert (traffic.total.rounds > DUALPIPE.microbatches * DUALPIPE.devices).all()
     assert (traffic.most_rounds_L > DUALPIPE.microbatches).all()
     copies = DUALPIPE.microbatches * DUALPIPE.devices * DUALPIPE.rows * 5 * 2
-    assert traffic.total.received.tolist() == [copies] * 2
+    assert traffic.total.received.tolist() == [copies]
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, dualpipe: Walked):
@@ -78,7 +90,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, dualpipe: Walked):
         tokens_BT[row, 0], labels_BT[row] = 63, 1
     before = jax.tree.map(np.array, state)
     after, metrics = pipeline.step(
-        from_whole(pipeline.layout, state),
+        from_whole(pipeline.layout, before),
         batch._replace(tokens_BT=tokens_BT, labels_BT=labels_BT),
         numbers(),
     )
@@ -120,6 +132,7 @@ MATRIX = [
     for pipe, mesh in ((2, "2x2x2"), (2, "2x1x1"), (4, "4x1x2"), (8, "8x1x1"))
 ]
 SPECIAL = [
+    Case("dualpipe", "2x1x2", 4, "E+2|H+M", layers=2),
     Case("1f1b", "4x1x1", 5, layers=7),
     Case("dualpipe", "4x1x2", 8, layers=7),
     Case("zb1p", "8x1x1", 9, layers=17),

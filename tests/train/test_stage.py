@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.parallel.mesh import EXPERT_AXES, is_stacked, weight_spec
@@ -17,9 +18,18 @@ from tests.train.lowered import count, operations, result_shape, result_size
 from tests.train.pipelines import Case, pipeline_of
 
 # A dense layer and two with experts; and one with experts, the head and an MTP module. On rank 0 of
-# dualpipe chunk 0 is the first stage and chunk 1 the second.
+# dualpipe chunk 0 is the first stage and chunk 1 the second. Sizes of nearly all activations have a
+# factor of 13, and no weight's has.
 ALONE = Case(
-    "dualpipe", "2x1x1", 4, "E+3|1+H+M", layers=4, dtype="bfloat16", kv_latent=18, experts=28
+    "dualpipe",
+    "2x1x1",
+    4,
+    "E+3|1+H+M",
+    layers=4,
+    dtype="bfloat16",
+    kv_latent=18,
+    experts=20,
+    length=13,
 )
 SPREAD = replace(ALONE, mesh="2x1x2", stages="E+2|H+M", layers=2)
 KINDS = [
@@ -148,18 +158,16 @@ def test_no_collective_is_over_weights(chunk: int):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_nothing_kept_has_a_weights_size(case: Case, chunk: int):
-    """Of one layer or of a stack, of one weight or of two side by side, of one expert or of all.
-    No activation of these sizes has one either.
-    """
+    """Of one layer or of a stack, of one weight or of two side by side, of one expert or of all."""
     shapes = weight_shapes(case, chunk)
-    layers = {1, 2}
-    sizes = {count * math.prod(shape) for shape in shapes.values() for count in layers}
+    stacks = {1, len(passes(case).programs.chunks[chunk].stage.cut.layers(1, case.layers)) or 1}
+    sizes = {count * math.prod(shape) for shape in shapes.values() for count in stacks}
     tails = {shape[-2:] for shape in shapes.values() if len(shape) > 1}
     tails |= joined({shape for shape in shapes.values() if len(shape) > 1})
     _, residuals, _, _ = lowered(case, "F", chunk).out_info
     assert len(residuals) > 20
-    for x in residuals:
-        of_device = x.shape[1:] if x.shape[0] == case.devices else x.shape
+    for x in (x for x in residuals if x.dtype != jnp.int32):
+        of_device = x.shape[1:]
         assert math.prod(of_device) not in sizes, (x.shape, x.dtype)
         assert of_device[-2:] not in tails, (x.shape, x.dtype)
         assert of_device[:-3:-1] not in tails, (x.shape, x.dtype)
