@@ -310,6 +310,7 @@ class Trainer:
         self.rewinds = [step for step in self.rewinds if step == back] + [back]
         if len(self.rewinds) > self.cfg.train.max_bad_steps:
             raise BadSteps(f"went back to step {back} {len(self.rewinds) - 1} times in vain")
+        self.watchdog.forget()
         restored = snapshot.restore(checkpoint, self.cfg, self.state)
         self.state = restored.state
         self.position = restored.position._replace(

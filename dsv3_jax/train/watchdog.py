@@ -37,21 +37,26 @@ class Watchdog:
         """
         self._say, self._where, self._limit = say, where, limit
         self._durations: deque[float] = deque(maxlen=50)
-        self._step: _Step | None = None
+        self._steps: deque[_Step] = deque()  # an accelerator has the next one already
         self._told = -1
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def begin(self, step: int) -> None:
-        """A step starts to run."""
-        self._step = _Step(step, time.monotonic())
+        """A step starts to run, or will when those before it have ended."""
+        self._steps.append(_Step(step, time.monotonic()))
 
     def end(self) -> None:
-        """It has ended, or is interrupted by what is no step."""
-        if self._step:
-            self._durations.append(time.monotonic() - self._step.since)
-        self._step = None
+        """The oldest one has ended."""
+        now = time.monotonic()
+        self._durations.append(now - self._steps.popleft().since)
+        if self._steps:
+            self._steps[0] = self._steps[0]._replace(since=now)
+
+    def forget(self) -> None:
+        """Steps under way are void."""
+        self._steps.clear()
 
     def close(self) -> None:
         """No more looking."""
@@ -68,7 +73,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit / 4)):
-            step = self._step
+            step = next(iter(list(self._steps)), None)
             if step and step.number != self._told and time.monotonic() - step.since > self.limit:
                 self._told = step.number
                 self._tell(step)

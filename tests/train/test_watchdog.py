@@ -1,6 +1,7 @@
 """A step that hangs is told once, with where it is; one that does not is not."""
 
 import time
+from types import SimpleNamespace
 
 from dsv3_jax.train import watchdog
 from dsv3_jax.train.watchdog import Watchdog
@@ -26,6 +27,24 @@ def test_a_hanging_step_is_told_once_and_where_it_is():
     dog.close()
     (line,) = said
     assert line.startswith("step 2 hangs, 0 s so far: stage 3, micro-batch 7, F; wait, or stop")
+
+
+def test_of_two_steps_under_way_the_older_one_is_watched(monkeypatch):
+    """The other one's time begins when that has ended; what is void is not watched."""
+    clock = [0.0]
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    dog = Watchdog(print, str, limit=100.0)
+    dog.begin(1)
+    clock[0] = 3.0
+    dog.begin(2)
+    assert dog._steps[0] == (1, 0.0)
+    clock[0] = 5.0
+    dog.end()
+    assert list(dog._steps) == [(2, 5.0)]
+    assert list(dog._durations) == [5.0]
+    dog.forget()
+    assert not dog._steps
+    dog.close()
 
 
 def test_the_limit_follows_the_usual_step(monkeypatch):
