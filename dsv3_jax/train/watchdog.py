@@ -16,6 +16,7 @@ from dsv3_jax.parallel import processes
 
 USUAL_STEPS = 20  # a step hangs that takes so many usual ones
 LEAST_SECONDS = 120.0  # and at least this long: a laptop sleeps, a disk is slow
+FIRST_SECONDS = 1200.0  # a pipeline's first step compiles what is around its passes
 REPLY_SECONDS = 2.0  # for the other processes to see that they hang, too
 _TOPIC = "hangs"
 
@@ -33,7 +34,7 @@ class Watchdog:
     ) -> None:
         """`where` says what this process is doing now, whenever it is asked, from another thread.
         `limit` in seconds; 0: `USUAL_STEPS` times the median of the last steps, at least
-        `LEAST_SECONDS`.
+        `LEAST_SECONDS`, and `FIRST_SECONDS` for the first one.
         """
         self._say, self._where, self._limit = say, where, limit
         self._durations: deque[float] = deque(maxlen=50)
@@ -68,8 +69,9 @@ class Watchdog:
         """Seconds after which a step hangs."""
         if self._limit:
             return self._limit
-        usual = statistics.median(self._durations) if self._durations else 0.0
-        return max(LEAST_SECONDS, USUAL_STEPS * usual)
+        if not self._durations:
+            return FIRST_SECONDS
+        return max(LEAST_SECONDS, USUAL_STEPS * statistics.median(self._durations))
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit / 4)):

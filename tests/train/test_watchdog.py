@@ -50,7 +50,10 @@ def test_of_two_steps_under_way_the_older_one_is_watched(monkeypatch):
 def test_the_limit_follows_the_usual_step(monkeypatch):
     monkeypatch.setattr(watchdog, "LEAST_SECONDS", 1.0)
     dog = Watchdog(print, str)
+    assert dog.limit == watchdog.FIRST_SECONDS
+    dog._durations.append(0.01)
     assert dog.limit == 1.0
+    dog._durations.clear()
     dog._durations.extend([0.1, 2.0, 30.0])
     assert dog.limit == 40.0
     dog.close()
