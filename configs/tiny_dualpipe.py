@@ -3,8 +3,8 @@
     python -m dsv3_jax.train --config configs/tiny_dualpipe.py --devices 8
 
 Hardware: two CPU cores, 8 GB; minutes of compilation the first time; figures: README, "Pipelines".
-As many tokens as the default run sees, in half as many steps of twice the rows: DualPipe on four ranks needs eight micro-batches,
-and each device a row of each.
+As many tokens as the default run sees, in half as many steps of twice the rows: DualPipe on four
+ranks needs eight micro-batches, and each device a row of each.
 """
 
 from dataclasses import replace
