@@ -5,6 +5,8 @@ start it in this process that compiles little and each program only once.
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +106,26 @@ class SmallRun:
             patch.setattr(programs, "make_validate", once_per_program(validation.make_validate))
             patch.setattr(loop, "make_probe", once_per_program(quant_health.make_probe))
             yield
+
+
+def train_process(home: Path, *args: object) -> subprocess.Popen:
+    """`python -m dsv3_jax.train ...` on its own, which compiles little and finds its programs again
+    below `home`.
+    """
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(home / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "dsv3_jax.train", *map(str, args)],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @contextlib.contextmanager

@@ -70,17 +70,24 @@ class DeepSeekV3(nnx.Module):
     def head(self) -> jax.Array:
         return self.embed_VD[...].T if self.cfg.tied_head else self.head_DV[...]
 
-    def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        dtype: jnp.dtype | None = None,
+        slot_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Embedding rows in `dtype` (default: the weights'), the activations' from here on.
 
-        ValueError for rows longer than the model.
+        `slot_B` are zeros, added to a row's: where a row's gradient is not finite, the slot's is
+        not. ValueError for rows longer than the model.
         """
         if tokens_BT.shape[1] > self.cfg.max_length:
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens in a row; "
                 f"allowed: at most model.max_length = {self.cfg.max_length}"
             )
-        return self.embed_VD[...][tokens_BT].astype(dtype or self.embed_VD.dtype)
+        x_BTD = self.embed_VD[...][tokens_BT].astype(dtype or self.embed_VD.dtype)
+        return x_BTD if slot_B is None else x_BTD + slot_B.astype(x_BTD.dtype)[:, None, None]
 
     def hidden(
         self,
@@ -89,7 +96,6 @@ class DeepSeekV3(nnx.Module):
         dtype: jnp.dtype | None = None,
         remat: Remat = "none",
         segments_BT: jax.Array | None = None,
-        slot_B: jax.Array | None = None,
         plan: ExchangePlan | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states after the final norm [B, T, D] in `dtype`, and router statistics stacked
@@ -99,13 +105,9 @@ class DeepSeekV3(nnx.Module):
             valid_BT: bool, default all: the tokens that count in the statistics; all are computed.
             segments_BT: int32; tokens of one segment see each other only, and count positions from
                 its start.
-            slot_B: zeros, added to a row's embedding: where a row's gradient is not finite, the
-                slot's is not.
             plan: of the exchange with experts on other devices, within a `shard_map`.
         """
         x_BTD = self.embed(tokens_BT, dtype)
-        if slot_B is not None:
-            x_BTD += slot_B.astype(x_BTD.dtype)[:, None, None]
         x_BTD, stats = self.layers(x_BTD, tokens_BT, valid_BT, remat, segments_BT, plan)
         return self.normed(x_BTD), stats
 

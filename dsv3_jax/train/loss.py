@@ -64,9 +64,9 @@ def loss(
     are zeros whose gradient tells the rows whose gradient is not finite. With a `plan`, experts are
     spread over devices and all values are this device's.
     """
-    return stage_loss(model, None, batch, valid_tokens, mtp_weight, cfg, row_share, slot_B, plan)[
-        1:
-    ]
+    args = batch, valid_tokens, mtp_weight, cfg, row_share, slot_B, plan
+    whole = stage_loss(model, None, *args)
+    return whole.total, whole.parts
 
 
 def stage_loss(
@@ -87,9 +87,7 @@ def stage_loss(
     tokens_BT, labels_BT, segments_BT = batch
     cut, valid_BT = model.cut, labels_BT >= 0
     if cut.embed:
-        x_BTD = model.embed(tokens_BT, jnp.dtype(cfg.dtype))
-        if slot_B is not None:
-            x_BTD += slot_B.astype(x_BTD.dtype)[:, None, None]
+        x_BTD = model.embed(tokens_BT, jnp.dtype(cfg.dtype), slot_B)
     x_BTD, stats = model.layers(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
     main = mtp = jnp.zeros_like(stats.balance, shape=())
     if cut.head:

@@ -25,7 +25,6 @@ from dsv3_jax.parallel.neighbours import PER_DEVICE, Crossings, is_here
 from dsv3_jax.parallel.orders import Item, Operation
 from dsv3_jax.parallel.pipeline import Executed, Watch, execute
 from dsv3_jax.parallel.schedules import Schedule, make
-from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_programs import PassPrograms, compiling, kinds_of
@@ -70,11 +69,6 @@ class Pipeline:
         }
         self.passes = {rank: PassPrograms(programs) for rank, programs in self.ranks.items()}
         self._schedules: dict[int, Schedule] = {}
-
-    @property
-    def high(self) -> jnp.dtype:
-        """Of sums."""
-        return wide(jnp.dtype(self.cfg.train.dtype))
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -164,7 +158,7 @@ class Pipeline:
             weights, biases = prepared[rank]
             sums, told = programs.zeros(weights)
             devices = programs.sharding.token_shards
-            share = np.asarray(1 / (count * devices), programs.high)
+            share = np.asarray(1 / (count * devices), self.layout.high)
             valid = self._valid(rank, [part.labels_BT for part in micro])
             numbers = Numbers(valid, *self._everywhere(rank, (mtp_weight, share)))
             steps[rank] = RankStep(
@@ -199,7 +193,7 @@ class Pipeline:
         for (owner, borrower), (keys, _) in self._loans.items():
             some = {key: grads[borrower].pop(key) for key in keys} if borrower in grads else None
             mesh = self.layout.meshes[owner]
-            like = {key: self.layout.shard(key, mesh, self.high) for key in keys}
+            like = {key: self.layout.shard(key, mesh, self.layout.high) for key in keys}
             found = self.crossings.send(borrower, owner, some, like)
             if owner in arrived:
                 arrived[owner].append(found)
@@ -369,7 +363,7 @@ class Pipeline:
     def _likes(self) -> tuple[Any, Any]:
         model, devices = self.cfg.model, self.cfg.mesh.token_shards
         layout = self.layout
-        high = self.high
+        high = self.layout.high
 
         def of(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((devices, *shape), dtype)

@@ -23,6 +23,7 @@ from dsv3_jax.parallel.neighbours import PER_DEVICE, rank_meshes
 from dsv3_jax.parallel.schedules import fits, make
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.zero import stored_spec
+from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.optimizer import adamw, parameter_name
 from dsv3_jax.train.sharding import RunSharding
 from dsv3_jax.train.stage import Stage
@@ -76,6 +77,11 @@ class Layout:
     def stage_numbers(self) -> range:
         """From the input on."""
         return range(len(self.stages))
+
+    @property
+    def high(self) -> jnp.dtype:
+        """Of sums over devices, micro-batches and ranks."""
+        return wide(jnp.dtype(self.cfg.train.dtype))
 
     def rank_of(self, stage: int) -> int:
         """The rank that owns a stage's parameters."""

@@ -83,7 +83,7 @@ class PassPrograms:
         numbers = Numbers(
             jax.ShapeDtypeStruct((), jnp.int32, sharding=place),
             jax.ShapeDtypeStruct((), jnp.float32, sharding=place),
-            jax.ShapeDtypeStruct((), programs.high, sharding=place),
+            jax.ShapeDtypeStruct((), programs.layout.high, sharding=place),
         )
         of_chunks = {}
         for chunk, stage in programs.stages.items():
@@ -98,7 +98,7 @@ class PassPrograms:
                 passes.batch,
                 numbers,
                 told[chunk],
-                _some(sums, passes, "F"),
+                passes.added_to(sums, "F"),
             )
             of_chunks[chunk] = own, residuals
         return of_chunks, sums, told, numbers
@@ -110,20 +110,16 @@ class PassPrograms:
         forward = *own, passes.x, passes.batch, numbers, told[chunk]
         backward = *own, residuals, _dh(passes)
         if letter == "F":
-            return passes.F.lower(*forward, _some(sums, passes, "F"))
+            return passes.F.lower(*forward, passes.added_to(sums, "F"))
         if letter == "FB":
             other = self.programs.chunks[1 - chunk]
             own, residuals = of_chunks[1 - chunk]
-            both = _some(sums, passes, "F") | _some(sums, other, "B")
+            both = passes.added_to(sums, "F") | other.added_to(sums, "B")
             return passes.FB(other).lower(*forward, *own, residuals, _dh(other), both)
         if letter == "W":
-            _, _, tape, _ = jax.eval_shape(passes.b, *backward, _some(sums, passes, "b"))
-            return passes.W.lower(tape, _some(sums, passes, "W"))
-        return getattr(passes, letter).lower(*backward, _some(sums, passes, letter))
-
-
-def _some(sums: dict, passes: Any, letter: str) -> dict:
-    return {key: sums[key] for key in passes.names(letter)}
+            _, _, tape, _ = jax.eval_shape(passes.b, *backward, passes.added_to(sums, "b"))
+            return passes.W.lower(tape, passes.added_to(sums, "W"))
+        return getattr(passes, letter).lower(*backward, passes.added_to(sums, letter))
 
 
 def _dh(passes: Any) -> Any:

@@ -188,7 +188,7 @@ class PipelineRun:
         pipeline = self.pipeline
         devices = self.layout.meshes[0].size
         like = (
-            jax.ShapeDtypeStruct((devices,), pipeline.high),
+            jax.ShapeDtypeStruct((devices,), self.layout.high),
             *[jax.ShapeDtypeStruct((devices,), np.dtype("int32"))] * 2,
         )
         given = {rank: sums} if rank in pipeline.ranks else {}

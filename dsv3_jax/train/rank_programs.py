@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.neighbours import PER_DEVICE
 from dsv3_jax.parallel.zero import gathered, summed_and_scattered, unused_axes
-from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.pipeline_layout import Layout, key_of
 from dsv3_jax.train.sharding import WHOLE, RunSharding
@@ -87,11 +86,6 @@ class RankPrograms:
         return self.layout.shardings[stage].specs[name]
 
     # --- before a step's passes ------------------------------------------------------------------
-
-    @property
-    def high(self) -> jnp.dtype:
-        """Of sums."""
-        return wide(jnp.dtype(self.cfg.train.dtype))
 
     @property
     def mine(self) -> tuple[Arrays, dict[int, nnx.State]]:
@@ -200,7 +194,7 @@ class RankPrograms:
     def _tally(self, told: dict[int, Told], grads: Arrays) -> Tally:
         layout, model = self.layout, self.cfg.model
         routers = model.num_moe_layers + model.mtp_depth
-        high = self.high
+        high = self.layout.high
         load_LE = jnp.zeros((routers, model.num_experts), jnp.int32)
         zero_L, losses = jnp.zeros(routers, jnp.int32), jnp.zeros(4, high)
         traffic = Traffic(*[zero_L] * len(Traffic._fields)) if self.sharding.plan else None
@@ -242,7 +236,7 @@ class RankPrograms:
             grads = jax.tree.map(_alike, layout.state_of(stage, own(grads)), specs.params)
             after = updated(self.cfg, state, grads, load_LE, decided, coefficients)
             bad = self.sharding.sum((~all_finite(after.params)).astype(jnp.int32))
-            bias_LE = jnp.zeros(tally.load_LE.shape, self.high)
+            bias_LE = jnp.zeros(tally.load_LE.shape, self.layout.high)
             moved_L = jnp.zeros(len(bias_LE), jnp.int32)
             if len(rows):
                 now_LE, before_LE = stacked_biases(after.biases), stacked_biases(state.biases)

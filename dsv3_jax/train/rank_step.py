@@ -77,7 +77,7 @@ class RankStep:
         return *self._of(work), x, self.microbatches[work.microbatch], self.numbers
 
     def _sums(self, kind: str, chunk: int) -> Arrays:
-        return {key: self.sums[key] for key in self.programs.chunks[chunk].names(kind)}
+        return self.programs.chunks[chunk].added_to(self.sums, kind)
 
     def _after(self, work: Work, dx: Any, finite: Any, sums: Arrays) -> Any:
         self.sums |= sums

@@ -78,6 +78,10 @@ class StagePrograms:
         }[kind]
         return sorted({self.keys[name] for name in of})
 
+    def added_to(self, sums: Arrays, kind: str) -> Arrays:
+        """Of a rank's sums those that a program of this kind takes, or their shapes."""
+        return {key: sums[key] for key in self.names(kind)}
+
     # --- bodies: on one device -------------------------------------------------------------------
 
     def forward(self, weights, biases, x, batch, numbers, told, sums) -> tuple:
@@ -104,10 +108,10 @@ class StagePrograms:
 
     def backward(self, weights, biases, residuals, dh, sums) -> tuple:
         """-> the input's gradient, whether rows are finite, sums."""
-        some = {key: sums[key] for key in self.names("b")}
+        some = self.added_to(sums, "b")
         dx, finite, tape, some = self.input_gradients(weights, biases, residuals, dh, some)
         sums = {**sums, **some}
-        others = {key: sums[key] for key in self.names("W")}
+        others = self.added_to(sums, "W")
         return dx, finite, {**sums, **self.weight_gradients(tape, others)}
 
     def _passed(self, weights, biases, x, batch, numbers) -> Passed:
@@ -162,10 +166,10 @@ class StagePrograms:
 
         def body(*args):
             forward, told, backward, sums = args[:5], args[5], args[6:10], args[10]
-            some = {key: sums[key] for key in self.names("F")}
+            some = self.added_to(sums, "F")
             h, residuals, told, some = self.forward(*forward, told, some)
             sums = {**sums, **some}
-            others = {key: sums[key] for key in other.names("B")}
+            others = other.added_to(sums, "B")
             dx, finite, others = other.backward(*backward, others)
             return h, residuals, told, dx, finite, {**sums, **others}
 

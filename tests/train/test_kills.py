@@ -1,11 +1,9 @@
 """A run killed at random moments and resumed each time has the curve of the uninterrupted one."""
 
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,28 +12,10 @@ import pytest
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import Phase
-from tests.runs import SmallRun, assert_same_checkpoint, timeless, write_config
+from tests.runs import SmallRun, assert_same_checkpoint, timeless, train_process, write_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 120
-
-
-def process(home: Path, *args: object) -> subprocess.Popen:
-    """`python -m dsv3_jax.train ...`, which compiles little and finds its programs again."""
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(home / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "dsv3_jax.train", *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_for_steps(run: subprocess.Popen, count: int) -> None:
@@ -84,18 +64,18 @@ def test_a_killed_and_resumed_run_has_the_curve_of_the_uninterrupted_one(
     )
     write_config(tmp_path / "long.py", cfg)
     start = ("--config", tmp_path / "long.py", "--output.folder")
-    finished(process(tmp_path, *start, tmp_path / "whole"))
+    finished(train_process(tmp_path, *start, tmp_path / "whole"))
 
     folder, moments = tmp_path / "parts", random.Random(kills)
     run, args = folder / "small-001", (*start, folder)
     for _ in range(kills):
-        with process(tmp_path, *args) as killed:
+        with train_process(tmp_path, *args) as killed:
             # Some steps on, before or after the first checkpoint, and a moment into the next ones.
             wait_for_steps(killed, moments.randint(0, STEPS // kills))
             time.sleep(moments.uniform(0, 0.1))
             killed.send_signal(signal.SIGKILL)
         args = ("--resume", run)
-    finished(process(tmp_path, *args))
+    finished(train_process(tmp_path, *args))
 
     whole = tmp_path / "whole" / "small-001"
     assert timeless(run) == timeless(whole)

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.lockstep import Lockstep
 from dsv3_jax.train.sharding import ONE_DEVICE
 from tests.parallel.test_launch import children, gone
-from tests.runs import SmallRun, jax_option, timeless
+from tests.runs import SmallRun, jax_option, timeless, train_process
 from tests.tolerances import FLOAT32, assert_close
 from tests.train.test_mesh_runs import losses_of
 
@@ -36,26 +35,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("programs")
 
 
-def start(programs: Path, *args: object) -> subprocess.Popen:
-    environment = os.environ | {
-        "XDG_CACHE_HOME": str(programs / "cache"),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(programs / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "dsv3_jax.train", *map(str, args)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def finished(programs: Path, *args: object) -> str:
     """What a run prints that ends well."""
-    out, error = (run := start(programs, *args)).communicate(timeout=500)
+    out, error = (run := train_process(programs, *args)).communicate(timeout=500)
     assert (run.returncode, error) == (0, "")
     return out
 
@@ -73,7 +55,7 @@ def test_two_processes_are_one_and_go_on_exactly_after_a_kill(
     """`data` spans them. The run that is compared with is the same in one process."""
     mesh = ("--train.rows", 4, "--mesh.data", 2)
     common = ("--config", small.config, "--output.folder", tmp_path, *mesh, *EVERY_STEP)
-    with start(programs, *common, "--launch.processes", 2) as killed:
+    with train_process(programs, *common, "--launch.processes", 2) as killed:
         wait_for_step(killed, 5)
         pids = children(killed.pid)
         os.kill(pids[1], signal.SIGKILL)
@@ -136,12 +118,12 @@ def test_every_run_is_itself_and_that_of_one_process(
     names = "whole", "killed", "stopped", "one"
     whole, killed, stopped, one = (tmp_path / name for name in names)
     finished(programs, *common, *several, "--output.folder", whole)
-    with start(programs, *common, *several, "--output.folder", killed) as run:
+    with train_process(programs, *common, *several, "--output.folder", killed) as run:
         wait_for_step(run, 5)
         os.kill(children(run.pid)[count - 1], signal.SIGKILL)
         run.communicate(timeout=60)
     assert run.returncode == 137
-    with start(programs, *common, *several, "--output.folder", stopped) as run:
+    with train_process(programs, *common, *several, "--output.folder", stopped) as run:
         wait_for_step(run, 2)
         os.kill(children(run.pid)[1], signal.SIGTERM)
         out, error = run.communicate(timeout=60)
@@ -199,7 +181,9 @@ def test_what_one_device_does_is_done_by_the_first_process(
     finished(programs, "--init-from", tmp_path / "small-001", *several, "--output.folder", tmp_path)
     assert store.steps(tmp_path / "small-002" / "checkpoints")[0] == 0
     rate = ("--schedule.learning_rate", 1e20, "--schedule.final_learning_rate", 0)
-    out, error = (run := start(programs, *common, *several, *rate, "--debug-nans")).communicate()
+    out, error = (
+        run := train_process(programs, *common, *several, *rate, "--debug-nans")
+    ).communicate()
     assert (run.returncode, error) in [(0, ""), (3, "")], out
 
 
@@ -220,7 +204,7 @@ def test_mistakes_are_one_line(
     small: SmallRun, tmp_path: Path, programs: Path, options: tuple, said: str
 ):
     args = ("--config", small.config, "--output.folder", tmp_path / "runs", *options)
-    _, error = (run := start(programs, *args)).communicate(timeout=100)
+    _, error = (run := train_process(programs, *args)).communicate(timeout=100)
     assert run.returncode == 2
     (line,) = error.splitlines()
     assert line.startswith("error: " + said)
