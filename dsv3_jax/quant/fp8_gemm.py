@@ -8,7 +8,8 @@ there: exact within float32's rounding. `accumulator.py` emulates what tensor co
     Wgrad   dW = X^T dY    X and dY in tiles 128x1, X from what the forward pass kept
 
 For the backward pass the forward pass keeps its input in FP8 (after attention in E5M6, 12 bits
-packed), or, behind SwiGLU, SwiGLU's arguments. Weights are arguments: no second copy is kept.
+packed), or, behind SwiGLU, SwiGLU's arguments. Weights are arguments: no second copy is kept. A
+Wgrad that is put off finds dY in its tiles, half of what it takes in bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,8 +83,10 @@ def _forward(static, source, gate_X1, slots, taps, arrays):
     y_xMF = _einsum("xmd,xdf->xmf", rule.input.fake_quantize(x_xMD), _weights(arrays))
     found = static.measure and static.measure(x_xMD, rule.input)
     y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
-    operands = kept, gate_X1, y_XF, arrays.expert_x
-    tape.note(slots, _widths(arrays), _gradient_of(static, arrays), operands)
+    if tape.is_put_off(slots):
+        left = _left(static, y_xMF)  # shaped like dy's
+        operands = kept, gate_X1, left, arrays.expert_x
+        tape.note(slots, _widths(arrays), _gradient_of(static, arrays), operands)
     return y_XF, (kept, gate_X1, found, tape.hollow(slots), taps, arrays)
 
 
@@ -97,7 +100,8 @@ def _backward(static, residuals, dy_XF):
     if static.measure:  # weights side by side share their input and their output's gradient
         measured = found, static.measure(dy_xMF, rule.grad_output)
         taps = tuple(jax.tree.unflatten(jax.tree.structure(tap), measured) for tap in taps)
-    operands = kept, gate_X1, dy_XF, arrays.expert_x
+    dy = _left(static, dy_xMF) if tape.is_put_off(slots) else dy_xMF
+    operands = kept, gate_X1, dy, arrays.expert_x
     dslots = tape.cotangents(slots, _widths(arrays), _gradient_of(static, arrays), operands)
     return dsource.astype(dy_XF.dtype), dgate_X1, dslots, taps, None
 
@@ -124,6 +128,12 @@ def _widths(arrays: _Arrays) -> tuple[int, ...]:
     return tuple(w.shape[-1] for w in arrays.blocked)
 
 
+def _left(static: _Static, dy_xMF: jax.Array) -> Kept:
+    """dY as Wgrad rounds it: what that is put off with."""
+    operand = static.rule.wgrad_grad_output
+    return keep(operand.matrices(dy_xMF), operand)
+
+
 def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:
     return partial(_wgrad, static, num_experts=arrays.blocked[0].shape[0])
 
@@ -132,16 +142,18 @@ def _wgrad(
     static: _Static,
     kept: Kept,
     gate_X1: jax.Array | None,
-    dy_XF: jax.Array,
+    dy: jax.Array | Kept,
     expert_x: jax.Array | None,
     num_experts: int,
 ) -> jax.Array:
-    """The gradient of the weights side by side, summed over an expert's blocks of rows."""
+    """The gradient of the weights side by side, summed over an expert's blocks of rows; of
+    dY [x, M, F], or of what `_left` has made of it.
+    """
     rule = static.rule
     x_xMD = by_group(_input(static, kept.dequantize(), gate_X1), expert_x)
-    dw_xDF = _einsum(
-        "xmd,xmf->xdf",
-        rule.wgrad_input.fake_quantize(x_xMD),
-        rule.wgrad_grad_output.fake_quantize(by_group(dy_XF, expert_x)),
-    )
+    if isinstance(dy, Kept):
+        dy_xMF = dy.dequantize().reshape(*x_xMD.shape[:2], -1)
+    else:
+        dy_xMF = rule.wgrad_grad_output.fake_quantize(dy)
+    dw_xDF = _einsum("xmd,xmf->xdf", rule.wgrad_input.fake_quantize(x_xMD), dy_xMF)
     return dw_xDF[0] if expert_x is None else sum_by_expert(dw_xDF, expert_x, num_experts)

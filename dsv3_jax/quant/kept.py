@@ -22,25 +22,25 @@ class Kept:
     values: jax.Array
     scales: jax.Array
     operand: Operand
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def dequantize(self) -> jax.Array:
-        """What was kept, float32 [X, D]."""
+        """What was kept, float32 [..., X, D]."""
         values, scales = self.values, self.scales
         if self.operand.fmt == "e5m6":
             values = unpack12(values, self.shape[-1])
         if self.operand.scale != "float32":
             scales = from_ue8m0(scales)
-        block = self.operand.block or self.shape
+        block = self.operand.block or self.shape[-2:]
         return Blocked(values, scales, block, self.operand.fmt).dequantize()
 
 
-def keep(x_XD: jax.Array, operand: Operand) -> Kept:
-    """x quantised as the operand says."""
-    blocked = operand.quantize(x_XD)
+def keep(x: jax.Array, operand: Operand) -> Kept:
+    """x [..., X, D] quantised as the operand says."""
+    blocked = operand.quantize(x)
     values, scales = blocked.values, blocked.scales
     if operand.fmt == "e5m6":
         values = pack12(values)
     if operand.scale != "float32":
         scales = to_ue8m0(scales)
-    return Kept(values, scales, operand, x_XD.shape)
+    return Kept(values, scales, operand, x.shape)

@@ -33,15 +33,16 @@ class Operand:
         """What the GEMM multiplies, float32. x [x, M, D] are x groups of M rows: no tile reaches
         over a group's end, and one scale for the whole is one for all groups.
         """
-        x = self._matrices(x_xMD)
+        x = self.matrices(x_xMD)
         return fake_quantize(x, self.block or x.shape, self.fmt, self.scale).reshape(x_xMD.shape)
 
     def divided(self, x_xMD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same groups by blocks over their scales, and those scales: `fp8.divided`."""
-        x = self._matrices(x_xMD)
+        x = self.matrices(x_xMD)
         return divided(x, self.block or x.shape, self.fmt, self.scale)
 
-    def _matrices(self, x_xMD: jax.Array) -> jax.Array:
+    def matrices(self, x_xMD: jax.Array) -> jax.Array:
+        """Groups of rows as `quantize` is to take them."""
         return x_xMD if self.block else x_xMD.reshape(-1, x_xMD.shape[-1])
 
 

@@ -92,6 +92,11 @@ def hollow(slots: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def is_put_off(slots: tuple[Any, ...]) -> bool:
+    """Whether a product is to leave its operands."""
+    return isinstance(slots[0], Slot)
+
+
 def note(
     slots: tuple[Any, ...],
     widths: tuple[int, ...],
@@ -99,7 +104,7 @@ def note(
     operands: tuple[Any, ...],
 ) -> None:
     """Of a product that is being traced: what it will leave, if it has a slot."""
-    if isinstance(slots[0], Slot):
+    if is_put_off(slots):
         structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
         names = tuple(slot.name for slot in slots)
         slots[0].tape.entries[names[0]] = Entry(names, widths, gradient, structs)
@@ -112,7 +117,7 @@ def cotangents(
     operands: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     """Of the places that weights' gradients go to, `hollow`: operands for slots, else gradients."""
-    if isinstance(slots[0], Slot):
+    if is_put_off(slots):
         return (replace(slots[0], left=_packed(operands)), *slots[1:])
     return parted(gradient(*operands), widths, [slot.dtype for slot in slots])
 

@@ -304,8 +304,8 @@ def test_bits_take_no_more_bytes_than_the_numbers():
         assert [(z.dtype, z.shape) for z in entry.zeros] == [(dtype, (3, 5))]
 
 
-def test_an_input_kept_in_12_bits_leaves_in_12_bits():
-    """And its scales, powers of two, in 8."""
+def test_an_input_kept_in_12_bits_leaves_in_12_bits_and_dy_in_8():
+    """And the input's scales, powers of two, in 8."""
     rule, noted = FP8["after_attention"], Tape()
     x, w = normal(0, 6, 256), normal(1, 256, 5)
 
@@ -315,10 +315,11 @@ def test_an_input_kept_in_12_bits_leaves_in_12_bits():
         )
 
     jax.eval_shape(product, x)
-    values, scales, dy = noted.entries["w"].zeros
+    values, scales, dy, dy_scales = noted.entries["w"].zeros
     assert (values.dtype, values.size * 4) == (jnp.float32, 6 * 256 * 3 // 2)
     assert scales.size * 4 == 6 * 2
-    assert (dy.dtype, dy.shape) == (jnp.float32, (6, 5))
+    assert dy.size * 4 == 6 * 5 + 2  # in whole float32
+    assert (dy_scales.dtype, dy_scales.shape) == (jnp.float32, (1, 1, 5))
 
 
 def test_a_slot_indexes_as_the_weight_does():
