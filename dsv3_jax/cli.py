@@ -35,6 +35,20 @@ def parse(kind: Any, default: Any, *, prog: str, description: str, args: Sequenc
         return read()  # prints --help once more, in the terminal's own width and colours
 
 
+def value_of(args: list[str], flag: str) -> str | None:
+    """A flag's value before the real parsing, which needs it to know the defaults."""
+    found = None
+    for place, arg in enumerate(args):
+        name, has_value, value = arg.partition("=")
+        if name.replace("_", "-") != flag:  # as the real parsing has it, the last one too
+            continue
+        if has_value:
+            found = value
+        elif place + 1 < len(args):
+            found = args[place + 1]
+    return found
+
+
 def fail(message: str, hint: str = "") -> NoReturn:
     """Prints the one line on stderr and exits 2."""
     line = escaped(" ".join(message.split()))
@@ -223,6 +237,13 @@ def _one_line(boxed: str) -> str:
     ):
         text = re.sub(
             rf"^Error parsing (\S+): {said}: (.*)$", rf"\1 is \2; allowed: {allowed}", text
+        )
+    for kind, allowed in (("INT", "whole numbers"), ("FLOAT", "numbers")):  # of what may be None
+        text = re.sub(
+            rf"^Error parsing (\S+): no type matching \{{None\}}\|{kind} could be instantiated "
+            r"from \[(.*?)\]\. .*$",
+            rf"\1 is \2; allowed: {allowed}",
+            text,
         )
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"

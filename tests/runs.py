@@ -200,9 +200,12 @@ def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's metrics.jsonl without what a clock measured, and without resumes."""
+    """The entries of a run's metrics.jsonl without what a clock measured, and without resumes,
+    behind which a pipeline's operations are measured anew.
+    """
     entries = read_metrics(run / "metrics.jsonl")
     entries = [entry for entry in entries if entry.get("event") != "resumed"]
+    entries = [entry for entry in entries if entry["kind"] != "pipeline"]
     return [{k: v for k, v in entry.items() if k not in TIMES} for entry in entries]
 
 

@@ -51,6 +51,12 @@ class MeshConfig:
         """Devices that experts are spread over."""
         return self.node * self.local
 
+    def nodes_per_token(self, model: ModelConfig) -> int:
+        """Nodes that a token goes to, at most, whatever is chosen (report 2.1.2)."""
+        nodes = min(self.node, model.experts_per_token)
+        # A group lies on one node.
+        return min(nodes, model.num_kept_groups) if model.num_groups > 1 else nodes
+
     def check_model(self, model: ModelConfig) -> None:
         """ValueError for a model whose experts cannot be spread like this."""
         if not model.num_moe_layers and not model.mtp_depth:

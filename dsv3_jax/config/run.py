@@ -147,6 +147,8 @@ class OutputConfig:
         check("output.sample_tokens", self.sample_tokens, self.sample_tokens >= 0, "0 or more")
         temperature = self.sample_temperature
         check("output.sample_temperature", temperature, temperature >= 0, "0 or more")
+        if not self.folder:
+            raise ValueError("output.folder is ''; allowed: a folder, such as . for this one")
         if not self.name or "/" in self.name:
             raise ValueError(f"output.name is {self.name!r}; allowed: a name without '/'")
 

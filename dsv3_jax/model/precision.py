@@ -30,3 +30,8 @@ CLASSES = {
 def class_of(name: str) -> str | None:
     """The class of a parameter, by its name; None for what stays in high precision."""
     return next((kind for end, kind in CLASSES.items() if name.endswith(end)), None)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a parameter is the weight of a linear: neither gain, router, embedding nor head."""
+    return name.rpartition(".")[2].startswith("w_") and ".router." not in name

@@ -52,9 +52,7 @@ def make_exchange_plan(mesh: MeshConfig, model: ModelConfig) -> ExchangePlan | N
     """Of a run; None where every device holds all experts."""
     if mesh.expert_shards == 1:
         return None
-    nodes = min(mesh.node, model.experts_per_token)
-    if model.num_groups > 1:  # a group lies on one node
-        nodes = min(nodes, model.num_kept_groups)
+    nodes = mesh.nodes_per_token(model)
     return ExchangePlan(model.num_experts, mesh.node, mesh.local, nodes, mesh.bucket_factor)
 
 

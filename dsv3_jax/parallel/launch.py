@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from dsv3_jax.cli import USER_ERROR, to_stderr
+from dsv3_jax.process import MAX_EMULATED
 
 MAX_PROCESSES = 256
 PLACE = "DSV3_PROCESS"  # index, count, address, lifeline, report
@@ -125,6 +126,11 @@ def check(options: LaunchOptions, devices: int | None, mesh_size: int) -> None:
         raise ValueError(
             f"launch.processes is {processes}, which does not divide the {mesh_size} devices of "
             "the mesh"
+        )
+    if mesh_size > processes * MAX_EMULATED:
+        raise ValueError(
+            f"launch.processes is {processes}, and the axes of mesh multiply to {mesh_size:,}; "
+            f"allowed: up to {MAX_EMULATED:,} emulated devices in a process"
         )
 
 

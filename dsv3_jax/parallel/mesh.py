@@ -57,6 +57,12 @@ def weight_spec(name: str) -> PartitionSpec:
     return PartitionSpec()
 
 
+def parameter_name(path: tuple) -> str:
+    """Of a key path: `moe_layers.mla.w_o_HU_D`."""
+    keys = (getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    return ".".join(str(key) for key in keys if key is not None)
+
+
 def is_stacked(name: str) -> bool:
     """Whether a parameter of this name has a leading dimension of layers."""
     return name.partition(".")[0] in STACKS

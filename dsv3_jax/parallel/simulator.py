@@ -93,6 +93,18 @@ def simulate(
     def lasts(rank: int, operation: Operation) -> float:
         return times.get((rank, operation.kind), times[operation.kind])
 
+    timeline = timeline_of(schedule, lasts, transfer)
+    if not timeline.makespan < math.inf:
+        raise ValueError("times add up to more than a float holds; allowed: smaller ones")
+    return timeline
+
+
+def timeline_of(
+    schedule: Schedule,
+    lasts: Callable[[int, Operation], float],
+    transfer: float | None = None,
+) -> Timeline:
+    """The step with any times, of a rank and an operation. The orders must be able to run."""
     spans = spans_of(schedule, lasts, transfer)
     peak = tuple(_peak(schedule.operations(rank)) for rank in range(schedule.ranks))
     return Timeline(schedule, tuple(spans), peak)

@@ -96,7 +96,12 @@ def _sizes_of(written: str, stages: int, items: Sequence[str]) -> list[int]:
             raise ValueError(f"{written!r} has a stage with {word!r}; allowed: {FORM}")
     if len(parts) != stages:
         raise ValueError(f"{written!r} has {len(parts)} stages; allowed here: {stages}")
-    spelt = [["L"] * int(word) if word.isdigit() else [word] for part in parts for word in part]
+    most = len(items) + 1  # a longer run of layers would only take memory
+    spelt = [
+        ["L"] * min(int(word), most) if word.isdigit() else [word]
+        for part in parts
+        for word in part
+    ]
     if [item for word in spelt for item in word] != list(items):
         layers = items.count("L")
         modules = "".join("+M" for item in items if item == "M")

@@ -1,71 +1,222 @@
-"""`python -m dsv3_jax.plan`: what a pipeline costs before it runs (report 3.2.1, Table 2)."""
+"""`python -m dsv3_jax.plan`: what a run takes and costs before it runs (report 3.2, 3.5, Table 1),
+what serving a model does (3.4), and what a pipeline schedule alone does (Table 2).
+"""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import fail, parse, run, to_stderr, user_errors, value_of
+from dsv3_jax.config.load import load_config
+from dsv3_jax.plan.hardware import Hardware
+from dsv3_jax.plan.options import DEFAULT_TOP, Options, PlanOptions, check
+from dsv3_jax.process import check_devices, emulate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsv3_jax.parallel.schedules import Timeline
+    from dsv3_jax.plan.compiled import CompiledPlan
 
 PROG = "python -m dsv3_jax.plan"
-DESCRIPTION = """What a pipeline schedule costs: idle time and live activations of every rank.
+DESCRIPTION = """Plan a run before paying for it: memory, step time, bubble, MFU, hours, money.
+
+With --config: a training run on the described hardware, derived line by line; with --compile as
+well, its programs compiled for all devices, emulated; with --search, on which meshes and schedules
+it fits and which are fastest; with --serve, what serving its model comes to. With --schedule: idle
+time and live activations of a pipeline schedule, simulated beside the report's formulas. No device
+is needed.
+"""
+SCHEDULE_ABOUT = """What a pipeline schedule costs: idle time and live activations of every rank.
 
 Simulated beside the report's formulas, and drawn with --timeline. Times are in any unit, of one
 micro-batch in one of a rank's model parts.
 """
-Flag = tyro.conf.arg
 LARGEST = 100_000  # ranks times micro-batches, which take about a minute
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's options."""
-
-    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
-    """Which one"""
-    ranks: int = 8
-    """Devices, or groups of them, that the model's stages lie on"""
-    microbatches: int = 20
-    """Of one step, altogether"""
-    timeline: Path | None = None
-    """Picture to write: .png, .svg or .pdf"""
-    forward: Annotated[float, Flag(name="F")] = 1.0
-    """Time of a forward pass"""
-    backward: Annotated[float, Flag(name="B")] = 2.0
-    """Time of a whole backward pass; b, its input gradients alone, takes B - W"""
-    weights: Annotated[float, Flag(name="W")] = 1.0
-    """Time of the weight gradients"""
-    fused: Annotated[float, Flag(name="FB")] = 3.0
-    """Time of a forward and a backward pass in one program; below F + B where communication hides
-    behind computation"""
-    transfer: float | None = None
-    """Time in which two neighbours stop to swap messages; default: these cross in no time, and only
-    who needs one waits"""
 
 
 def main(args: Sequence[str]) -> int | None:
     """The command. SystemExit 2 for the user's mistakes."""
-    default = Options(schedule=tyro.MISSING)
-    options = parse(Options, default, prog=PROG, description=DESCRIPTION, args=args)
+    sys.stdout.reconfigure(errors="replace")  # × and µ are in no terminal's ASCII
+    args, schedule = list(args), Options(schedule=tyro.MISSING)
+    if any(arg.partition("=")[0] == "--schedule" for arg in args):
+        options = parse(Options, schedule, prog=PROG, description=SCHEDULE_ABOUT, args=args)
+        with user_errors():
+            show(options)
+        return None
+    if not {"-h", "--help"}.isdisjoint(args):
+        show_help(schedule)
+    path = value_of(args, "--config")
+    if path is None:
+        fail(
+            "nothing to plan; allowed: --config FILE for a run, --schedule NAME for a schedule",
+            hint=f"{PROG} --help lists all options",
+        )
     with user_errors():
-        show(options)
+        default = PlanOptions(run=load_config(Path(path)))
+        show_plan(parse(PlanOptions, default, prog=PROG, description=DESCRIPTION, args=args))
+
+
+def show_help(schedule: Options) -> NoReturn:
+    """Of both kinds of plan, one below the other."""
+    for default, about in ((PlanOptions(), DESCRIPTION), (schedule, SCHEDULE_ABOUT)):
+        try:
+            parse(type(default), default, prog=PROG, description=about, args=["--help"])
+        except SystemExit as ended:
+            if ended.code:
+                raise
+    raise SystemExit(0)
+
+
+def show_plan(options: PlanOptions) -> None:
+    """Prints the plan, and draws the step. ValueError or OSError, one line, for bad input."""
+    check(options)
+    devices = options.devices if options.devices is not None else options.run.mesh.size
+    if options.compile:
+        emulate(devices)  # before JAX has begun
+    hardware = _hardware(options.hardware, devices)
+    if options.search:
+        _show_search(options, hardware, devices)
+        return
+    if options.serve:
+        _show_serving(options, hardware)
+        return
+    from dsv3_jax.plan.compiled_tables import compiled_json, compiled_line, compiled_tables
+    from dsv3_jax.plan.cuts import check_pipeline
+    from dsv3_jax.plan.memory import memory_of
+    from dsv3_jax.plan.memory_tables import draw_memory, memory_json, memory_lines, memory_table
+    from dsv3_jax.plan.prediction import predict
+    from dsv3_jax.plan.tables import plan_json, plan_tables
+    from dsv3_jax.plan.timeline import draw_timeline
+
+    check_pipeline(options.run)
+    memory, capacity = memory_of(options.run), hardware.memory.value
+    if options.memory_bars:
+        draw_memory(memory, options.memory_bars, capacity)
+    compiled = _compiled(options) if options.compile else None
+    prediction = predict(
+        options.run,
+        hardware,
+        what_if=options.what_if,
+        overlap=options.overlap,
+        price=options.price,
+    )
+    if options.timeline:
+        draw_timeline(prediction.step.timeline, options.timeline, "seconds")
+    if options.json:
+        told = {"memory": memory_json(memory, capacity)} | plan_json(prediction)
+        if compiled:
+            told["compiled"] = compiled_json(compiled)
+        print(json.dumps(told, indent=2))
+        return
+    mesh = options.run.mesh
+    sizes = f"pipe {mesh.pipe} × data {mesh.data} × node {mesh.node} × local {mesh.local}"
+    parts = [memory_table(memory), *memory_lines(memory, capacity, options.skew)]
+    if compiled:
+        parts += [*compiled_tables(compiled, capacity), compiled_line(compiled)]
+    parts += plan_tables(prediction)
+    _print(f"{mesh.size:,} × {hardware.name}: {sizes}", parts, hardware)
+    if prediction.price is None:
+        print(f"no price of {hardware.name} is known: see --price")
+    for picture in filter(None, (options.memory_bars, options.timeline)):
+        print(f"picture: {picture}")
+
+
+def _compiled(options: PlanOptions) -> "CompiledPlan":
+    from dsv3_jax.plan.compile import compile_run
+
+    check_devices()
+    return compile_run(options.run, to_stderr)
+
+
+def _show_search(options: PlanOptions, hardware: Hardware, devices: int) -> None:
+    from dsv3_jax.plan.search import Ask, search
+    from dsv3_jax.plan.search_tables import search_json, search_lines, search_table
+
+    top = DEFAULT_TOP if options.top is None else options.top
+    ask = Ask(hardware, devices, top, options.what_if, options.overlap, options.price)
+    with _progress() as told:
+        answer = search(options.run, ask, told)
+    if options.json:
+        print(json.dumps(search_json(answer), indent=2))
+        return
+    tables = [search_table(answer)] if answer.fastest else []
+    _print(f"{devices:,} × {hardware.name}", [*tables, *search_lines(answer)], hardware)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, if that is a terminal; it goes when all is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, tasks = Console(stderr=True), {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def told(doing: str, done: int, of: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = progress.add_task(doing, total=of)
+            progress.update(tasks[doing], completed=done)
+
+        yield told
+
+
+def _show_serving(options: PlanOptions, hardware: Hardware) -> None:
+    from dsv3_jax.plan.hardware import changed
+    from dsv3_jax.plan.prediction import price_of
+    from dsv3_jax.plan.serving import Serving
+    from dsv3_jax.plan.tables import serving_json, serving_tables
+
+    serving = Serving(
+        options.run.model,
+        changed(hardware, options.what_if),
+        options.serving,
+        price_of(hardware, options.price),
+        options.overlap,
+        options.what_if.fused_cast,
+    )
+    if options.json:
+        print(json.dumps(serving_json(serving), indent=2))
+        return
+    units = f"units of {options.serving.prefill_devices} and {options.serving.decode_devices}"
+    _print(f"serving on {hardware.name}: {units}", serving_tables(serving), hardware)
+    if serving.price is None:
+        print(f"no price of {hardware.name} is known: see --price")
+
+
+def _hardware(name: str, devices: int) -> Hardware:
+    from dsv3_jax.plan.hardware import hardware_named
+
+    if name != "cpu":
+        return hardware_named(name)
+    from dsv3_jax.plan.cpu_probe import measured_cpu
+
+    return measured_cpu(devices)
+
+
+def _print(title: str, parts: Sequence["Table | str"], hardware: Hardware) -> None:
+    from dsv3_jax.plan.layer_time import NOT_COUNTED
+    from dsv3_jax.train.console import RunConsole
+
+    console = RunConsole()
+    console.print(title, end="\n\n")
+    assumed = (f"assumed: {line}" for line in hardware.assumed)
+    for part in (*parts, *assumed, f"not counted: {NOT_COUNTED}"):
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def show(options: Options) -> None:
     """Prints the tables, and draws the picture. ValueError or OSError, one line, for bad input."""
-    from rich.console import Console
-
     from dsv3_jax.drawing import check_picture_path
     from dsv3_jax.parallel.schedules import make, simulate
     from dsv3_jax.plan.bubbles import FORMULAS
+    from dsv3_jax.plan.schedule_tables import rank_table, whole_table
     from dsv3_jax.plan.timeline import OPTION, draw_timeline, title
+    from dsv3_jax.train.console import RunConsole
 
     if options.timeline:
         check_picture_path(options.timeline, OPTION)
@@ -79,61 +230,14 @@ def show(options: Options) -> None:
     timeline = simulate(schedule, *times, transfer=options.transfer)
     if options.timeline:
         draw_timeline(timeline, options.timeline)
-    console = Console(highlight=False)
-    console.print(title(timeline), markup=False)
+    console = RunConsole()
+    console.print(title(timeline))
     console.print(whole_table(timeline, options))
     if holds := FORMULAS[options.schedule].holds:
-        console.print(f"the bubble's formula holds for {holds}", markup=False, soft_wrap=True)
+        console.print(f"the bubble's formula holds for {holds}", soft_wrap=True)
     console.print(rank_table(timeline))
     if options.timeline:
-        console.print(f"picture: {options.timeline}", markup=False, soft_wrap=True)
-
-
-def whole_table(timeline: "Timeline", options: Options) -> "Table":
-    """Simulated figures beside the formulas."""
-    from dsv3_jax.plan.bubbles import FORMULAS
-
-    schedule, formula = timeline.schedule, FORMULAS[options.schedule]
-    bubble = formula.bubble(
-        schedule.ranks, options.forward, options.backward, options.weights, options.fused
-    )
-    peak = formula.peak(schedule.ranks, schedule.microbatches)
-    table = _table("", "simulated", "formula")
-    table.add_row("bubble", _number(timeline.bubble), f"{_number(bubble)} = {formula.text}")
-    table.add_row("live activations", f"{max(timeline.peak)}", f"{peak} = {formula.live}")
-    table.add_row("stages on a rank", f"{schedule.chunks}", "")
-    table.add_row("step", _number(timeline.makespan), "")
-    return table
-
-
-def rank_table(timeline: "Timeline") -> "Table":
-    """Idle time and live activations of every rank."""
-    table = _table("rank", "stages", "idle", "of the step", "live activations")
-    for row in _rank_rows(timeline):
-        table.add_row(*row)
-    return table
-
-
-def _rank_rows(timeline: "Timeline") -> Iterator[tuple[str, ...]]:
-    schedule = timeline.schedule
-    for rank, (idle, peak) in enumerate(zip(timeline.idle, timeline.peak, strict=True)):
-        stages = ", ".join(str(schedule.stage(rank, chunk)) for chunk in range(schedule.chunks))
-        yield str(rank), stages, _number(idle), f"{idle / timeline.makespan:.1%}", str(peak)
-
-
-def _number(time: float) -> str:
-    """Without the last digits, in which sums in another order differ."""
-    return f"{round(time, 9):.6g}"
-
-
-def _table(*columns: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("", "formula") else "right")
-    return table
+        console.print(f"picture: {options.timeline}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ no useful work.
 """
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.plan.products import items_of, scores_flops
 
 
 def train_flops_per_token(
@@ -40,18 +41,9 @@ def item_costs(model: ModelConfig, length: int) -> list[float]:
     """FLOPs per token of the forward pass of what pipelines cut a model into: embedding, every
     layer, head, every MTP module with its pass through the head; in rows of `length` tokens.
     """
-    d, heads, q = model.d_model, model.num_heads, model.nope_dim + model.rope_dim
-    queries = d * heads * q
-    if model.q_latent is not None:
-        queries = model.q_latent * (d + heads * q)
-    latent = d * (model.kv_latent + model.rope_dim)
-    expanded = model.kv_latent * heads * (model.nope_dim + model.v_dim)
-    scores = length // 2 * heads * (q + model.v_dim)
-    attention = queries + latent + expanded + heads * model.v_dim * d + scores
-    dense = attention + 3 * d * model.dense_hidden
-    active = model.experts_per_token + model.num_shared_experts
-    moe = attention + d * model.num_experts + 3 * d * model.expert_hidden * active
-    head = d * model.vocab_size
-    layers = [dense] * model.num_dense_layers + [moe] * model.num_moe_layers
+    scores = scores_flops(model, length)
     # To look rows up is a copy of d numbers.
-    return [2.0 * cost for cost in (d, *layers, head, *[2 * d * d + moe + head] * model.mtp_depth)]
+    return [
+        float(sum(p.flops for p in item.products) + scores * item.attends or 2 * model.d_model)
+        for item in items_of(model)
+    ]

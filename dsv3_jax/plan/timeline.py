@@ -35,16 +35,17 @@ class Box(NamedTuple):
     work: Work
 
 
-def draw_timeline(timeline: Timeline, path: Path) -> None:
-    """Draws a timeline as a PNG, SVG or PDF.
+def draw_timeline(timeline: Timeline, path: Path, unit: str = "") -> None:
+    """Draws a timeline as a PNG, SVG or PDF; `unit` of its times.
 
     ValueError for another suffix, OSError where the file cannot be written.
     """
-    shortest = min(span.end - span.start for span in timeline.spans)
+    lengths = (span.end - span.start for span in timeline.spans)
+    shortest = min(length for length in lengths if length)  # a stage may have nothing to do in b
     width = min(WIDEST, max(8.0, UNIT_WIDTH * timeline.makespan / shortest))
     with new_figure(width, 1.7 + 0.36 * timeline.schedule.ranks) as figure:
         panel = figure.subplots()
-        draw(panel, timeline)
+        draw(panel, timeline, unit)
         panel.set_title(title(timeline))
         save_picture(figure, path, OPTION)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax import process
-from dsv3_jax.cli import parse, run, user_errors
+from dsv3_jax.cli import parse, run, user_errors, value_of
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
 from dsv3_jax.config.presets import tiny_run
@@ -131,15 +131,15 @@ def resolve(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | Non
     resume and the one whose weights to start from.
     """
     default = tiny_run()
-    path = _value_of(args, "--config")
+    path = value_of(args, "--config")
     if path is not None:
         default = load_config(Path(path))
-    resumed, weights = _value_of(args, "--resume"), _value_of(args, "--init-from")
+    resumed, weights = value_of(args, "--resume"), value_of(args, "--init-from")
     if not {"-h", "--help"}.isdisjoint(args) or (resumed is None and weights is None):
         return _parse(args, default), None, None
     if resumed is not None and weights is not None:
         raise ValueError("--resume and --init-from: one run cannot be both; allowed: one of them")
-    parent = Path(_value_of(args, "--output.folder") or default.output.folder)
+    parent = Path(value_of(args, "--output.folder") or default.output.folder)
     if weights is not None:
         folder = run_at(parent, weights, "--init-from")
     else:
@@ -152,20 +152,6 @@ def resolve(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | Non
 
 def _parse(args: list[str], default: RunConfig) -> Any:
     return parse(Options, Options(run=default), prog=PROG, description=DESCRIPTION, args=args)
-
-
-def _value_of(args: list[str], flag: str) -> str | None:
-    """A flag's value before the real parsing, which needs it to know the defaults."""
-    found = None
-    for place, arg in enumerate(args):
-        name, has_value, value = arg.partition("=")
-        if name.replace("_", "-") != flag:  # as the real parsing has it, the last one too
-            continue
-        if has_value:
-            found = value
-        elif place + 1 < len(args):
-            found = args[place + 1]
-    return found
 
 
 def _with_resume_value(args: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from dsv3_jax.model.cross_entropy import cross_entropy
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.transformer import DeepSeekV3, positions
 from dsv3_jax.model.yarn import rope_table
-from dsv3_jax.train.optimizer import parameter_name
+from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.train.step import TrainState
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dsv3_jax.config import OptimizerConfig, ParamGroup
+from dsv3_jax.parallel.mesh import parameter_name
 
 
 class AdamState(NamedTuple):
@@ -104,12 +105,6 @@ def group_of(cfg: OptimizerConfig, path: tuple) -> ParamGroup:
     name = parameter_name(path)
     group = next((group for group in cfg.groups if group.match in name), ParamGroup(""))
     return replace(group, decay="norm" not in name) if group.decay is None else group
-
-
-def parameter_name(path: tuple) -> str:
-    """Of a key path: `moe_layers.mla.w_o_HU_D`."""
-    keys = (getattr(key, "key", getattr(key, "idx", None)) for key in path)
-    return ".".join(str(key) for key in keys if key is not None)
 
 
 def check_groups(cfg: OptimizerConfig, params: chex.ArrayTree) -> None:

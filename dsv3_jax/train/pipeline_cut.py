@@ -1,47 +1,8 @@
-"""How a run's model is cut for its pipeline, from its configuration alone."""
-
-from functools import cache
+"""How the arrays of a pipelined run are numbered, from its configuration alone."""
 
 from dsv3_jax.checkpoint.names import Numbering, StageNumbers
 from dsv3_jax.config import RunConfig
-from dsv3_jax.parallel.schedules import check
-from dsv3_jax.parallel.stages import Cut, cut
-from dsv3_jax.plan.cost import item_costs
-
-
-def num_stages(cfg: RunConfig) -> int:
-    """Parts that the model is cut into."""
-    return cfg.mesh.pipe * (2 if cfg.pipeline.schedule == "dualpipev" else 1)
-
-
-@cache
-def cuts_of(cfg: RunConfig) -> tuple[Cut, ...]:
-    """Of every stage. ValueError for a cut that cannot be."""
-    model = cfg.model
-    costs = item_costs(model, cfg.data.length)
-    try:
-        return cut(cfg.pipeline.stages, num_stages(cfg), model.num_layers, model.mtp_depth, costs)
-    except ValueError as error:
-        raise ValueError(f"pipeline.stages: {error}") from error
-
-
-def check_pipeline(cfg: RunConfig) -> None:
-    """ValueError for a pipeline that cannot be, or that fits no step but those of a ramp."""
-    if cfg.mesh.pipe == 1:
-        if cfg.pipeline.stages:
-            raise ValueError(
-                f"pipeline.stages is {cfg.pipeline.stages!r} with mesh.pipe 1; allowed: empty"
-            )
-        return
-    cuts_of(cfg)
-    part = cfg.train.rows // cfg.train.microbatches
-    rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
-    # Small steps of a ramp fall back to 1F1B, whose stages are dualpipe's and not dualpipev's.
-    rows = min(rows) if cfg.pipeline.schedule == "dualpipev" else max(rows)
-    try:
-        check(cfg.pipeline.schedule, cfg.mesh.pipe, rows // part)
-    except ValueError as error:
-        raise ValueError(f"pipeline.schedule, with train.microbatches: {error}") from error
+from dsv3_jax.plan.cuts import cuts_of
 
 
 def numbering_of(cfg: RunConfig) -> Numbering:

@@ -18,13 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.parallel.buckets import make_exchange_plan
-from dsv3_jax.parallel.mesh import is_stacked
+from dsv3_jax.parallel.mesh import is_stacked, parameter_name
 from dsv3_jax.parallel.neighbours import PER_DEVICE, rank_meshes
 from dsv3_jax.parallel.schedules import fits, make
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.zero import stored_spec
 from dsv3_jax.quant.gemm import wide
-from dsv3_jax.train.optimizer import adamw, parameter_name
+from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.sharding import RunSharding
 from dsv3_jax.train.stage import Stage
 from dsv3_jax.train.step import TrainState, abstract_state

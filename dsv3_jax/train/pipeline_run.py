@@ -16,8 +16,8 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.neighbours import PER_DEVICE
 from dsv3_jax.parallel.schedules import Schedule
+from dsv3_jax.plan.cuts import cuts_of
 from dsv3_jax.train.pipeline import Pipeline
-from dsv3_jax.train.pipeline_cut import cuts_of
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_state import joined, placed_shapes, weights_by_stage
 from dsv3_jax.train.sharding import RunSharding

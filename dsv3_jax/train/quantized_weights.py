@@ -8,10 +8,10 @@ from flax import nnx
 
 from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.model.precision import class_of
+from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.recipes import RECIPES, Rule
 from dsv3_jax.quant.trained_weight import Taps, TrainedWeight
-from dsv3_jax.train.optimizer import parameter_name
 
 
 class Quantized(NamedTuple):

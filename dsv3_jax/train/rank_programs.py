@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel.dispatch import Traffic
+from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.parallel.neighbours import PER_DEVICE
 from dsv3_jax.parallel.zero import gathered, summed_and_scattered, unused_axes
-from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.pipeline_layout import Layout, key_of
 from dsv3_jax.train.sharding import WHOLE, RunSharding
 from dsv3_jax.train.stage import Arrays
@@ -251,4 +251,5 @@ class RankPrograms:
 
 def _alike(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """What is the same on devices that a spec tells no difference of, typed as such."""
-    return lax.pmax(x, unused_axes(spec))
+    axes = unused_axes(spec)  # none of an expert's master in data groups
+    return lax.pmax(x, axes) if axes else x

@@ -27,6 +27,7 @@ from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.plan.cuts import check_pipeline, cuts_of
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.beginning import check_processes, joint_corpus, joint_folder
@@ -37,8 +38,8 @@ from dsv3_jax.train.machine import describe, matmul_peak
 from dsv3_jax.train.memory import check_memory
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
-from dsv3_jax.train.pipeline_cut import check_pipeline, cuts_of
 from dsv3_jax.train.pipeline_run import PipelineRun
+from dsv3_jax.train.planned import Planned, is_exhaustion, planned_of, told_of_exhaustion
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.records import event_record
@@ -166,7 +167,7 @@ def _load(
     """
     wanted = None
     if processes.count() > 1:
-        wanted = snapshot.wanted(cfg, _programs(cfg)[1].shapes)
+        wanted = snapshot.wanted(cfg, _programs(cfg)[2].shapes)
     if is_hf_folder(source.path):
         skip_mtp = not cfg.model.mtp_depth
         model = load_pretrained(source.path, dtype="float32", skip_mtp=skip_mtp)
@@ -216,13 +217,10 @@ def execute(prepared: Prepared, console: Console, watch: Watch = NO_WATCH) -> in
     """
     try:
         return _execute(prepared, console, watch)
-    except jax.errors.JaxRuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not is_exhaustion(error):
             raise
-        raise MemoryError(
-            f"out of memory: {' '.join(str(error).split())[:200]}; smaller: train.rows, or more "
-            "train.microbatches"
-        ) from error
+        raise MemoryError(told_of_exhaustion(prepared.cfg, error)) from error
 
 
 def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
@@ -242,12 +240,15 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     tokens = rows_after(cfg, 0, cfg.train.steps) * cfg.data.length
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
-    graphdef, programs = _programs(cfg)
+    graphdef, params, programs = _programs(cfg)
     rows = _next_rows(prepared)
     if rows:
         say(f"           {COMPILING[cfg.mesh.pipe > 1]}, kept for the next time)")
     if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
         programs.begin(rows)
+    planned = planned_of(cfg, params) if rows else None
+    if planned:
+        say(planned.begin())
     start = _start(prepared, programs, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb
@@ -290,18 +291,19 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
             if origin:
                 out.keep(origin)
-            return _train(trainer, out, console)
+            return _train(trainer, out, console, planned)
 
 
-def _programs(cfg: RunConfig) -> tuple[nnx.GraphDef, StepPrograms | PipelineRun]:
-    """The whole model's structure, and a run's programs."""
+def _programs(cfg: RunConfig) -> tuple[nnx.GraphDef, nnx.State, StepPrograms | PipelineRun]:
+    """The whole model's structure, its abstract weights, and a run's programs."""
     graphdef, shapes = abstract_state(cfg)
     if cfg.mesh.pipe > 1:
-        return graphdef, PipelineRun(cfg)
-    return graphdef, StepPrograms(cfg, graphdef, shapes, make_sharding(cfg, shapes.params))
+        return graphdef, shapes.params, PipelineRun(cfg)
+    sharding = make_sharding(cfg, shapes.params)
+    return graphdef, shapes.params, StepPrograms(cfg, graphdef, shapes, sharding)
 
 
-def _train(trainer: Trainer, out: Output, console: Console) -> int:
+def _train(trainer: Trainer, out: Output, console: Console, planned: Planned | None) -> int:
     """Trains, says how that ended, and returns the exit code."""
     run, say = trainer.run, partial(console.print, soft_wrap=True)
     try:
@@ -323,6 +325,8 @@ def _train(trainer: Trainer, out: Output, console: Console) -> int:
     result = finish(trainer, trained.snapshot, out)
     if result:
         summary(result, console)
+        if planned:
+            say(planned.end(result.tokens_per_second))
     if trained.unsaved:  # what takes less room may have been written all the same
         raise trained.unsaved
     return 0

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from dsv3_jax.config import Phase, RunConfig
+from dsv3_jax.config.stairs import stairs
 
 
 class Values(NamedTuple):
@@ -62,12 +63,7 @@ def rows_at(cfg: RunConfig, tokens: int) -> int:
 
 def rows_after(cfg: RunConfig, consumed_rows: int, steps: int) -> int:
     """Consumed rows after `steps` more steps."""
-    for phase in cfg.schedule.rows_phases:
-        left = -(-phase.end // cfg.data.length) - consumed_rows  # rows that reach its end
-        taken = min(max(-(-left // int(phase.value)), 0), steps)
-        consumed_rows += taken * int(phase.value)
-        steps -= taken
-    return consumed_rows + steps * cfg.train.rows
+    return consumed_rows + sum(rows * n for rows, n in stairs(cfg, consumed_rows, steps))
 
 
 def value_at(start: float, phases: tuple[Phase, ...], tokens: int) -> float:

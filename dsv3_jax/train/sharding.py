@@ -24,9 +24,8 @@ from dsv3_jax.config.mesh import AXES
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.buckets import ExchangePlan, make_exchange_plan
-from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, varying
+from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, parameter_name, varying
 from dsv3_jax.parallel.zero import gathered, holds_first, stored_spec, summed_and_scattered
-from dsv3_jax.train.optimizer import parameter_name
 
 ROWS = PartitionSpec(TOKEN_AXES)
 WHOLE = PartitionSpec()

@@ -20,11 +20,18 @@ from flax import nnx
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.cross_entropy import cross_entropy, cross_entropy_and_dhead
-from dsv3_jax.model.precision import class_of
+from dsv3_jax.model.precision import class_of, is_linear
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.buckets import ExchangePlan
-from dsv3_jax.parallel.mesh import EXPERT_AXES, TOKEN_AXES, is_stacked, varying, weight_spec
+from dsv3_jax.parallel.mesh import (
+    EXPERT_AXES,
+    TOKEN_AXES,
+    is_stacked,
+    parameter_name,
+    varying,
+    weight_spec,
+)
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.gemm import wide
@@ -32,7 +39,6 @@ from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.quant.tape import Slot, Tape
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.train.loss import LossParts, stage_loss
-from dsv3_jax.train.optimizer import parameter_name
 
 Arrays = dict[str, Any]  # by parameter's name
 
@@ -273,8 +279,3 @@ class Stage:
             gradients: Callable = self.tape.entries[name].gradients
             grads |= (jax.vmap(gradients) if is_stacked(name) else gradients)(left)
         return grads
-
-
-def is_linear(name: str) -> bool:
-    """Whether a parameter is the weight of a linear: neither gain, router, embedding nor head."""
-    return name.rpartition(".")[2].startswith("w_") and ".router." not in name

@@ -20,10 +20,10 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.dispatch import Traffic
-from dsv3_jax.parallel.mesh import is_stacked
+from dsv3_jax.parallel.mesh import is_stacked, parameter_name
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.loss import LossParts, loss
-from dsv3_jax.train.optimizer import adamw, check_groups, parameter_name
+from dsv3_jax.train.optimizer import adamw, check_groups
 from dsv3_jax.train.quantized_weights import attach, quantize_weights
 from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, RunSharding
 

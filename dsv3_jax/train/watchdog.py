@@ -74,7 +74,7 @@ class Watchdog:
         return max(LEAST_SECONDS, USUAL_STEPS * statistics.median(self._durations))
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.limit / 4)):
+        while not self._closed.wait(min(1.0, max(0.05, self.limit / 4))):
             step = next(iter(list(self._steps)), None)
             if step and step.number != self._told and time.monotonic() - step.since > self.limit:
                 self._told = step.number

@@ -38,6 +38,10 @@ from tests.shapes import TINY_YARN, tiny_model
         ),
         (lambda: TrainConfig(steps=0), "train.steps is 0; allowed: at least 1"),
         (
+            lambda: OutputConfig(folder=""),
+            "output.folder is ''; allowed: a folder, such as . for this one",
+        ),
+        (
             lambda: TrainConfig(rows=8, microbatches=3),
             "train.microbatches is 3, which does not divide train.rows = 8",
         ),

@@ -23,11 +23,10 @@ from dsv3_jax.parallel.buckets import (
 )
 from dsv3_jax.parallel.copies import fill_slots
 from dsv3_jax.parallel.dispatch import swapped
-from dsv3_jax.parallel.mesh import TOKEN_AXES, varying, weight_spec
+from dsv3_jax.parallel.mesh import TOKEN_AXES, parameter_name, varying, weight_spec
 from dsv3_jax.parallel.wire import PLAIN, wire_of_rules
 from dsv3_jax.quant.recipes import FP8
 from dsv3_jax.quant.trained_weight import TrainedWeight
-from dsv3_jax.train.optimizer import parameter_name
 from tests.jaxprs import equations
 from tests.parallel import simulated
 from tests.parallel.exchanges import (

@@ -153,6 +153,7 @@ def test_nobody_outlives_the_launcher():
         (LaunchOptions(2, port=-1), None, 2, "launch.port is -1; allowed: 0 to 65,535"),
         (LaunchOptions(2, cluster=True), None, 2, "launch.cluster and launch.processes"),
         (LaunchOptions(hang_seconds=-1.0), None, 1, "launch.hang_seconds is -1.0; allowed"),
+        (LaunchOptions(2), None, 2**20, "launch.processes is 2, and the axes of mesh multiply to"),
     ],
 )
 def test_what_cannot_be_is_refused(options: LaunchOptions, devices, mesh: int, said: str):

@@ -55,6 +55,8 @@ def test_the_picture_is_written(tmp_path: Path, capsys):
         ("--schedule dual", "Expected one of ('gpipe', '1f1b', 'zb1p', 'dualpipe', 'dualpipev')"),
         ("--schedule dualpipe --ranks 7", "dualpipe: ranks are 7; allowed: even, 2 or more"),
         ("--schedule 1f1b --ranks 101 --microbatches 1000", "allowed: up to 100,000"),
+        ("--schedule gpipe --F 1e308", "times add up to more than a float holds; allowed: smaller"),
+        ("--schedule gpipe --transfer x", "--transfer is 'x'; allowed: numbers"),
         ("--schedule zb1p --B 1", "zb1p: time of b (B - W) is 0; allowed: above 0, finite"),
         ("--schedule zb1p --F nan", "zb1p: time of F is nan; allowed: above 0, finite"),
         ("--schedule 1f1b --ranks 2.5", "--ranks is '2.5'; allowed: whole numbers"),

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import zlib
@@ -202,6 +203,8 @@ def test_a_run_stopped_by_signals_and_damaged_ends_as_the_uninterrupted_one_bit_
     assert "checkpoint skipped" in shown
     assert f"run        {run}\n" in shown
     assert "           resumed after step 4\n" in shown
+    assert re.search(r"^planned    [\d.]+ MB a device \(.* of workspace$", shown, re.M)
+    assert re.search(r"^measured   .* of the process \(planned .*\); [\d,]+ tokens/s$", shown, re.M)
     assert store.steps(run / "checkpoints") == [0, 3, 4, 5, 6]
     moved = replace(small.cfg, output=replace(small.cfg.output, folder=str(runs)))
     assert store.load(run / "checkpoints").meta["config"] == json.loads(moved.to_json())
@@ -279,6 +282,7 @@ def test_a_finished_run_resumed_again_trains_and_changes_nothing(
     shown = capsys.readouterr().out
     assert "bits per byte of validation text" in shown
     assert "compiling" not in shown
+    assert "planned" not in shown
     assert_same_run(copy, finished)
     assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
 

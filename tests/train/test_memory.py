@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
-from dsv3_jax.parallel.mesh import weight_spec
+from dsv3_jax.parallel.mesh import parameter_name, weight_spec
 from dsv3_jax.train import memory
 from dsv3_jax.train.memory import check_memory, state_bytes
-from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.sharding import make_sharding
 from dsv3_jax.train.step import abstract_state
 from tests.shapes import tiny_model

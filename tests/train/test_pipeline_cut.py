@@ -10,8 +10,9 @@ from dsv3_jax.config import MeshConfig, Phase, PipelineConfig, RunConfig, Schedu
 from dsv3_jax.config.load import load_config
 from dsv3_jax.config.presets import dsv3_671b, tiny_run
 from dsv3_jax.plan.cost import item_costs, train_flops_per_token
+from dsv3_jax.plan.cuts import check_pipeline, cuts_of
 from dsv3_jax.train.__main__ import main
-from dsv3_jax.train.pipeline_cut import check_pipeline, cuts_of, numbering_of
+from dsv3_jax.train.pipeline_cut import numbering_of
 from tests.shapes import tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.config import MeshConfig, PipelineConfig, RunConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import make
+from dsv3_jax.plan.cuts import cuts_of
 from dsv3_jax.train import ema
 from dsv3_jax.train.metrics import read_metrics
-from dsv3_jax.train.pipeline_cut import cuts_of
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_page import timeline_of
 from dsv3_jax.train.pipeline_state import from_whole, to_whole

@@ -121,12 +121,12 @@ def test_every_run_is_itself_and_that_of_one_process(
     with train_process(programs, *common, *several, "--output.folder", killed) as run:
         wait_for_step(run, 5)
         os.kill(children(run.pid)[count - 1], signal.SIGKILL)
-        run.communicate(timeout=60)
+        run.communicate(timeout=300)
     assert run.returncode == 137
     with train_process(programs, *common, *several, "--output.folder", stopped) as run:
         wait_for_step(run, 2)
         os.kill(children(run.pid)[1], signal.SIGTERM)
-        out, error = run.communicate(timeout=60)
+        out, error = run.communicate(timeout=300)
     assert (run.returncode, error) == (143, "")
     assert "SIGTERM: saved step" in out
     for folder in (killed, stopped):

@@ -17,12 +17,12 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.data.packing import Row
 from dsv3_jax.model.precision import CLASSES, class_of
 from dsv3_jax.model.router import RouterBias
+from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.quant.fp8 import quantize
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT
 from dsv3_jax.quant.recipes import RECIPES
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.train.metrics import read_metrics
-from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.quantized_weights import quantize_weights, with_quantized_weights
 from dsv3_jax.train.step import TrainState, abstract_state, gradients
 from dsv3_jax.train.validation import make_validate

@@ -206,18 +206,35 @@ def test_a_model_that_does_not_fit_is_refused_before_its_folder_is_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+        MemoryError("Unable to allocate 9 bytes"),
+    ],
+    ids=["device", "host"],
+)
 def test_a_batch_that_does_not_fit_is_one_line(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small: SmallRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    error: Exception,
 ):
+    """And names what the plan has on the fullest rank, and what would hold less."""
+
     def full(*args: object) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        raise error
 
     monkeypatch.setattr(run_module, "_execute", full)
     with pytest.raises(SystemExit) as stop:
         small.train("--config", small.config, "--output.folder", tmp_path)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Out of memory allocating 9 bytes.; smaller: train.rows" in line
+    assert f"out of memory: {error}; planned on rank 0: " in line
+    for term in ("weights", "masters", "moments", "gradients", "residuals", "workspace"):
+        assert f"{term} " in line
+    assert "; smaller: --" in line
 
 
 def test_a_run_that_another_process_trains_is_left_alone(
@@ -239,7 +256,7 @@ def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
     with small.quick():
         prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
         said: list[str] = []
-        _, programs = run_module._programs(prepared.cfg)
+        *_, programs = run_module._programs(prepared.cfg)
         start = run_module._start(prepared, programs, said.append)
     assert (prepared.run.path, prepared.is_new) == (copy, False)
     assert start.position == Position()

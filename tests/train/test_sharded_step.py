@@ -27,10 +27,9 @@ from dsv3_jax.config import (
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model import router
 from dsv3_jax.parallel.dispatch import Traffic
-from dsv3_jax.parallel.mesh import TOKEN_AXES
+from dsv3_jax.parallel.mesh import TOKEN_AXES, parameter_name
 from dsv3_jax.train.exchange_records import bytes_of_row, exchange_entry
 from dsv3_jax.train.loss import loss
-from dsv3_jax.train.optimizer import parameter_name
 from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, make_sharding
 from dsv3_jax.train.step import (
     StepMetrics,

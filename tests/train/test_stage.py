@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3_jax.model.precision import is_linear
 from dsv3_jax.parallel.mesh import EXPERT_AXES, is_stacked, weight_spec
+from dsv3_jax.plan.kept import Kept
 from dsv3_jax.train.pipeline_programs import PassPrograms
-from dsv3_jax.train.stage import is_linear
 from tests.train.lowered import count, operations, result_shape, result_size
 from tests.train.pipelines import Case, pipeline_of
 
@@ -119,6 +120,24 @@ def test_no_product_of_b_has_a_weights_shape_and_every_one_of_w_has(chunk: int):
 def joined(shapes: set[tuple[int, ...]]) -> set[tuple[int, int]]:
     """Shapes of gates and ups side by side."""
     return {(shape[-2], 2 * shape[-1]) for shape in shapes if shape[-2] == 32}
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_a_plan_knows_what_is_kept(case: Case, chunk: int):
+    """But for flags and places, which count beside 32 numbers in a row."""
+    kept, cut = Kept(case.config), passes(case).programs.chunks[chunk].stage.cut
+    residuals = size(lowered(case, "F", chunk).out_info[1])
+    assert sum(kept.residuals(cut).values()) == pytest.approx(residuals, rel=0.1)
+    tape = size(lowered(case, "b", chunk).out_info[2])
+    assert kept.tape(cut) == pytest.approx(tape, rel=0.02)
+
+
+def size(tree: Any) -> int:
+    """Bytes on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -1,0 +1,87 @@
+"""What compiled programs say beside the plan, as tables and as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from dsv3_jax.plan.compiled import CompiledPlan
+from dsv3_jax.plan.memory import GB
+from dsv3_jax.plan.tables import new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def compiled_tables(compiled: CompiledPlan, capacity: float | None) -> Iterator["Table"]:
+    """Ranks, micro-batches, programs."""
+    columns = ("rank", "weights", "state", "gradients", "live", "sum", "planned", "off")
+    over = () if capacity is None else (f"left of {capacity / GB:g} GB",)
+    table = new_table("compiled: GB of a device, XLA:CPU's temporary apart", *columns, *over)
+    for rank in compiled.ranks:
+        sizes = rank.weights, rank.state, rank.gradients, rank.live, rank.total
+        planned = rank.planned.total
+        cells = [str(rank.planned.rank), *map(_gigabytes, sizes), _gigabytes(planned)]
+        left = [] if capacity is None else [_gigabytes(capacity - rank.total)]
+        table.add_row(*cells, _off(rank.total, planned), *left)
+    yield table
+    columns = ("stage", "F to b", "planned", "off", "b to W", "planned", "off")
+    table = new_table("compiled: a micro-batch's MB", *columns, words={"stage"})
+    for stage, residuals in compiled.residuals.items():
+        cells = []
+        for found, planned in (residuals, compiled.tapes[stage]):
+            cells += [f"{found / 1e6:,.3f}", f"{planned / 1e6:,.3f}", _off(found, planned)]
+        table.add_row(stage, *cells)
+    yield table
+    yield _program_table(compiled)
+
+
+def _program_table(compiled: CompiledPlan) -> "Table":
+    columns = ("program", "stages", "s", "takes", "gives", "temporary", "TFLOPs", "collectives")
+    title = "compiled: programs, GB of a device"
+    table = new_table(title, *columns, words={"program", "stages", "collectives"})
+    for program in compiled.programs:
+        sizes = program.arguments, program.results, program.temporary
+        counted = ", ".join(f"{count} {name}" for name, count in program.collectives.items())
+        cells = [program.name, program.stages, f"{program.seconds:.0f}", *map(_gigabytes, sizes)]
+        table.add_row(*cells, f"{program.flops / 1e12:,.3g}", counted)
+    return table
+
+
+def compiled_line(compiled: CompiledPlan) -> str:
+    """What it took."""
+    return (
+        f"{len(compiled.programs)} programs compiled in {compiled.seconds / 60:.1f} minutes; this "
+        f"process held {compiled.peak_bytes / GB:.1f} GB at most"
+    )
+
+
+def compiled_json(compiled: CompiledPlan) -> dict[str, Any]:
+    """The same in bytes and seconds."""
+    sizes = "weights", "state", "gradients", "live", "total"
+    return {
+        "seconds": compiled.seconds,
+        "peak_bytes": compiled.peak_bytes,
+        "ranks": [
+            {name: getattr(rank, name) for name in sizes} | {"planned": rank.planned.total}
+            for rank in compiled.ranks
+        ],
+        "residuals": _pairs(compiled.residuals),
+        "tapes": _pairs(compiled.tapes),
+        "programs": [asdict(program) for program in compiled.programs],
+    }
+
+
+def _pairs(sizes: Any) -> dict[str, dict[str, int]]:
+    return {
+        stage: dict(zip(("compiled", "planned"), pair, strict=True))
+        for stage, pair in sizes.items()
+    }
+
+
+def _off(found: float, planned: float) -> str:
+    return f"{planned / found - 1:+.1%}" if found else ""
+
+
+def _gigabytes(size: float) -> str:
+    value = size / GB
+    return f"{value:,.2f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"

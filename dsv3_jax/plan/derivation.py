@@ -1,0 +1,230 @@
+"""A prediction line by line: what is multiplied with what, and where each number is from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsv3_jax.plan.layer_time import (
+    Part,
+    exchange_parts,
+    forward_parts,
+    forward_time,
+    input_gradient_parts,
+    input_gradient_time,
+    weight_gradient_parts,
+    weight_gradient_time,
+)
+from dsv3_jax.plan.prediction import Prediction
+from dsv3_jax.plan.products import Item, items_of
+from dsv3_jax.plan.traffic import Exchange, exchange_of, message_bytes
+
+COUNTED = "2 FLOPs a multiplication, backward twice forward; recomputation is not counted"
+OURS = "this plan"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure. `value` in `unit`, not rounded."""
+
+    section: str
+    label: str
+    formula: str
+    """In words and numbers"""
+    value: float
+    unit: str
+    source: str = OURS
+
+
+def derivation(prediction: Prediction) -> list[Line]:
+    """From FLOPs of a token to money, in the order in which they follow from one another."""
+    return [
+        *_work(prediction),
+        *_traffic(prediction),
+        *_items(prediction),
+        *_step(prediction),
+        *_outcome(prediction),
+        *_links(prediction),
+    ]
+
+
+def _work(p: Prediction) -> Iterator[Line]:
+    section, rows = "work of a token", f"rows of {p.cfg.data.length:,} tokens"
+    for causal, counting in ((True, "causal"), (False, "full attention")):
+        for mtp in (False, True)[: 1 + bool(p.cfg.model.mtp_depth)]:
+            label = f"FLOPs, {counting}{', with MTP' * mtp}"
+            flops = p.flops_per_token(causal, mtp)
+            yield Line(section, label, f"products and scores, {rows}", flops / 1e9, "GF", COUNTED)
+
+
+def _traffic(p: Prediction) -> Iterator[Line]:
+    section, cfg, tokens = "bytes", p.cfg, p.stepper.job.tokens
+    if traffic := exchange_of(cfg):
+        for name, row in _rows(traffic):
+            yield Line(section, f"{name}: a token", f"d = {cfg.model.d_model:,}", row, "B")
+            node, local = traffic.node_hop(row), traffic.local_hop(row)
+            nodes = f"{traffic.nodes} nodes at most × {row:,}" if node else "one node"
+            copies = f"{traffic.copies} copies at most × {row:,}" if local else "one device a node"
+            yield Line(section, f"{name}: between nodes", nodes, node, "B")
+            yield Line(section, f"{name}: within nodes", copies, local, "B")
+        a_token = sum(traffic.node_hop(row) + traffic.local_hop(row) for _, row in _rows(traffic))
+        layers = cfg.model.num_moe_layers + cfg.model.mtp_depth
+        a_step = a_token * layers * p.tokens_per_step / cfg.mesh.token_shards / cfg.mesh.pipe
+        shares = f"{a_token:,} × {layers} layers × tokens of a step / {cfg.mesh.size:,} devices"
+        yield Line(section, "exchange, a device and step", shares, a_step / 1e9, "GB")
+    if cfg.mesh.pipe > 1:
+        size = message_bytes(cfg)
+        yield Line(section, "pipeline message", f"{tokens:,} tokens × 2 d", size / 1e6, "MB")
+    zero = p.stepper.zero
+    for name, size, formula in (
+        ("ZeRO-1 scatter", zero.scatter, "FP32 gradients that others own"),
+        ("ZeRO-1 gather", zero.gather, "weights that others own"),
+        ("swap of copies", zero.swap, "DualPipe: gradients there, weights back"),
+    ):
+        if size:
+            yield Line(section, f"{name}, a device and step", formula, size / 1e9, "GB")
+
+
+def _rows(traffic: Exchange) -> list[tuple[str, int]]:
+    return [
+        ("dispatch", traffic.dispatch),
+        ("combine", traffic.combine),
+        ("dispatch of gradients", traffic.gradient_dispatch),
+        ("combine of gradients", traffic.combine),
+    ]
+
+
+def _items(p: Prediction) -> Iterator[Line]:
+    """Of each kind of item every term of F, and the sums of F, b and W."""
+    job = p.stepper.job
+    for item in dict.fromkeys(items_of(p.cfg.model)):
+        section = f"{item.name}, a micro-batch of {job.tokens:,} tokens"
+        for part in forward_parts(job, item):
+            yield _term(section, f"F: {part.name}", part)
+        if item.exchanges:
+            for part in exchange_parts(job):
+                yield _term(section, f"F: {part.name}", part)
+        yield from _other_terms(p, section, item)
+        for letter, time, terms in (
+            ("F", forward_time(job, item), ""),
+            ("b", input_gradient_time(job, item), ", with F's products as Dgrad"),
+            ("W", weight_gradient_time(job, item), ", with F's products as Wgrad"),
+        ):
+            formula = f"{time.compute * 1e3:.4g} computation{terms}"
+            if time.exchange:
+                formula += f" + {time.exchange * 1e3:.4g} exchange"
+            yield Line(section, letter, formula, time.alone * 1e3, "ms")
+
+
+def _other_terms(p: Prediction, section: str, item: Item) -> Iterator[Line]:
+    """Of b and W, those that F has not."""
+    job = p.stepper.job
+    same = forward_parts(job, item)
+    for letter, parts in (
+        ("b", input_gradient_parts(job, item)),
+        ("W", weight_gradient_parts(job, item)),
+    ):
+        for part in parts:
+            if part not in same:
+                yield _term(section, f"{letter}: {part.name}", part)
+    if item.exchanges:
+        for part in exchange_parts(job, backward=True):
+            yield _term(section, f"b: {part.name}", part)
+
+
+def _term(section: str, label: str, part: Part) -> Line:
+    big = part.rate >= 1e12
+    scale, unit = (1e12, "T") if big else (1e9, "G")
+    word = unit + ("FLOPs" if part.unit == "FLOPs" else "B")
+    formula = f"{part.work / scale:.4g} {word} / {part.rate / scale:.4g} {word}/s"
+    return Line(section, label, formula, part.seconds * 1e3, "ms", part.source)
+
+
+def _step(p: Prediction) -> Iterator[Line]:
+    section, step, timeline = "a step at the full batch", p.step, p.step.timeline
+    ranks, schedule = timeline.schedule.ranks, timeline.schedule
+    busy = sum(timeline.busy) / ranks
+    overlap = p.stepper.overlap
+    if schedule.chunks == 2:
+        how = "F + B"
+        if overlap.on:
+            how = f"max(computation × {overlap.slower:.4g}, exchange), or F + B if that is less"
+        dearest = max(p.stepper.stages, key=lambda s: overlap.pair(s.forward + s.backward))
+        pair = overlap.pair(dearest.forward + dearest.backward)
+        yield Line(section, f"pair FB, stage {dearest.cut}", how, pair * 1e3, "ms")
+    a_rank = f"{schedule.microbatches} micro-batches, mean of {ranks} ranks"
+    yield Line(section, "operations", a_rank, busy, "s", "stages' times")
+    idle = f"mean over ranks; the rank that idles most {timeline.bubble:.3f} s"
+    yield Line(section, "bubble", idle, timeline.makespan - busy, "s", f"simulated {step.schedule}")
+    yield Line(section, "pipeline", "operations + bubble", timeline.makespan, "s")
+    yield Line(section, "ZeRO-1", "scatter + gather + swap over the slowest link", step.sync, "s")
+    yield Line(
+        section, "update", "masters, moments, gradients and weights in memory", step.update, "s"
+    )
+    yield Line(section, "step", "pipeline + ZeRO-1 + update", step.seconds, "s")
+
+
+def _outcome(p: Prediction) -> Iterator[Line]:
+    section = "what it comes to"
+    devices = f"{p.cfg.mesh.size:,} devices"
+    tokens = f"{p.tokens_per_step:,} tokens / step / {devices}"
+    yield Line(section, "tokens/s of a device", tokens, p.tokens_per_second, "1/s")
+    peak = f"{p.hardware.bf16.value / 1e12:,.5g} TFLOPS BF16"
+    for causal, counting in ((True, "causal"), (False, "full attention")):
+        for mtp in (False, True)[: 1 + bool(p.cfg.model.mtp_depth)]:
+            label = f"MFU, {counting}{', with MTP' * mtp}"
+            mfu = 100 * p.mfu(causal, mtp)
+            formula = f"FLOPs × tokens/s / {peak}"
+            yield Line(section, label, formula, mfu, "%", p.hardware.bf16.source)
+    hours = p.hours_per_trillion
+    yield Line(section, "device-hours per 1T tokens", "10^12 / tokens/s / 3600", hours, "h")
+    yield from _priced(p, section, "per 1T tokens", hours)
+    if p.reported:
+        reported = p.reported
+        yield Line(section, "the report's", "published", reported.value, "h", reported.source)
+        if p.plain:
+            factor = reported.value / hours
+            yield Line(
+                section,
+                "fitted factor",
+                "published / predicted",
+                factor,
+                "×",
+                "fitted, not derived",
+            )
+    sizes = f"{sum(count for _, count in p.run):,} steps, ramp included"
+    yield Line(section, "tokens of the run", sizes, p.run_tokens, "")
+    yield Line(section, "device-hours of the run", f"Σ step × {devices}", p.run_hours, "h")
+    yield from _priced(p, section, "of the run", p.run_hours)
+    days = p.run_hours / p.cfg.mesh.size / 24
+    yield Line(section, "days of the run", f"device-hours / {devices} / 24", days, "d")
+
+
+def _priced(p: Prediction, section: str, label: str, hours: float) -> Iterator[Line]:
+    dollars = p.dollars(hours)
+    if dollars is not None:
+        each = f"device-hours × ${p.price.value:g}"
+        yield Line(section, f"money {label}", each, dollars, "USD", p.price.source)
+
+
+def _links(p: Prediction) -> Iterator[Line]:
+    """The report's hardware section: 1:1 without overlap, 3.2 experts a node (3.2.1, 3.2.2)."""
+    section, hardware, traffic = "communication", p.hardware, exchange_of(p.cfg)
+    if not traffic:
+        return
+    time = p.all_stages
+    yield Line(
+        section,
+        "computation : exchange, no overlap",
+        f"{time.compute * 1e3:.4g} ms : {time.exchange * 1e3:.4g} ms, all stages, F and B",
+        time.compute / time.exchange,
+        ": 1",
+        "the report: about 1 : 1 (3.2.1)",
+    )
+    if traffic.nodes > 1:
+        free = hardware.nvlink.value / hardware.ib.value
+        links = f"{hardware.nvlink.value / 1e9:g} / {hardware.ib.value / 1e9:g} GB/s"
+        yield Line(section, "experts a node for free", links, free, "", "the report: 3.2 (3.2.2)")
+        nodes = f"{traffic.nodes} nodes × {free:.4g}"
+        total = traffic.nodes * free
+        yield Line(
+            section, "experts a token, same cost", nodes, total, "", "the report: 13 (3.2.2)"
+        )

@@ -1,0 +1,106 @@
+"""The options of `python -m dsv3_jax.plan`, and which of them go together."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.config.mesh import MAX_DEVICES
+from dsv3_jax.config.presets import tiny_run
+from dsv3_jax.plan.hardware import WhatIf
+from dsv3_jax.plan.serving import ServingLayout
+
+Flag = tyro.conf.arg
+Switch = tyro.conf.FlagCreatePairsOff
+DEFAULT_TOP = 10
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Of a run; the sections further down are its configuration."""
+
+    config: Path | None = None
+    """Python file with `def config() -> RunConfig`; options below override what it returns"""
+    hardware: str = "h800"
+    """h800, h100, h200, or cpu, measured here and shared by the devices of mesh"""
+    overlap: bool = True
+    """Hide the exchange of one micro-batch behind the computation of another, where a schedule
+    pairs them"""
+    price: float | None = None
+    """US dollars per device-hour; default: the report's 2 for h800, for others none is known"""
+    json: Annotated[bool, Switch] = False
+    """Print JSON alone"""
+    serve: Annotated[bool, Switch] = False
+    """Plan serving the model instead of training it"""
+    compile: Annotated[bool, Switch] = False
+    """Also compile the run's programs from shapes alone, for all devices of mesh, and hold what
+    they take against the plan: minutes"""
+    skew: float = 1.0
+    """Token copies at the fullest device over an even share, which says how many rounds an
+    exchange takes"""
+    memory_bars: Path | None = None
+    """Picture of every rank's memory to write: .png, .svg or .pdf"""
+    search: Annotated[bool, Switch] = False
+    """Find the meshes and schedules that fit, fastest first, instead of planning the run's own"""
+    devices: int | None = None
+    """With --search: how many; default: as many as mesh has"""
+    top: int | None = None
+    """With --search: layouts to show; default: 10"""
+    timeline: Path | None = None
+    """Picture of the step to write: .png, .svg or .pdf"""
+    what_if: WhatIf = field(default_factory=WhatIf)
+    serving: ServingLayout = field(default_factory=ServingLayout)
+    run: Annotated[RunConfig, Flag(name="")] = field(default_factory=tiny_run)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a pipeline schedule alone."""
+
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
+    """Which one"""
+    ranks: int = 8
+    """Devices, or groups of them, that the model's stages lie on"""
+    microbatches: int = 20
+    """Of one step, altogether"""
+    timeline: Path | None = None
+    """Picture to write: .png, .svg or .pdf"""
+    forward: Annotated[float, Flag(name="F")] = 1.0
+    """Time of a forward pass"""
+    backward: Annotated[float, Flag(name="B")] = 2.0
+    """Time of a whole backward pass; b, its input gradients alone, takes B - W"""
+    weights: Annotated[float, Flag(name="W")] = 1.0
+    """Time of the weight gradients"""
+    fused: Annotated[float, Flag(name="FB")] = 3.0
+    """Time of a forward and a backward pass in one program; below F + B where communication hides
+    behind computation"""
+    transfer: float | None = None
+    """Time in which two neighbours stop to swap messages; default: these cross in no time, and only
+    who needs one waits"""
+
+
+def check(options: PlanOptions) -> None:
+    """ValueError for options that go not together, and for pictures that cannot be."""
+    from dsv3_jax.drawing import check_picture_path
+
+    pictures = {"--memory-bars": options.memory_bars, "--timeline": options.timeline}
+    for option, path in pictures.items():
+        if path:
+            check_picture_path(path, option)
+    every = {"--search": options.search, "--compile": options.compile} | pictures
+    given = [name for name, value in (every | {"--serve": options.serve}).items() if value]
+    for alone in {"--search", "--serve"}.intersection(given):
+        if len(given) > 1:
+            other = next(name for name in given if name != alone)
+            first, second = sorted((alone, other), key=given.index)
+            raise ValueError(f"{first} and {second}; allowed: one of them")
+    if not 1 <= options.skew < float("inf"):
+        raise ValueError(f"--skew is {options.skew:g}; allowed: 1 or more, finite")
+    if not options.search:
+        for name, value in (("--devices", options.devices), ("--top", options.top)):
+            if value is not None:
+                raise ValueError(f"{name} is {value} without --search; allowed: both, or neither")
+    elif options.devices is not None and not 1 <= options.devices <= MAX_DEVICES:
+        raise ValueError(f"--devices is {options.devices}; allowed: 1 to {MAX_DEVICES:,}")

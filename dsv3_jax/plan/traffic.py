@@ -1,0 +1,148 @@
+"""What crosses between devices: bytes of the expert exchange, of pipeline messages and of ZeRO-1
+(report 3.2).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsv3_jax.config import ModelConfig, RunConfig
+from dsv3_jax.parallel.stages import Cut
+from dsv3_jax.plan.products import items_in
+
+FP32 = 4  # bytes
+ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+FP8_DISPATCH = ("fp8", "fp8_pow2", "fp8_square_gradients")  # recipes
+FP8_GRADIENTS = ("fp8", "fp8_pow2")
+
+
+def plain_row(width: int, dtype: str = "bfloat16") -> int:
+    """Bytes of a token on the wire: 14,336 in bfloat16 at d = 7168."""
+    return ITEM_BYTES[dtype] * width
+
+
+def fp8_row(width: int) -> int:
+    """The same in E4M3 with an FP32 scale for each 128 numbers: 7,392 at d = 7168. As DeepEP sends
+    it, whose rates the plan uses; our own wire packs a power of two in a byte, 7,224.
+    """
+    return width + FP32 * -(-width // 128)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One MoE layer's traffic per token: to the experts and back, forward and backward."""
+
+    nodes: int
+    """That a token goes to, at most, its own among them; each gets it once (report 3.2.2)"""
+    copies: int
+    """Behind it, to devices of the node: one an expert"""
+    dispatch: int
+    """Bytes of a row on the way to experts"""
+    combine: int
+    """Of a row of results, and of a row of gradients of inputs"""
+    gradient_dispatch: int
+    """Of a row of gradients of results"""
+
+    def node_hop(self, row: int) -> int:
+        """Bytes per token between nodes; 0 if there is one."""
+        return row * self.nodes if self.nodes > 1 else 0
+
+    def local_hop(self, row: int) -> int:
+        """Bytes per token within nodes."""
+        return row * self.copies
+
+
+def exchange_of(cfg: RunConfig) -> Exchange | None:
+    """Of a run; None where every device holds all experts, or there are none."""
+    model, recipe = cfg.model, cfg.quant.recipe
+    if cfg.mesh.expert_shards == 1 or not (model.num_moe_layers or model.mtp_depth):
+        return None
+    plain = plain_row(model.d_model, cfg.train.dtype)
+    small = fp8_row(model.d_model)
+    return Exchange(
+        nodes=cfg.mesh.nodes_per_token(model),
+        copies=model.experts_per_token if cfg.mesh.local > 1 else 0,
+        dispatch=small if recipe in FP8_DISPATCH else plain,
+        combine=plain,
+        gradient_dispatch=small if recipe in FP8_GRADIENTS else plain,
+    )
+
+
+def message_bytes(cfg: RunConfig) -> int:
+    """Of a pipeline message of one device: a micro-batch's residual stream, or its gradient."""
+    return plain_row(cfg.model.d_model, cfg.train.dtype) * tokens_of_microbatch(cfg)
+
+
+def tokens_of_microbatch(cfg: RunConfig) -> int:
+    """Of one device."""
+    rows = cfg.train.rows // cfg.train.microbatches // cfg.mesh.token_shards
+    return rows * cfg.data.length
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of one device's stages, in elements."""
+
+    shared: int
+    """Held whole by every device of a pipeline rank"""
+    experts: int
+    """This device's share of the routed experts"""
+
+    def owned(self, cfg: RunConfig) -> float:
+        """Of them, those whose masters and moments lie here (ZeRO-1)."""
+        return self.shared / cfg.mesh.token_shards + self.experts / cfg.mesh.data
+
+    def crossing(self, cfg: RunConfig) -> float:
+        """Elements that a gather or a scatter brings here or takes away."""
+        return self.shared + self.experts - self.owned(cfg)
+
+
+def weights_of(cfg: RunConfig, cuts: Iterable[Cut]) -> Weights:
+    """Of these stages; gains of norms, a ten-thousandth of a model, are left out."""
+    shared = experts = 0
+    for item in (item for cut in cuts for item in items_in(cfg.model, cut)):
+        shared += item.table + sum(p.parameters for p in item.products if not p.routed)
+        experts += sum(p.parameters for p in item.products if p.routed)
+        if item.name == "MTP module":  # its head is the main one's
+            shared -= head_size(cfg.model)
+    return Weights(shared, experts // cfg.mesh.expert_shards)
+
+
+def head_size(model: ModelConfig) -> int:
+    """Parameters of the output head."""
+    return model.vocab_size * model.d_model
+
+
+@dataclass(frozen=True)
+class ZeroTraffic:
+    """Bytes of one device and step, of the rank that moves most."""
+
+    scatter: float
+    """Gradients, FP32, summed once a step"""
+    gather: float
+    """Weights in train.dtype, once a step"""
+    swap: float
+    """DualPipe's second copy: its gradients there, weights back, each device its shard"""
+    update: float
+    """Device memory's: FP32 masters and both moments read and written, gradients read, compute
+    weights written"""
+
+    @property
+    def total(self) -> float:
+        """Bytes over links."""
+        return self.scatter + self.gather + self.swap
+
+
+def zero_traffic(cfg: RunConfig, held: Weights, mastered: Weights) -> ZeroTraffic:
+    """Of a rank whose stages have `held` weights. Masters are of `mastered`: under DualPipe of one
+    of both stages, and the other one's gradients and weights are swapped with the rank that has
+    theirs.
+    """
+    crossing, owned = held.crossing(cfg), mastered.owned(cfg)
+    copied = owned if held != mastered else 0
+    weight, moment = ITEM_BYTES[cfg.train.dtype], ITEM_BYTES[cfg.optimizer.moment_dtype]
+    return ZeroTraffic(
+        scatter=FP32 * crossing,
+        gather=weight * crossing,
+        swap=(FP32 + weight) * copied,
+        update=(2 * FP32 + 4 * moment + FP32 + weight) * owned,
+    )

@@ -1,0 +1,110 @@
+"""Serving: published bytes and latency bounds; throughput computed again."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3_jax.config.presets import dsv3_671b, tiny
+from dsv3_jax.plan.hardware import H100, H800, WhatIf, changed
+from dsv3_jax.plan.kernel_rates import Figure
+from dsv3_jax.plan.serving import (
+    LatencyBound,
+    Serving,
+    ServingLayout,
+    cache_bytes,
+    cache_bytes_per_layer,
+)
+from dsv3_jax.plan.serving_lines import serving_lines
+
+V3 = Serving(dsv3_671b(), H800, ServingLayout(), H800.price)
+
+
+def test_cache_of_a_token_of_v3():
+    assert cache_bytes(dsv3_671b()) == 70272
+    assert cache_bytes_per_layer(dsv3_671b(), fp8=True) == 656
+    assert cache_bytes(tiny()) == 8 * (32 + 16) * 2
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "pair", "per_token", "rate"),
+    [(50e9, 120.96e-6, 14.76e-3, 67), (900e9, 6.72e-6, 0.82e-3, 1200)],
+)
+def test_the_latency_bounds_that_are_published(bandwidth, pair, per_token, rate):
+    bound = LatencyBound(width=7000, destinations=9, bandwidth=bandwidth, layers=61)
+    assert bound.pair == pytest.approx(pair, rel=1e-4)
+    assert bound.per_token == pytest.approx(per_token, rel=1e-3)
+    assert 1 / bound.per_token == pytest.approx(rate, rel=0.02)
+    assert V3.latency_bound.destinations == 9
+
+
+def test_prefill_is_a_forward_pass_with_the_exchange_hidden():
+    tokens, layers = 16384, 58
+    exchange = layers * tokens * 4 * (7392 / 44e9 + 14336 / 47e9)
+    assert V3.prefill.exchange == pytest.approx(exchange)
+    # At 100 to 70% of the fastest measured product, in FLOPs of the main model without its head.
+    flops = tokens * (83.48e9 - 2 * 129280 * 7168)
+    assert flops / 1300e12 < V3.prefill.compute < flops / 900e12
+    assert V3.prefill_seconds == pytest.approx(max(V3.prefill.compute * 132 / 112, exchange))
+    assert V3.prefilled == tokens / V3.prefill_seconds
+
+
+def test_decoding_reads_weights_and_cache_and_waits_for_the_exchange():
+    attention = 61 * 187_107_328 - 61 * (1536 + 512)
+    dense, expert = 3 * 396_361_728, 44_040_192
+    high = 58 * 256 * 7168 + 129280 * 7168  # gate and head, BF16
+    experts = 58 * 3 * expert  # two routed of 288 on 144 devices, one shared
+    assert V3.experts_per_device == 2
+    assert V3.read_weights == attention + dense + experts + 2 * high
+    assert V3.decode_exchange == pytest.approx(58 * (192 + 369) * 1e-6)
+    scores = 128 * 4989 * 61 * 2 * 128 * (576 + 512)
+    assert V3.decode_attention == pytest.approx(scores / 580e12)
+    assert V3.decode_products >= V3.read_weights / 3000e9 - 1e-9
+    assert V3.per_token == max(V3.decode_products + V3.decode_attention, V3.decode_exchange)
+    assert V3.decoded == 128 / V3.per_token
+
+
+def test_money_of_a_million_tokens():
+    assert V3.dollars_per_million(1000) == pytest.approx(2 / 3600 * 1000)
+    assert replace(V3, price=None).dollars_per_million(1) is None
+    assert not any("money" in line.label for line in serving_lines(replace(V3, price=None)))
+    lines = {(line.section, line.label): line.value for line in serving_lines(V3)}
+    for section, label in (
+        ("prefill", "money per 1M input tokens"),
+        ("decode", "money per 1M output tokens"),
+    ):
+        node = lines[section, "tokens/s of a node"]
+        assert lines[section, label] == pytest.approx(1e6 / node * 8 * 2 / 3600)
+    assert lines["prefill", "published, a node"] == 73.7e3
+    assert lines["decode", "published, a node"] == 14.8e3
+
+
+def test_overlap_links_and_casts_move_it_the_right_way():
+    slow = replace(V3, overlap=False)
+    assert slow.prefilled < V3.prefilled
+    assert slow.per_token == slow.decode_products + slow.decode_attention + slow.decode_exchange
+    fast = replace(V3, hardware=changed(H800, WhatIf(ib=100)))
+    assert fast.prefilled > V3.prefilled
+    assert fast.decode_exchange == pytest.approx(V3.decode_exchange / 2)
+    assert replace(V3, fused_cast=True).prefill.compute < V3.prefill.compute
+    assert replace(V3, price=Figure(4, "")).dollars_per_million(1) == 2 * V3.dollars_per_million(1)
+
+
+def test_an_fp8_cache_makes_room_for_more():
+    crowded = ServingLayout(batch=200)
+    with pytest.raises(ValueError, match=r"GB more than h800 has; allowed: at most 159 sequences"):
+        replace(V3, layout=crowded)
+    assert replace(V3, layout=replace(crowded, fp8_cache=True)).cache_token == 61 * 656
+    assert replace(V3, layout=replace(V3.layout, batch=159))
+
+
+@pytest.mark.parametrize("devices", [12, 48, 512, 3])
+def test_units_that_experts_do_not_divide_into_are_refused(devices):
+    layout = ServingLayout(prefill_devices=devices)
+    with pytest.raises(ValueError, match=f"--serving.prefill-devices is {devices}; allowed"):
+        Serving(dsv3_671b(), H100, layout, None)
+
+
+@pytest.mark.parametrize("name", ["prefill_devices", "decode_devices", "prompt", "batch"])
+def test_layouts_of_nothing_are_refused(name):
+    with pytest.raises(ValueError, match=f"--serving.{name.replace('_', '-')} is 0; allowed"):
+        ServingLayout(**{name: 0})

@@ -1,0 +1,122 @@
+"""Bytes between devices, counted one by one."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3_jax.config import MeshConfig, ModelConfig, PipelineConfig, QuantConfig, RunConfig
+from dsv3_jax.config.presets import dsv3_671b, moe_16b, tiny, tiny_run
+from dsv3_jax.parallel.stages import whole
+from dsv3_jax.plan.traffic import (
+    Weights,
+    exchange_of,
+    fp8_row,
+    message_bytes,
+    plain_row,
+    tokens_of_microbatch,
+    weights_of,
+    zero_traffic,
+)
+
+
+def report(**changes) -> RunConfig:
+    """V3's job with small rows."""
+    run = tiny_run()
+    return replace(
+        run,
+        model=dsv3_671b(),
+        data=replace(run.data, length=4096),
+        train=replace(run.train, rows=15360, microbatches=120),
+        quant=QuantConfig("fp8"),
+        mesh=MeshConfig(16, 2, 8, 8),
+        pipeline=PipelineConfig("dualpipe"),
+        **changes,
+    )
+
+
+def test_a_dispatched_token_of_v3():
+    assert fp8_row(7168) == 7392
+    assert plain_row(7168) == 14336
+    assert fp8_row(130) == 130 + 8  # a short last block has a scale too
+
+
+def test_a_token_crosses_to_each_node_once_and_then_to_each_expert():
+    traffic = exchange_of(report())
+    assert (traffic.dispatch, traffic.combine, traffic.gradient_dispatch) == (7392, 14336, 7392)
+    assert traffic.node_hop(traffic.dispatch) == 4 * 7392
+    assert traffic.local_hop(traffic.dispatch) == 8 * 7392
+
+
+@pytest.mark.parametrize(
+    ("recipe", "there", "back"),
+    [
+        ("bf16", 14336, 14336),
+        ("fp8_per_tensor", 14336, 14336),
+        ("fp8_square_gradients", 7392, 14336),
+        ("fp8_pow2", 7392, 7392),
+    ],
+)
+def test_rows_are_fp8_where_the_recipe_sends_them_so(recipe, there, back):
+    traffic = exchange_of(replace(report(), quant=QuantConfig(recipe)))
+    assert (traffic.dispatch, traffic.gradient_dispatch, traffic.combine) == (there, back, 14336)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hops"),
+    [(MeshConfig(local=4), (0, 8)), (MeshConfig(node=4), (4, 0)), (MeshConfig(node=2), (2, 0))],
+)
+def test_hops_that_are_none_send_nothing(mesh, hops):
+    traffic = exchange_of(replace(report(), mesh=mesh, pipeline=PipelineConfig()))
+    assert (traffic.node_hop(1), traffic.local_hop(1)) == hops
+
+
+def test_without_a_mesh_or_experts_nothing_is_exchanged():
+    assert exchange_of(tiny_run()) is None
+    dense = replace(dsv3_671b(), num_dense_layers=61, mtp_depth=0)
+    assert exchange_of(replace(report(), model=dense)) is None
+
+
+def test_float32_takes_twice_the_bytes():
+    cfg = replace(report(), quant=QuantConfig("f32"))
+    assert exchange_of(cfg).dispatch == exchange_of(cfg).combine == 2 * 14336
+    assert message_bytes(cfg) == 2 * message_bytes(report())
+
+
+def test_messages_and_tokens_of_a_device():
+    assert tokens_of_microbatch(report()) == 15360 // 120 // 128 * 4096 == 4096
+    assert message_bytes(report()) == 4096 * 7168 * 2
+
+
+def counted(model: ModelConfig) -> int:
+    """All parameters but gains of norms and router biases."""
+    count, layers = model.param_count(), model.num_layers + model.mtp_depth
+    norms = layers * (2 * model.d_model + model.kv_latent + (model.q_latent or 0))
+    norms += model.d_model * (1 + 3 * model.mtp_depth)
+    return (
+        count.main
+        + count.mtp
+        - norms
+        - (model.num_moe_layers + model.mtp_depth) * (model.num_experts)
+    )
+
+
+@pytest.mark.parametrize("model", [dsv3_671b(), moe_16b(), tiny()], ids=["v3", "16b", "tiny"])
+def test_weights_of_a_whole_model_are_its_parameters(model):
+    cfg = replace(tiny_run(), model=model)
+    weights = weights_of(cfg, [whole(model.num_layers, model.mtp_depth)])
+    assert weights.shared + weights.experts == counted(model)
+    assert weights.owned(cfg) == counted(model)
+    assert weights.crossing(cfg) == 0
+
+
+def test_zero_moves_what_others_own():
+    cfg = report()
+    held, mastered = Weights(1280, 60), Weights(640, 20)
+    traffic = zero_traffic(cfg, held, mastered)
+    crossing = 1280 * 127 / 128 + 60 / 2
+    owned = 640 / 128 + 20 / 2
+    assert traffic.scatter == 4 * crossing
+    assert traffic.gather == 2 * crossing
+    assert traffic.swap == 6 * owned
+    assert traffic.update == 22 * owned
+    assert zero_traffic(cfg, held, held).swap == 0
