@@ -34,6 +34,8 @@ class Rows:
     """Of the buckets of a node; 0 where all experts are at hand"""
     blocks: int
     """Of experts' blocks, filled or not"""
+    block: int
+    """Of one of these"""
 
 
 def rows_of(cfg: RunConfig) -> Rows:
@@ -48,7 +50,7 @@ def rows_of(cfg: RunConfig) -> Rows:
         hop_2 = plan.locals * plan.local_rows(tokens, model.experts_per_token)
         copies, experts = hop_2, plan.num_local
     rows = block_rows(copies, experts)
-    return Rows(tokens, hop_1, hop_2, num_blocks(copies, experts, rows) * rows)
+    return Rows(tokens, hop_1, hop_2, num_blocks(copies, experts, rows) * rows, rows)
 
 
 class Kept:
@@ -195,7 +197,8 @@ class Kept:
         behind = self._activation(down, hidden) if self.recipe else hidden * self.item
         gates = 4 * rows if routed and self.recipe else 0
         found = rows * (self._input(up, d) + behind) + gates
-        return found + self._dy(up, rows, 2 * hidden) + self._dy(down, rows, d)
+        group = self.rows.block if routed else None
+        return found + self._dy(up, rows, 2 * hidden, group) + self._dy(down, rows, d, group)
 
     # --- bytes of rows ---------------------------------------------------------------------------
 
@@ -207,11 +210,13 @@ class Kept:
         """Of a row of SwiGLU's two arguments."""
         return self._input(kind, 2 * hidden)
 
-    def _dy(self, kind: str, rows: int, width: int) -> int:
-        """Of all rows of a product's output gradient."""
+    def _dy(self, kind: str, rows: int, width: int, group: int | None = None) -> int:
+        """Of all rows of a product's output gradient; no scale reaches over a group of rows."""
         if not self.recipe:
             return rows * width * self.item
-        return stored(self.recipe[kind].wgrad_grad_output, rows, width)
+        operand = self.recipe[kind].wgrad_grad_output
+        group = rows if group is None or operand.block is None else group
+        return rows // group * stored(operand, group, width)
 
 
 def stored(operand: Operand, rows: int, width: int) -> int:

@@ -125,10 +125,12 @@ def joined(shapes: set[tuple[int, ...]]) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_a_plan_knows_what_is_kept(case: Case, chunk: int):
-    """But for flags and places, which count beside 32 numbers in a row."""
+    """But for flags and places: up to an eighth beside rows of 32 numbers, and below 0.2 % at V3's
+    width, which `plan/test_compile.py` holds.
+    """
     kept, cut = Kept(case.config), passes(case).programs.chunks[chunk].stage.cut
     residuals = size(lowered(case, "F", chunk).out_info[1])
-    assert sum(kept.residuals(cut).values()) == pytest.approx(residuals, rel=0.1)
+    assert sum(kept.residuals(cut).values()) == pytest.approx(residuals, rel=0.125)
     tape = size(lowered(case, "b", chunk).out_info[2])
     assert kept.tape(cut) == pytest.approx(tape, rel=0.02)
 
