@@ -204,7 +204,12 @@ class Kept:
 
     def _input(self, kind: str, width: int) -> int:
         """Of a row of a linear's input."""
-        return width * self.item if not self.recipe else stored(self.recipe[kind].kept, 1, width)
+        if not self.recipe:
+            return width * self.item
+        operand = self.recipe[kind].kept
+        if operand.block is None:  # one scale for all rows
+            return width * format_of(operand.fmt).bits // 8
+        return stored(operand, 1, width)
 
     def _activation(self, kind: str, hidden: int) -> int:
         """Of a row of SwiGLU's two arguments."""
