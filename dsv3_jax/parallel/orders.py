@@ -123,6 +123,10 @@ class Schedule:
         """Which part of the model a rank's chunk is, counted from the input."""
         return self._stages[rank, chunk]
 
+    def home(self, stage: int) -> Place:
+        """The rank and chunk that own a stage's parameters: of dualpipe's two copies chunk 0's."""
+        return self._homes[stage]
+
     def chunks_of(self, microbatch: int) -> tuple[int, ...]:
         """Chunks that a micro-batch goes through on every rank, in forward order."""
         if self.name == "dualpipev":
@@ -159,3 +163,8 @@ class Schedule:
         ends = {self.chunks_of(0), self.chunks_of(self.microbatches - 1)}
         routes = [self._routes[chunks] for chunks in ends]
         return {place: stage for route in routes for stage, place in enumerate(route)}
+
+    @cached_property
+    def _homes(self) -> dict[int, Place]:
+        places = sorted(self._stages, key=lambda place: -place[1])  # what comes later stays
+        return {self._stages[place]: place for place in places}

@@ -86,14 +86,12 @@ def show_plan(options: PlanOptions) -> None:
         _show_serving(options, hardware)
         return
     from dsv3_jax.plan.compiled_tables import compiled_json, compiled_line, compiled_tables
-    from dsv3_jax.plan.cuts import check_pipeline
     from dsv3_jax.plan.memory import memory_of
     from dsv3_jax.plan.memory_tables import draw_memory, memory_json, memory_lines, memory_table
     from dsv3_jax.plan.prediction import predict
     from dsv3_jax.plan.tables import plan_json, plan_tables
     from dsv3_jax.plan.timeline import draw_timeline
 
-    check_pipeline(options.run)
     memory, capacity = memory_of(options.run), hardware.memory.value
     if options.memory_bars:
         draw_memory(memory, options.memory_bars, capacity)

@@ -24,7 +24,7 @@ from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import Schedule, make
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.plan.compiled import CompiledPlan, CompiledRank, Program
-from dsv3_jax.plan.cuts import cuts_of
+from dsv3_jax.plan.cuts import cuts_of, schedule_name
 from dsv3_jax.plan.memory import fullest, memory_of
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_programs import PassPrograms, compiling, kinds_of
@@ -71,7 +71,7 @@ class _Run:
         self.cfg, self.cuts, self.plan = cfg, cuts_of(cfg), memory_of(cfg)
         self.layout = Layout(cfg, make_mesh(cfg.mesh), self.cuts)
         self.rows = cfg.train.rows // cfg.train.microbatches
-        name = self.layout.schedule_for(cfg.train.microbatches)
+        name = schedule_name(cfg, cfg.train.microbatches)
         self.schedule: Schedule = make(name, cfg.mesh.pipe, cfg.train.microbatches)
 
     def shape(self, cut: Cut) -> tuple:

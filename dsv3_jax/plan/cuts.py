@@ -1,16 +1,21 @@
-"""How a run's model is cut for its pipeline, from its configuration alone."""
+"""How a run's model is cut for its pipeline, and which schedule a step runs with, from its
+configuration alone.
+"""
 
 from functools import cache
 
 from dsv3_jax.config import ModelConfig, RunConfig
-from dsv3_jax.parallel.schedules import check
+from dsv3_jax.parallel.schedules import check, fits
 from dsv3_jax.parallel.stages import Cut, cut
 from dsv3_jax.plan.cost import item_costs
 
+FALLBACK = "1f1b"  # for a step of too few micro-batches
+
 
 def num_stages(cfg: RunConfig) -> int:
-    """Parts that the model is cut into."""
-    return cfg.mesh.pipe * (2 if cfg.pipeline.schedule == "dualpipev" else 1)
+    """Parts that the model is cut into; without a pipeline one, whatever its schedule would be."""
+    ranks = cfg.mesh.pipe
+    return 2 * ranks if ranks > 1 and cfg.pipeline.schedule == "dualpipev" else ranks
 
 
 def cuts_of(cfg: RunConfig) -> tuple[Cut, ...]:
@@ -44,3 +49,16 @@ def check_pipeline(cfg: RunConfig) -> None:
         check(cfg.pipeline.schedule, cfg.mesh.pipe, rows // part)
     except ValueError as error:
         raise ValueError(f"pipeline.schedule, with train.microbatches: {error}") from error
+
+
+def schedule_name(cfg: RunConfig, microbatches: int) -> str:
+    """Of a step of so many: the run's, or the one for steps that are too small for it (the report's
+    batch ramp) and for one rank. `check_pipeline` refuses a full batch that is too small.
+    """
+    ranks, name = cfg.mesh.pipe, cfg.pipeline.schedule
+    if ranks == 1:
+        return FALLBACK
+    if fits(name, ranks, microbatches):
+        return name
+    assert name != "dualpipev", "1F1B has half of its stages"
+    return FALLBACK

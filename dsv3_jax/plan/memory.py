@@ -16,9 +16,9 @@ from operator import mul
 from typing import Any, NamedTuple
 
 from dsv3_jax.config import QuantConfig, RunConfig
-from dsv3_jax.parallel.schedules import Schedule, fits
+from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.stages import Cut
-from dsv3_jax.plan.cuts import cuts_of
+from dsv3_jax.plan.cuts import check_pipeline, cuts_of, schedule_name
 from dsv3_jax.plan.kept import Kept
 from dsv3_jax.plan.moments import Key, Moment, fullest_moments, moments_of, orders
 from dsv3_jax.plan.parameters import GRADIENT_BYTES, Parameters
@@ -125,6 +125,7 @@ def memory_of(cfg: RunConfig, parameters: Parameters | None = None) -> MemoryPla
     """Of a run as configured; `parameters` of its model on its mesh, if there are some already.
     ValueError for a pipeline that cannot be.
     """
+    check_pipeline(cfg)
     return MemoryPlan(cfg, tuple(_Ranks(cfg, parameters or Parameters(cfg)).all))
 
 
@@ -150,11 +151,12 @@ class _Ranks:
     @property
     def all(self) -> Iterator[RankMemory]:
         schedule, moments = orders(*self.schedules[0]), fullest_moments(self.schedules)
-        homes = _homes(schedule)
         for rank in range(schedule.ranks):
             stages = [schedule.stage(rank, chunk) for chunk in range(schedule.chunks)]
             cuts = tuple(self.cuts[stage] for stage in stages)
-            owned = [self.parameters.state(self.cuts[s]) for s in stages if homes[s] == rank]
+            owned = [
+                self.parameters.state(self.cuts[s]) for s in stages if schedule.home(s)[0] == rank
+            ]
             sizes = [self.residuals[s] for s in stages], [self.tapes[s] for s in stages]
             live = _fullest(moments[rank], *sizes)
             yield RankMemory(
@@ -201,16 +203,7 @@ def _schedules(cfg: RunConfig) -> Iterator[Key]:
     part = cfg.train.rows // cfg.train.microbatches
     rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
     for count in dict.fromkeys(size // part for size in rows):
-        name = cfg.pipeline.schedule
-        if cfg.mesh.pipe == 1 or not fits(name, cfg.mesh.pipe, count):
-            name = "1f1b"
-        yield name, cfg.mesh.pipe, count
-
-
-def _homes(schedule: Schedule) -> dict[int, int]:
-    """Of every stage the rank that keeps its masters: of two copies, that of chunk 0."""
-    places = [(rank, c) for c in reversed(range(schedule.chunks)) for rank in range(schedule.ranks)]
-    return {schedule.stage(rank, chunk): rank for rank, chunk in places}
+        yield schedule_name(cfg, count), cfg.mesh.pipe, count
 
 
 def fullest(schedule: Schedule, rank: int, residuals: list[int], tapes: list[int]) -> Live:

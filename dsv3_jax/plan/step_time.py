@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from dsv3_jax.parallel.orders import TWO_CHUNKS, Operation, Schedule
-from dsv3_jax.parallel.schedules import Timeline, fits, make
+from dsv3_jax.parallel.schedules import Timeline, make
 from dsv3_jax.parallel.simulator import timeline_of
-from dsv3_jax.parallel.stages import Cut, whole
-from dsv3_jax.plan.cuts import check_pipeline, cuts_of
+from dsv3_jax.parallel.stages import Cut
+from dsv3_jax.plan.cuts import check_pipeline, cuts_of, schedule_name
 from dsv3_jax.plan.layer_time import (
     Job,
     Time,
@@ -95,12 +95,9 @@ class Stepper:
         communicates = exchange_of(job.cfg) is not None
         self.overlap = Overlap(overlap, sms / (sms - taken) if communicates else 1.0)
 
-    @cached_property
+    @property
     def cuts(self) -> tuple[Cut, ...]:
         """Of every stage."""
-        model = self.cfg.model
-        if self.cfg.mesh.pipe == 1:
-            return (whole(model.num_layers, model.mtp_depth),)
         return cuts_of(self.cfg)
 
     @cached_property
@@ -177,18 +174,15 @@ class Stepper:
         return max(each, key=lambda traffic: traffic.total)
 
     def _schedule(self, rows: int) -> Schedule:
-        ranks, name = self.cfg.mesh.pipe, self.cfg.pipeline.schedule
+        ranks = self.cfg.mesh.pipe
         microbatches = rows * self.cfg.train.microbatches // self.cfg.train.rows
         if ranks * microbatches > LARGEST:
             raise ValueError(
                 f"mesh.pipe {ranks:,} times train.microbatches {microbatches:,} is too large to "
                 f"simulate; allowed: up to {LARGEST:,}"
             )
-        # While a batch ramp has too few micro-batches, dualpipe's stages run as 1f1b.
         made = orders if self._transfer is None else _made
-        return made(
-            name if ranks > 1 and fits(name, ranks, microbatches) else "1f1b", ranks, microbatches
-        )
+        return made(schedule_name(self.cfg, microbatches), ranks, microbatches)
 
     def _lasts(self, schedule: Schedule) -> Callable[[int, Operation], float]:
         """Seconds of an operation on a rank, by the stages that it works on."""

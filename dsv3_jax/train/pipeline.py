@@ -25,6 +25,7 @@ from dsv3_jax.parallel.neighbours import PER_DEVICE, Crossings, is_here
 from dsv3_jax.parallel.orders import Item, Operation
 from dsv3_jax.parallel.pipeline import Executed, Watch, execute
 from dsv3_jax.parallel.schedules import Schedule, make
+from dsv3_jax.plan.cuts import schedule_name
 from dsv3_jax.train.loss import LossParts
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_programs import PassPrograms, compiling, kinds_of
@@ -243,7 +244,7 @@ class Pipeline:
     def schedule_of(self, microbatches: int) -> Schedule:
         """Of a step of so many; known ones are kept, since transfers are placed by a simulation."""
         if microbatches not in self._schedules:
-            name = self.layout.schedule_for(microbatches)
+            name = schedule_name(self.cfg, microbatches)
             self._schedules[microbatches] = make(name, self.layout.ranks, microbatches)
         return self._schedules[microbatches]
 

@@ -20,7 +20,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.parallel.buckets import make_exchange_plan
 from dsv3_jax.parallel.mesh import is_stacked, parameter_name
 from dsv3_jax.parallel.neighbours import PER_DEVICE, rank_meshes
-from dsv3_jax.parallel.schedules import fits, make
+from dsv3_jax.parallel.schedules import operations_of
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.zero import stored_spec
 from dsv3_jax.quant.gemm import wide
@@ -28,8 +28,6 @@ from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.sharding import RunSharding
 from dsv3_jax.train.stage import Stage
 from dsv3_jax.train.step import TrainState, abstract_state
-
-FALLBACK = "1f1b"  # for a step of too few micro-batches
 
 
 class Share(NamedTuple):
@@ -57,16 +55,13 @@ class Layout:
     ) -> None:
         """`masters` is the dtype of the master weights."""
         self.cfg, self.cuts, self.meshes = cfg, cuts, rank_meshes(mesh)
-        self.ranks, self.schedule = cfg.mesh.pipe, cfg.pipeline.schedule
+        self.ranks = cfg.mesh.pipe
         plan = make_exchange_plan(cfg.mesh, cfg.model)
         self.stages = [Stage(cfg, cut, plan, masters) for cut in cuts]
-        example = make(self.schedule, self.ranks, 2 * self.ranks)
+        example = operations_of(cfg.pipeline.schedule, self.ranks, 2 * self.ranks)
         places = [(r, c) for r in range(self.ranks) for c in range(example.chunks)]
         self.stage_of = {place: example.stage(*place) for place in places}
-        self.home = {  # of dualpipe's two copies the one of chunk 0
-            s: min((p for p, at in self.stage_of.items() if at == s), key=lambda place: place[1])
-            for s in self.stage_numbers
-        }
+        self.home = {stage: example.home(stage) for stage in self.stage_numbers}
         _, self.whole = abstract_state(cfg)
         self.shardings = [
             RunSharding(self.meshes[self.rank_of(s)], plan, self._specs(stage))
@@ -90,13 +85,6 @@ class Layout:
     def chunks(self, rank: int) -> dict[int, int]:
         """A rank's chunks and their stages."""
         return {chunk: stage for (r, chunk), stage in self.stage_of.items() if r == rank}
-
-    def schedule_for(self, microbatches: int) -> str:
-        """The run's, or the one for steps that are too small for it (the report's batch ramp)."""
-        if fits(self.schedule, self.ranks, microbatches):
-            return self.schedule
-        assert self.schedule != "dualpipev", "1F1B has half of its stages"
-        return FALLBACK
 
     def _specs(self, stage: Stage) -> Mapping:
         shape = dict(zip(self.meshes[0].axis_names, self.meshes[0].devices.shape, strict=True))

@@ -110,6 +110,8 @@ def test_places_of_the_two_ways_and_of_the_v():
     assert [dual.stage(rank, 0) for rank in range(4)] == [0, 1, 2, 3]
     assert [dual.stage(rank, 1) for rank in range(4)] == [3, 2, 1, 0]
     assert [vee.stage(rank, 1) for rank in range(4)] == [7, 6, 5, 4]
+    assert [dual.home(stage) for stage in range(4)] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert [vee.home(stage) for stage in range(8)] == list(vee.route(0))
     assert [dual.chunks_of(i) for i in (0, 3, 4, 7)] == [(0,), (0,), (1,), (1,)]
     assert vee.chunks_of(5) == (0, 1)
     assert vee.after(3, Work(5, 0)) == (3, 1)

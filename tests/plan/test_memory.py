@@ -191,6 +191,20 @@ def test_what_to_change_is_listed_and_helps():
     assert all(c.most < plan.most for c in changes)
 
 
+def test_no_change_is_one_that_is_refused():
+    """Twice as many ranks need twice as many micro-batches."""
+    assert "--mesh.pipe 4" not in {change.text for change in changes_of(memory_of(QUICK))}
+    enough = run_of(QUICK.mesh, schedule="dualpipe", microbatches=8)
+    assert "--mesh.pipe 4" in {change.text for change in changes_of(memory_of(enough))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rank_holds_the_whole_model_whatever_the_schedule(name: str):
+    (rank,) = memory_of(run_of(MeshConfig(), schedule=name)).ranks
+    assert rank.stages == ("E+4+H+M",)
+    assert rank == memory_of(run_of(MeshConfig())).ranks[0]
+
+
 @pytest.mark.parametrize(("factor", "rows"), [(1.0, 1), (4.0, 4)])
 def test_rows_of_an_exchange_grow_with_its_buckets(factor: float, rows: int):
     cfg = replace(QUICK, mesh=replace(QUICK.mesh, bucket_factor=factor))
