@@ -25,8 +25,12 @@ class Cut:
     end_mtp: int
 
     @property
+    def num_mtp(self) -> int:
+        return self.end_mtp - self.first_mtp
+
+    @property
     def has_mtp(self) -> bool:
-        return self.first_mtp < self.end_mtp
+        return self.num_mtp > 0
 
     def layers(self, first: int, end: int) -> range:
         """Of those from `first` to `end` the ones that are here."""
@@ -34,7 +38,7 @@ class Cut:
 
     def __str__(self) -> str:
         count = self.end_layer - self.first_layer
-        mtp = ["M"] * (self.end_mtp - self.first_mtp)
+        mtp = ["M"] * self.num_mtp
         return "+".join(["E"] * self.embed + [str(count)] * (count > 0) + ["H"] * self.head + mtp)
 
 

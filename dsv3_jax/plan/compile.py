@@ -6,17 +6,17 @@ are those of one device, read out of the compiled programs' own arguments and re
 needs beside them is told apart: it expands FP8 to float32 and merges little.
 """
 
+import math
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config import RunConfig
@@ -24,8 +24,10 @@ from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import Schedule, make
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.plan.compiled import CompiledPlan, CompiledRank, Program
-from dsv3_jax.plan.cuts import cuts_of, schedule_name
+from dsv3_jax.plan.cuts import cuts_of, layer_counts, schedule_name
+from dsv3_jax.plan.kept import Kept
 from dsv3_jax.plan.memory import fullest, memory_of
+from dsv3_jax.train.machine import peak_memory
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_programs import PassPrograms, compiling, kinds_of
 from dsv3_jax.train.rank_programs import RankPrograms
@@ -54,21 +56,22 @@ def compile_run(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
         run.plan,
         tuple(program for _, program in compiled.values()),
         tuple(run.ranks(compiled)),
-        {str(cut): run.measured(compiled, cut, "F") for cut in dict.fromkeys(run.cuts)},
-        {str(cut): run.measured(compiled, cut, "b") for cut in dict.fromkeys(run.cuts)},
+        {str(cut): run.residuals(compiled, cut) for cut in run.cuts},
+        {str(cut): run.tape(compiled, cut) for cut in run.cuts},
         time.monotonic() - start,
-        _peak_bytes(),
+        peak_memory(),
     )
 
 
 Key = tuple[str, tuple]
+Called = tuple[Any, tuple]  # a jitted function, and its arguments' shapes
 
 
 class _Run:
     """A run's layout, and which of its ranks are alike."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self.cfg, self.cuts, self.plan = cfg, cuts_of(cfg), memory_of(cfg)
+        self.cfg, self.cuts, self.plan, self.kept = cfg, cuts_of(cfg), memory_of(cfg), Kept(cfg)
         self.layout = Layout(cfg, make_mesh(cfg.mesh), self.cuts)
         self.rows = cfg.train.rows // cfg.train.microbatches
         name = schedule_name(cfg, cfg.train.microbatches)
@@ -76,9 +79,7 @@ class _Run:
 
     def shape(self, cut: Cut) -> tuple:
         """What a stage's programs depend on."""
-        dense = self.cfg.model.num_dense_layers
-        counts = len(cut.layers(0, dense)), len(cut.layers(dense, self.cfg.model.num_layers))
-        return (*counts, cut.embed, cut.head, cut.end_mtp - cut.first_mtp)
+        return (*layer_counts(self.cfg.model, cut), cut.embed, cut.head, cut.num_mtp)
 
     def signature(self, rank: int) -> tuple:
         """What a rank's programs depend on."""
@@ -124,53 +125,50 @@ class _Run:
             key = letter, (shapes[chunk], shapes[1 - chunk]) if fused else (shapes[chunk],)
             stages = f"{written[chunk]} and {written[1 - chunk]}" if fused else written[chunk]
             yield key, stages, lambda kind=kind: passes.trace([kind])[kind]
-        both = " and ".join(written.values())
-        for name, f, arguments, signature, stages in _around(programs, both):
-            signature = signature or self.signature(rank)
-            yield (name, signature), stages, lambda f=f, a=arguments: f.lower(*a)
+        signature, both = self.signature(rank), " and ".join(written.values())
+        around, updates = _around(programs)
+        for name, (f, arguments) in around.items():
+            yield (name, signature), both, partial(f.lower, *arguments)
+        for stage, (f, arguments) in updates.items():
+            cut = self.cuts[stage]
+            yield ("update", self.shape(cut)), str(cut), partial(f.lower, *arguments)
 
     # --- what they say ---------------------------------------------------------------------------
 
-    def measured(self, compiled: Mapping[Key, Any], cut: Cut, letter: str) -> tuple[int, int]:
-        """Of a stage, the residuals of F or the tape of b: compiled and planned bytes."""
-        from dsv3_jax.plan.kept import Kept
+    def residuals(self, compiled: Mapping[Key, Any], cut: Cut) -> tuple[int, int]:
+        """Of a stage's F: compiled and planned bytes."""
+        lowered, _ = compiled["F", (self.shape(cut),)]
+        return device_bytes(lowered.out_info[1]), sum(self.kept.residuals(cut).values())
 
-        kept, place = Kept(self.cfg), {"F": 1, "b": 2}[letter]
-        lowered, _ = compiled[letter, (self.shape(cut),)]
-        size = _size(lowered.out_info[place])
-        return size, sum(kept.residuals(cut).values()) if letter == "F" else kept.tape(cut)
+    def tape(self, compiled: Mapping[Key, Any], cut: Cut) -> tuple[int, int]:
+        """Of a stage's b: the same."""
+        lowered, _ = compiled["b", (self.shape(cut),)]
+        return device_bytes(lowered.out_info[2]), self.kept.tape(cut)
 
     def ranks(self, compiled: Mapping[Key, Any]) -> Iterator[CompiledRank]:
         """Every rank's bytes."""
         for planned in self.plan.ranks:
             rank, signature = planned.rank, self.signature(planned.rank)
             stages = list(self.layout.chunks(rank).values())
-            sizes = [
-                [self.measured(compiled, self.cuts[stage], letter)[0] for stage in stages]
-                for letter in ("F", "b")
-            ]
+            cuts = [self.cuts[stage] for stage in stages]
+            residuals = [self.residuals(compiled, cut)[0] for cut in cuts]
+            tapes = [self.tape(compiled, cut)[0] for cut in cuts]
             owned = [s for s in stages if self.layout.rank_of(s) == rank]
             states = [compiled["update", self.shape(self.cuts[s])][0] for s in owned]
             yield CompiledRank(
                 planned,
-                _size(compiled["prepare", signature][0].out_info[0]),
-                sum(_size(lowered.out_info[0]) for lowered in states),
-                _size(compiled["zeros", signature][0].out_info[0]),
-                fullest(self.schedule, rank, *sizes).size,
+                device_bytes(compiled["prepare", signature][0].out_info[0]),
+                sum(device_bytes(lowered.out_info[0]) for lowered in states),
+                device_bytes(compiled["zeros", signature][0].out_info[0]),
+                fullest(self.schedule, rank, residuals, tapes).size,
             )
 
 
-def _around(programs: RankPrograms, both: str) -> Iterator[tuple]:
-    """A rank's programs around its passes: name, function, arguments, what it depends on (None: on
-    the rank), stages.
-    """
-    layout = programs.layout
-    mine, others = programs.mine, programs.others
-    yield "prepare", programs.prepare, (mine, others), None, both
+def _around(programs: RankPrograms) -> tuple[dict[str, Called], dict[int, Called]]:
+    """A rank's programs around its passes, by name, and the update of every stage that it owns."""
+    layout, mine, others = programs.layout, programs.mine, programs.others
     weights, _ = jax.eval_shape(programs.prepare, mine, others)
-    yield "zeros", programs.zeros, (weights,), None, both
     sums, told = jax.eval_shape(programs.zeros, weights)
-    yield "reduce", programs.reduce, (sums,), None, both
     grads = jax.eval_shape(programs.reduce, sums)
     keys = {key for key, (stage, _) in programs.keys.items() if stage in programs.owned}
     grads = {key: grads[key] for key in keys}
@@ -179,21 +177,24 @@ def _around(programs: RankPrograms, both: str) -> Iterator[tuple]:
         for held in map(layout.borrowed, range(layout.ranks))
         if programs.rank in held
     ]
-    yield "tally", programs.tally, (told, grads, arrived), None, both
+    around = {
+        "prepare": (programs.prepare, (mine, others)),
+        "zeros": (programs.zeros, (weights,)),
+        "reduce": (programs.reduce, (sums,)),
+        "tally": (programs.tally, (told, grads, arrived)),
+    }
     grads, tally = jax.eval_shape(programs.tally, told, grads, arrived)
     place = NamedSharding(programs.mesh, WHOLE)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
-    for stage in programs.owned:
-        sharding = layout.shardings[stage]
-        state = sharding.placed_shapes(layout.abstract(stage))
-        cut, model = layout.cuts[stage], layout.cfg.model
-        counts = [
-            len(cut.layers(0, model.num_dense_layers)),
-            len(cut.layers(model.num_dense_layers, model.num_layers)),
-        ]
-        shape = (*counts, cut.embed, cut.head, cut.end_mtp - cut.first_mtp)
-        arguments = state, grads, tally, Coefficients(*[scalar] * len(Coefficients._fields))
-        yield "update", programs.update(stage), arguments, shape, str(cut)
+    coefficients = Coefficients(*[scalar] * len(Coefficients._fields))
+    states = {
+        stage: layout.shardings[stage].placed_shapes(layout.abstract(stage))
+        for stage in programs.owned
+    }
+    return around, {
+        stage: (programs.update(stage), (state, grads, tally, coefficients))
+        for stage, state in states.items()
+    }
 
 
 def _compiled(lowered: Any) -> tuple[Any, float]:
@@ -217,15 +218,8 @@ def _program(name: str, stages: str, compiled: Any, seconds: float, say: Say) ->
     )
 
 
-def _size(tree: Any) -> int:
-    """Bytes on one device of arrays that know where they lie."""
+def device_bytes(tree: Any) -> int:
+    """Of arrays, or shapes, that know where they lie: on one device."""
     return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def _peak_bytes() -> int:
-    import resource
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

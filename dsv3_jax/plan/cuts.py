@@ -23,6 +23,12 @@ def cuts_of(cfg: RunConfig) -> tuple[Cut, ...]:
     return _cuts(cfg.pipeline.stages, num_stages(cfg), cfg.model, cfg.data.length)
 
 
+def layer_counts(model: ModelConfig, cut: Cut) -> tuple[int, int]:
+    """A stage's layers with a dense feed-forward, and those with experts."""
+    dense = model.num_dense_layers
+    return len(cut.layers(0, dense)), len(cut.layers(dense, model.num_layers))
+
+
 @cache  # balancing many stages takes a moment
 def _cuts(written: str, stages: int, model: ModelConfig, length: int) -> tuple[Cut, ...]:
     costs = item_costs(model, length)

@@ -16,10 +16,11 @@ from dsv3_jax.model.moe import block_rows, num_blocks
 from dsv3_jax.parallel.buckets import make_exchange_plan
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.wire import row_bytes, wire_of_rules
+from dsv3_jax.plan.cuts import layer_counts
+from dsv3_jax.plan.traffic import ITEM_BYTES, tokens_of_microbatch
 from dsv3_jax.quant.formats import format_of
 from dsv3_jax.quant.recipes import RECIPES, Operand
 
-ITEM_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 Bytes = Mapping[str, int]
 
 
@@ -40,9 +41,8 @@ class Rows:
 
 def rows_of(cfg: RunConfig) -> Rows:
     """From a run's configuration."""
-    model, mesh, train = cfg.model, cfg.mesh, cfg.train
-    tokens = train.rows // train.microbatches // mesh.token_shards * cfg.data.length
-    plan = make_exchange_plan(mesh, model)
+    model, tokens = cfg.model, tokens_of_microbatch(cfg)
+    plan = make_exchange_plan(cfg.mesh, model)
     if plan is None:
         copies, experts, hop_1, hop_2 = tokens * model.experts_per_token, model.num_experts, 0, 0
     else:
@@ -66,18 +66,16 @@ class Kept:
 
     def residuals(self, cut: Cut) -> Bytes:
         """By part of the model."""
-        model, found = self.model, Counter()
-        found.update(_times(self.dense_layer, len(cut.layers(0, model.num_dense_layers))))
-        moe = cut.layers(model.num_dense_layers, model.num_layers)
-        found.update(_times(self.moe_layer, len(moe)))
-        modules = cut.end_mtp - cut.first_mtp
-        found.update(_times(self.moe_layer, modules))
+        found, modules = Counter(), cut.num_mtp
+        dense, moe = layer_counts(self.model, cut)
+        found.update(_times(self.dense_layer, dense))
+        found.update(_times(self.moe_layer, moe + modules))
         # The head keeps its gradient for h beside the final norm's input. A module has a head, and
         # keeps what it takes: hidden states, embedding and, computed again or not, their sum.
         found["head"] += (2 * cut.head + modules) * self._stream
         more = {"none": 5, "report": 1, "full": 1}[self.cfg.train.remat]
         found["MTP's input"] += modules * more * self._stream
-        angles = self.rows.tokens * model.rope_dim * 4
+        angles = self.rows.tokens * self.model.rope_dim * 4
         found["rotations"] += angles * (modules + (cut.first_layer < cut.end_layer))
         return {name: count for name, count in found.items() if count}
 
@@ -162,10 +160,9 @@ class Kept:
 
     def tape(self, cut: Cut) -> int:
         """Bytes that wait between b and W: of every product x and dy."""
-        model = self.model
-        dense = len(cut.layers(0, model.num_dense_layers))
-        modules = cut.end_mtp - cut.first_mtp
-        moe = len(cut.layers(model.num_dense_layers, model.num_layers)) + modules
+        model, modules = self.model, cut.num_mtp
+        dense, moe = layer_counts(model, cut)
+        moe += modules
         attention = (dense + moe) * self._attention_tape
         hidden, expert = model.dense_hidden, model.expert_hidden
         found = attention + dense * self._ffn_tape(hidden, "linear", "after_swiglu", False)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.stages import Cut
-from dsv3_jax.plan.cuts import check_pipeline, cuts_of, schedule_name
+from dsv3_jax.plan.cuts import check_pipeline, cuts_of, layer_counts, schedule_name
 from dsv3_jax.plan.kept import Kept
 from dsv3_jax.plan.moments import Key, Moment, fullest_moments, moments_of, orders
 from dsv3_jax.plan.parameters import GRADIENT_BYTES, Parameters
@@ -181,7 +181,7 @@ class _Ranks:
         once.
         """
         model, rows, item = self.cfg.model, self.kept.rows, self.kept.item
-        has_moe = cut.has_mtp or cut.layers(model.num_dense_layers, model.num_layers)
+        has_moe = cut.has_mtp or layer_counts(model, cut)[1]
         layer = self.again.moe_layer if has_moe else self.again.dense_layer
         kept = self.kept.moe_layer if has_moe else self.kept.dense_layer
         terms = {"recomputation": max(0, sum(layer.values()) - sum(kept.values()))}

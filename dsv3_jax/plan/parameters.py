@@ -15,10 +15,12 @@ from dsv3_jax.config import ModelConfig, RunConfig
 from dsv3_jax.config.mesh import AXES
 from dsv3_jax.model.precision import class_of, is_linear
 from dsv3_jax.model.transformer import DeepSeekV3
-from dsv3_jax.parallel.mesh import is_stacked, parameter_name, weight_spec
+from dsv3_jax.parallel.mesh import STACKS, is_stacked, parameter_name, weight_spec
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.zero import stored_spec
-from dsv3_jax.plan.kept import ITEM_BYTES, stored
+from dsv3_jax.plan.cuts import layer_counts
+from dsv3_jax.plan.kept import stored
+from dsv3_jax.plan.traffic import ITEM_BYTES
 from dsv3_jax.quant.recipes import RECIPES
 
 MASTER_BYTES = GRADIENT_BYTES = 4  # float32
@@ -76,10 +78,7 @@ class Parameters:
 
     def _those_of(self, cut: Cut) -> Iterator[tuple[Parameter, int]]:
         model = self.cfg.model
-        stacks = {
-            "dense_layers": len(cut.layers(0, model.num_dense_layers)),
-            "moe_layers": len(cut.layers(model.num_dense_layers, model.num_layers)),
-        }
+        stacks = dict(zip(STACKS, layer_counts(model, cut), strict=True))
         for parameter in self.all:
             first, _, rest = parameter.name.partition(".")
             if first in stacks:

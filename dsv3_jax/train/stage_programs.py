@@ -19,6 +19,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import AXES, TOKEN_AXES, varying, varying_axes
 from dsv3_jax.parallel.neighbours import PER_DEVICE
+from dsv3_jax.plan.cuts import layer_counts
 from dsv3_jax.quant.gemm import wide
 from dsv3_jax.train.sharding import WHOLE, RunSharding
 from dsv3_jax.train.stage import Arrays, Passed, Stage
@@ -237,8 +238,7 @@ class StagePrograms:
     def told(self) -> Told:
         """Of a step, by device."""
         model, cut = self.stage.cfg.model, self.stage.cut
-        routers = len(cut.layers(model.num_dense_layers, model.num_layers))
-        routers += cut.end_mtp - cut.first_mtp
+        routers = layer_counts(model, cut)[1] + cut.num_mtp
         devices = self.sharding.token_shards
         traffic = None
         if self.sharding.plan and routers:

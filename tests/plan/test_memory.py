@@ -1,6 +1,5 @@
 """What a run holds, in closed form, is what its programs take and give."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from dsv3_jax.config import MeshConfig, PipelineConfig, QuantConfig, RunConfig
 from dsv3_jax.config.presets import dsv3_671b, tiny_run
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import NAMES, make, simulate
+from dsv3_jax.plan.compile import device_bytes
 from dsv3_jax.plan.cuts import cuts_of
 from dsv3_jax.plan.kept import Kept, rows_of
 from dsv3_jax.plan.memory import changes_of, fullest, memory_of
@@ -63,22 +63,16 @@ class Traced:
         passes = PassPrograms(self.programs)
         for chunk, of_chunk in self.programs.chunks.items():
             lowered = passes.trace([("F", chunk), ("b", chunk)])
-            residuals = lowered["F", chunk].out_info[1]
-            yield of_chunk.stage.cut, size(residuals), size(lowered["b", chunk].out_info[2])
+            residuals, tape = lowered["F", chunk].out_info[1], lowered["b", chunk].out_info[2]
+            yield of_chunk.stage.cut, device_bytes(residuals), device_bytes(tape)
 
     @property
     def state(self) -> int:
-        stages = self.programs.owned
-        return sum(
-            size(self.layout.shardings[s].placed_shapes(self.layout.abstract(s))) for s in stages
-        )
-
-
-def size(tree: object) -> int:
-    """Bytes on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+        layout = self.layout
+        states = [
+            layout.shardings[s].placed_shapes(layout.abstract(s)) for s in self.programs.owned
+        ]
+        return device_bytes(states)
 
 
 QUICK = run_of(MeshConfig(2, node=2, local=2), schedule="dualpipe")
@@ -104,8 +98,8 @@ def test_weights_gradients_and_state_are_those_of_the_programs(cfg: RunConfig):
     plan, routers = memory_of(cfg), cfg.model.num_moe_layers + cfg.model.mtp_depth
     for rank in (0, cfg.mesh.pipe - 1):
         traced, planned = Traced(cfg, rank), plan.ranks[rank]
-        assert planned.weights == size(traced.weights)
-        assert planned.gradients == size(traced.sums)
+        assert planned.weights == device_bytes(traced.weights)
+        assert planned.gradients == device_bytes(traced.sums)
         state = planned.masters + planned.moments
         assert 0 <= traced.state - state <= 4 * (routers * cfg.model.num_experts + 8)
 

@@ -13,6 +13,7 @@ import pytest
 
 from dsv3_jax.model.precision import is_linear
 from dsv3_jax.parallel.mesh import EXPERT_AXES, is_stacked, weight_spec
+from dsv3_jax.plan.compile import device_bytes
 from dsv3_jax.plan.kept import Kept
 from dsv3_jax.train.pipeline_programs import PassPrograms
 from tests.train.lowered import count, operations, result_shape, result_size
@@ -129,17 +130,10 @@ def test_a_plan_knows_what_is_kept(case: Case, chunk: int):
     width, which `plan/test_compile.py` holds.
     """
     kept, cut = Kept(case.config), passes(case).programs.chunks[chunk].stage.cut
-    residuals = size(lowered(case, "F", chunk).out_info[1])
+    residuals = device_bytes(lowered(case, "F", chunk).out_info[1])
     assert sum(kept.residuals(cut).values()) == pytest.approx(residuals, rel=0.125)
-    tape = size(lowered(case, "b", chunk).out_info[2])
+    tape = device_bytes(lowered(case, "b", chunk).out_info[2])
     assert kept.tape(cut) == pytest.approx(tape, rel=0.02)
-
-
-def size(tree: Any) -> int:
-    """Bytes on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
