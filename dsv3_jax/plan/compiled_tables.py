@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dsv3_jax.plan.cells import GB, gigabytes, new_table
 from dsv3_jax.plan.compiled import CompiledPlan
-from dsv3_jax.plan.memory import GB
-from dsv3_jax.plan.tables import new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,8 +19,8 @@ def compiled_tables(compiled: CompiledPlan, capacity: float | None) -> Iterator[
     for rank in compiled.ranks:
         sizes = rank.weights, rank.state, rank.gradients, rank.live, rank.total
         planned = rank.planned.total
-        cells = [str(rank.planned.rank), *map(_gigabytes, sizes), _gigabytes(planned)]
-        left = [] if capacity is None else [_gigabytes(capacity - rank.total)]
+        cells = [str(rank.planned.rank), *map(gigabytes, sizes), gigabytes(planned)]
+        left = [] if capacity is None else [gigabytes(capacity - rank.total)]
         table.add_row(*cells, _off(rank.total, planned), *left)
     yield table
     columns = ("stage", "F to b", "planned", "off", "b to W", "planned", "off")
@@ -42,7 +41,7 @@ def _program_table(compiled: CompiledPlan) -> "Table":
     for program in compiled.programs:
         sizes = program.arguments, program.results, program.temporary
         counted = ", ".join(f"{count} {name}" for name, count in program.collectives.items())
-        cells = [program.name, program.stages, f"{program.seconds:.0f}", *map(_gigabytes, sizes)]
+        cells = [program.name, program.stages, f"{program.seconds:.0f}", *map(gigabytes, sizes)]
         table.add_row(*cells, f"{program.flops / 1e12:,.3g}", counted)
     return table
 
@@ -80,8 +79,3 @@ def _pairs(sizes: Any) -> dict[str, dict[str, int]]:
 
 def _off(found: float, planned: float) -> str:
     return f"{planned / found - 1:+.1%}" if found else ""
-
-
-def _gigabytes(size: float) -> str:
-    value = size / GB
-    return f"{value:,.2f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"

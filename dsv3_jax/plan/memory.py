@@ -23,8 +23,6 @@ from dsv3_jax.plan.kept import Kept
 from dsv3_jax.plan.moments import Key, Moment, fullest_moments, moments_of, orders
 from dsv3_jax.plan.parameters import GRADIENT_BYTES, Parameters
 
-GB = 10**9
-
 
 @dataclass(frozen=True)
 class Live:

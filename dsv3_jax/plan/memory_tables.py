@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.drawing import GREY, SERIES, new_figure, save_picture
-from dsv3_jax.plan.memory import GB, MemoryPlan, RankMemory, changes_of
+from dsv3_jax.plan.cells import GB, gigabytes, new_table
+from dsv3_jax.plan.memory import MemoryPlan, RankMemory, changes_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,8 +20,6 @@ WORDS = {"tapes": "between b and W", "residuals": "between F and b"}
 
 def memory_table(plan: MemoryPlan) -> "Table":
     """GB of a device of every rank; ranks that are alike in one row."""
-    from dsv3_jax.plan.tables import new_table
-
     terms = [WORDS.get(term, term) for term in plan.ranks[0].persistent]
     columns = ("ranks", "stages", *terms, "live sets", "sum", "workspace")
     table = new_table("memory of a device, GB", *columns, words={"stages"})
@@ -35,22 +34,22 @@ def _cells(rank: RankMemory) -> tuple[str, ...]:
     sizes = [*rank.persistent.values()]
     sets = sum(rank.live.residuals.values()) + sum(rank.live.tapes.values())
     stages = "  ".join(rank.stages)
-    numbers = [_gigabytes(size) for size in sizes]
-    return stages, *numbers, str(sets), _gigabytes(rank.total), _gigabytes(rank.workspace)
+    numbers = [gigabytes(size) for size in sizes]
+    return stages, *numbers, str(sets), gigabytes(rank.total), gigabytes(rank.workspace)
 
 
 def memory_lines(plan: MemoryPlan, capacity: float | None, skew: float) -> Iterator[str]:
     """Whether it fits a device of so many bytes, what takes most, and what would change that."""
     rank, exchange = plan.fullest, plan.exchange
     yield (
-        f"fullest: rank {rank.rank}, {_gigabytes(rank.total)} GB, most of it "
-        f"{_gigabytes(rank.persistent[rank.dominant])} GB {_spoken(rank.dominant)}; its programs "
-        f"take an estimated {_gigabytes(rank.workspace)} GB more for themselves"
+        f"fullest: rank {rank.rank}, {gigabytes(rank.total)} GB, most of it "
+        f"{gigabytes(rank.persistent[rank.dominant])} GB {_spoken(rank.dominant)}; its programs "
+        f"take an estimated {gigabytes(rank.workspace)} GB more for themselves"
     )
     if exchange:
         rounds = math.ceil(skew / exchange.factor)
         yield (
-            f"exchange: buckets of {exchange.rows:,} rows, {_gigabytes(exchange.size)} GB in a "
+            f"exchange: buckets of {exchange.rows:,} rows, {gigabytes(exchange.size)} GB in a "
             f"layer, whatever the routing; a device with {skew:g} times its share of token copies "
             f"takes {rounds} round{'s' * (rounds > 1)}"
         )
@@ -58,21 +57,21 @@ def memory_lines(plan: MemoryPlan, capacity: float | None, skew: float) -> Itera
         return
     has = f"{capacity / GB:g} GB"
     if not plan.exceeds(capacity):
-        yield f"fits: {_gigabytes(capacity - plan.most)} GB of {has} are left for workspace"
+        yield f"fits: {gigabytes(capacity - plan.most)} GB of {has} are left for workspace"
         over = rank.total + rank.workspace - capacity
         if over <= 0:
             return
-        yield f"with the estimated workspace it exceeds them by {_gigabytes(over)} GB"
+        yield f"with the estimated workspace it exceeds them by {gigabytes(over)} GB"
     else:
         most = max(plan.ranks, key=lambda rank: rank.total)
         yield (
             f"does not fit: rank {most.rank} exceeds {has} by "
-            f"{_gigabytes(plan.exceeds(capacity))} GB, workspace left out; its largest term is "
+            f"{gigabytes(plan.exceeds(capacity))} GB, workspace left out; its largest term is "
             f"{_spoken(most.dominant)}"
         )
     for change in changes_of(plan):
         fits = "fits" if change.most <= capacity else "does not fit"
-        yield f"  {change.text}: {_gigabytes(change.most)} GB, {fits}"
+        yield f"  {change.text}: {gigabytes(change.most)} GB, {fits}"
 
 
 def _spoken(term: str) -> str:
@@ -120,9 +119,3 @@ def draw_memory(plan: MemoryPlan, path: Path, capacity: float | None) -> None:
         panel.set_title("Memory of a device")
         panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
         save_picture(figure, path, OPTION)
-
-
-def _gigabytes(size: float) -> str:
-    """Three digits, and two behind the point."""
-    value = size / GB
-    return f"{value:,.2f}" if value >= 0.01 or not value else f"{value:.2g}"

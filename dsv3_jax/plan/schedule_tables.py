@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from dsv3_jax.plan.cells import new_table
 from dsv3_jax.plan.options import Options
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def whole_table(timeline: "Timeline", options: Options) -> "Table":
         schedule.ranks, options.forward, options.backward, options.weights, options.fused
     )
     peak = formula.peak(schedule.ranks, schedule.microbatches)
-    table = _table("", "simulated", "formula")
+    table = new_table(None, "", "simulated", "formula", words={"", "formula"})
     table.add_row("bubble", _number(timeline.bubble), f"{_number(bubble)} = {formula.text}")
     table.add_row("live activations", f"{max(timeline.peak)}", f"{peak} = {formula.live}")
     table.add_row("stages on a rank", f"{schedule.chunks}", "")
@@ -30,7 +31,7 @@ def whole_table(timeline: "Timeline", options: Options) -> "Table":
 
 def rank_table(timeline: "Timeline") -> "Table":
     """Idle time and live activations of every rank."""
-    table = _table("rank", "stages", "idle", "of the step", "live activations")
+    table = new_table(None, "rank", "stages", "idle", "of the step", "live activations")
     for row in _rank_rows(timeline):
         table.add_row(*row)
     return table
@@ -46,13 +47,3 @@ def _rank_rows(timeline: "Timeline") -> Iterator[tuple[str, ...]]:
 def _number(time: float) -> str:
     """Without the last digits, in which sums in another order differ."""
     return f"{round(time, 9):.6g}"
-
-
-def _table(*columns: str) -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("", "formula") else "right")
-    return table

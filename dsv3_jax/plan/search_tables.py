@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dsv3_jax.plan.cells import GB
 from dsv3_jax.plan.layer_time import NOT_COUNTED
-from dsv3_jax.plan.memory import GB, MemoryPlan, RankMemory
+from dsv3_jax.plan.memory import MemoryPlan, RankMemory
 from dsv3_jax.plan.search import Answer, Found, options_of
 
 if TYPE_CHECKING:

@@ -1,10 +1,11 @@
 """A plan as tables for people and as JSON for programs, the same figures in both."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from dsv3_jax.plan.cells import new_table, number
 from dsv3_jax.plan.derivation import Line, derivation
 from dsv3_jax.plan.hardware import Hardware
 from dsv3_jax.plan.layer_time import NOT_COUNTED
@@ -69,7 +70,6 @@ def line_tables(lines: Sequence[Line]) -> list["Table"]:
     return tables
 
 
-WORDS = {"", "unit", "from", "source", "cut", "schedule"}
 STAGE_KEYS = ("stage", "cut", "F", "b", "W", "FB")
 STEP_KEYS = ("rows", "steps", "schedule", "seconds")
 
@@ -90,22 +90,3 @@ def _stage_rows(p: Prediction) -> list[tuple[Any, ...]]:
 
 def _step_rows(p: Prediction) -> list[tuple[Any, ...]]:
     return [(step.rows, count, step.schedule, step.seconds) for step, count in p.run]
-
-
-def number(value: float) -> str:
-    """Six digits, whole numbers whole, thousands apart."""
-    if float(value).is_integer() or abs(value) >= 1e6:
-        return f"{value:,.0f}"
-    return f"{value:,.6g}"
-
-
-def new_table(title: str, *columns: str, words: Collection[str] = WORDS) -> "Table":
-    """Columns of `words` stand to the left, of numbers to the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in columns:
-        left = column in words
-        table.add_column(column, justify="left" if left else "right", no_wrap=column == "value")
-    return table

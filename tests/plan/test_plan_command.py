@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.plan.__main__ import main
+from dsv3_jax.plan.cells import number
 from dsv3_jax.plan.cpu_probe import measured_cpu
 from dsv3_jax.plan.hardware import H800
 from dsv3_jax.plan.layer_time import NOT_COUNTED
-from dsv3_jax.plan.tables import number
 from tests.commands import help_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
