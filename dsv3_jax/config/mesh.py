@@ -37,9 +37,14 @@ class MeshConfig:
         check("mesh.bucket_factor", factor, 0 < factor <= 1024, "above 0, up to 1024")
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Of each axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
     def size(self) -> int:
         """Devices in all."""
-        return math.prod(getattr(self, axis) for axis in AXES)
+        return math.prod(self.sizes.values())
 
     @property
     def token_shards(self) -> int:

@@ -32,7 +32,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     Given devices are taken in their order, `local` fastest. Otherwise JAX's own, laid out by JAX as
     their topology suggests: in their order where it knows none, as on CPUs.
     """
-    shape = tuple(getattr(cfg, axis) for axis in AXES)
+    shape = tuple(cfg.sizes.values())
     found = jax.devices() if devices is None else list(devices)
     if len(found) < cfg.size:
         raise ValueError(

@@ -36,7 +36,6 @@ SCHEDULE_ABOUT = """What a pipeline schedule costs: idle time and live activatio
 Simulated beside the report's formulas, and drawn with --timeline. Times are in any unit, of one
 micro-batch in one of a rank's model parts.
 """
-LARGEST = 100_000  # ranks times micro-batches, which take about a minute
 
 
 def main(args: Sequence[str]) -> int | None:
@@ -213,6 +212,7 @@ def show(options: Options) -> None:
     from dsv3_jax.parallel.schedules import make, simulate
     from dsv3_jax.plan.bubbles import FORMULAS
     from dsv3_jax.plan.schedule_tables import rank_table, whole_table
+    from dsv3_jax.plan.step_time import LARGEST
     from dsv3_jax.plan.timeline import OPTION, draw_timeline, title
     from dsv3_jax.train.console import RunConsole
 

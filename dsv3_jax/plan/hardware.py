@@ -69,6 +69,11 @@ class Hardware:
     assumed: tuple[str, ...] = ()
     """In place of what has no source"""
 
+    @property
+    def slower(self) -> float:
+        """Factor on computation beside which communication holds its SMs."""
+        return self.sms.value / (self.sms.value - self.comm_sms.value)
+
 
 @dataclass(frozen=True)
 class WhatIf:

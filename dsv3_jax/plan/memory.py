@@ -110,12 +110,17 @@ class MemoryPlan:
         return max(self.ranks, key=lambda rank: rank.total + rank.workspace)
 
     @property
+    def heaviest(self) -> RankMemory:
+        """The one that decides whether a run fits: workspace, an estimate, does not count."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
     def most(self) -> int:
         """Bytes on its devices, without workspace."""
-        return max(rank.total for rank in self.ranks)
+        return self.heaviest.total
 
     def exceeds(self, capacity: float) -> float:
-        """Bytes by which the fullest rank is above what a device has; 0 if it fits."""
+        """Bytes by which the heaviest rank is above what a device has; 0 if it fits."""
         return max(0.0, self.most - capacity)
 
 

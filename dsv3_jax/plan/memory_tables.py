@@ -63,7 +63,7 @@ def memory_lines(plan: MemoryPlan, capacity: float | None, skew: float) -> Itera
             return
         yield f"with the estimated workspace it exceeds them by {gigabytes(over)} GB"
     else:
-        most = max(plan.ranks, key=lambda rank: rank.total)
+        most = plan.heaviest
         yield (
             f"does not fit: rank {most.rank} exceeds {has} by "
             f"{gigabytes(plan.exceeds(capacity))} GB, workspace left out; its largest term is "

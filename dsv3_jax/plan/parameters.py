@@ -12,7 +12,6 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig, RunConfig
-from dsv3_jax.config.mesh import AXES
 from dsv3_jax.model.precision import class_of, is_linear
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import STACKS, is_stacked, parameter_name, weight_spec
@@ -66,7 +65,7 @@ class Parameters:
 
     def __init__(self, cfg: RunConfig, known: tuple[Parameter, ...] = ()) -> None:
         """`known`: `parameters_of` the model, which is traced for them otherwise."""
-        self.cfg, self.sizes = cfg, {axis: getattr(cfg.mesh, axis) for axis in AXES}
+        self.cfg, self.sizes = cfg, cfg.mesh.sizes
         self.all = known or traced(cfg.model)
         self._of: dict[Cut, list[tuple[Parameter, int]]] = {}
 

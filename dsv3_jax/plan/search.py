@@ -31,7 +31,7 @@ class Ask:
 
     hardware: Hardware
     devices: int
-    top: int = 10
+    top: int
     """Layouts to find"""
     what_if: WhatIf | None = None
     overlap: bool = True
@@ -170,8 +170,8 @@ def _meshes(cfg: RunConfig, ask: Ask) -> Iterator[MeshConfig]:
         for node in _divisors(ask.devices // pipe):
             for local in _divisors(ask.devices // pipe // node):
                 if per_node % local == 0:
-                    sizes = {"data": ask.devices // (pipe * node * local), "node": node}
-                    yield replace(cfg.mesh, pipe=pipe, local=local, **sizes)
+                    data = ask.devices // (pipe * node * local)
+                    yield replace(cfg.mesh, pipe=pipe, data=data, node=node, local=local)
 
 
 def _divisors(number: int) -> list[int]:
@@ -187,11 +187,9 @@ def _recomputing(layout: RunConfig) -> Iterator[RunConfig]:
 
 def options_of(cfg: RunConfig) -> str:
     """Of mesh, schedule, micro-batches and recomputation, as a command takes them."""
-    mesh, train = cfg.mesh, cfg.train
-    sizes = {axis: getattr(mesh, axis) for axis in ("pipe", "data", "node", "local")}
-    options = {f"mesh.{axis}": size for axis, size in sizes.items()} | {
+    options = {f"mesh.{axis}": size for axis, size in cfg.mesh.sizes.items()} | {
         "pipeline.schedule": cfg.pipeline.schedule,
-        "train.microbatches": train.microbatches,
-        "train.remat": train.remat,
+        "train.microbatches": cfg.train.microbatches,
+        "train.remat": cfg.train.remat,
     }
     return " ".join(f"--{name} {value}" for name, value in options.items())

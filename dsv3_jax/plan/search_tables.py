@@ -1,17 +1,15 @@
 """A search's answer as a table for people and as JSON for programs, the same figures in both."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.plan.cells import GB
 from dsv3_jax.plan.layer_time import NOT_COUNTED
-from dsv3_jax.plan.memory import MemoryPlan, RankMemory
+from dsv3_jax.plan.memory import MemoryPlan
 from dsv3_jax.plan.search import Answer, Found, options_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-AXES = ("pipe", "data", "node", "local")
 COLUMNS = {  # heads in two lines, so that a terminal's 80 columns take them
     "pipe×data×\nnode×local": "{mesh[pipe]}×{mesh[data]}×{mesh[node]}×{mesh[local]}",
     "schedule": "{schedule}",
@@ -64,7 +62,7 @@ def search_lines(answer: Answer) -> list[str]:
             f"{fit} in {name}'s {room:g} GB: {held}",
             f"the first one's options: {answer.fastest[0].options}",
         ]
-    rank = _rank(answer.nearest)
+    rank = answer.nearest.heaviest
     term = rank.dominant
     none = f"none of {answer.layouts:,} meshes with a schedule fits in {name}'s {room:g} GB"
     share = f"{rank.persistent[term] / GB:,.1f} of {rank.total / GB:,.1f} GB on rank {rank.rank}"
@@ -86,9 +84,9 @@ def _row(found: Found) -> dict[str, Any]:
 
 def _held(plan: MemoryPlan) -> dict[str, Any]:
     """The layout, and what it holds on its fullest rank."""
-    cfg, rank = plan.cfg, _rank(plan)
+    cfg, rank = plan.cfg, plan.heaviest
     return {
-        "mesh": {axis: size for axis, size in asdict(cfg.mesh).items() if axis in AXES},
+        "mesh": cfg.mesh.sizes,
         "schedule": cfg.pipeline.schedule,
         "microbatches": cfg.train.microbatches,
         "remat": cfg.train.remat,
@@ -99,8 +97,3 @@ def _held(plan: MemoryPlan) -> dict[str, Any]:
         "dominant": rank.dominant,
         "workspace_gigabytes": rank.workspace / GB,
     }
-
-
-def _rank(plan: MemoryPlan) -> RankMemory:
-    """That decides whether a plan fits: workspace does not count."""
-    return max(plan.ranks, key=lambda rank: rank.total)

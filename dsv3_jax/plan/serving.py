@@ -16,6 +16,7 @@ from dsv3_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from dsv3_jax.config.fields import check
 from dsv3_jax.plan.hardware import Hardware
 from dsv3_jax.plan.kernel_rates import Figure, nearest_gemm, nearest_latency
 from dsv3_jax.plan.layer_time import Job, Time, forward_time
@@ -50,14 +51,11 @@ class ServingLayout:
     """Latents in E4M3 with an FP32 scale for each 128, rotary keys in BF16"""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_devices", "decode_devices", "prompt", "prefill_tokens", "batch"):
-            if getattr(self, name) < 1:
-                flag = f"--serving.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {getattr(self, name)}; allowed: at least 1")
-        for name in ("redundant_experts", "context"):
-            if getattr(self, name) < 0:
-                flag = f"--serving.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {getattr(self, name)}; allowed: 0 or more")
+        one_or_more = "prefill_devices", "decode_devices", "prompt", "prefill_tokens", "batch"
+        for name in (*one_or_more, "redundant_experts", "context"):
+            least, allowed = (1, "at least 1") if name in one_or_more else (0, "0 or more")
+            value = getattr(self, name)
+            check(f"--serving.{name.replace('_', '-')}", value, value >= least, allowed)
 
 
 def cache_bytes_per_layer(model: ModelConfig, fp8: bool = False) -> int:
@@ -160,8 +158,7 @@ class Serving:
     @property
     def slower(self) -> float:
         """Factor on computation beside which communication holds SMs."""
-        sms, taken = self.hardware.sms.value, self.hardware.comm_sms.value
-        return sms / (sms - taken) if self.overlap else 1.0
+        return self.hardware.slower if self.overlap else 1.0
 
     @property
     def prefill_seconds(self) -> float:

@@ -91,9 +91,8 @@ class Stepper:
         check_pipeline(job.cfg)
         check_job(job)
         self.job, self.cfg = job, job.cfg
-        sms, taken = job.hardware.sms.value, job.hardware.comm_sms.value
         communicates = exchange_of(job.cfg) is not None
-        self.overlap = Overlap(overlap, sms / (sms - taken) if communicates else 1.0)
+        self.overlap = Overlap(overlap, job.hardware.slower if communicates else 1.0)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
