@@ -231,20 +231,14 @@ def _one_line(boxed: str) -> str:
     given = " ".join(rows[:rule]).partition(": ")[2]
     suggested.sort(key=lambda name: -difflib.SequenceMatcher(None, name, given).ratio())
     text = re.sub(r"^Error parsing (?!-)[\w.]*: ", "", " ".join(rows[:rule]))
+    optional = r"no type matching \{{None\}}\|{} could be instantiated from \[(.*?)\]\. .*"
     for said, allowed in (
-        (r"invalid literal for int\(\) with base 10", "whole numbers"),
-        (r"could not convert string to float", "numbers"),
+        (r"invalid literal for int\(\) with base 10: (.*)", "whole numbers"),
+        (r"could not convert string to float: (.*)", "numbers"),
+        (optional.format("INT"), "whole numbers"),
+        (optional.format("FLOAT"), "numbers"),
     ):
-        text = re.sub(
-            rf"^Error parsing (\S+): {said}: (.*)$", rf"\1 is \2; allowed: {allowed}", text
-        )
-    for kind, allowed in (("INT", "whole numbers"), ("FLOAT", "numbers")):  # of what may be None
-        text = re.sub(
-            rf"^Error parsing (\S+): no type matching \{{None\}}\|{kind} could be instantiated "
-            r"from \[(.*?)\]\. .*$",
-            rf"\1 is \2; allowed: {allowed}",
-            text,
-        )
+        text = re.sub(rf"^Error parsing (\S+): {said}$", rf"\1 is \2; allowed: {allowed}", text)
     if suggested and text.startswith("Unrecognized"):
         text += f"; perhaps you meant {' or '.join(suggested)}"
     elif text.startswith("Unrecognized") and text.endswith(".py"):
