@@ -1,10 +1,11 @@
 """What a run's plan says beside the run: at its start, at its end, and when memory runs out.
 
-A plan is a courtesy: what it cannot say is left out, and no run ends because of it.
+A plan is a courtesy: no run ends because of it, and where there is none, a line says why.
 """
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +19,7 @@ from dsv3_jax.plan.prediction import predict
 from dsv3_jax.train.machine import device_peak_memory, peak_memory
 
 SHOWN_CHANGES = 3
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,6 @@ class Planned:
     """Of one run on this machine's devices."""
 
     memory: MemoryPlan
-    hardware: Hardware | None
-    """None for devices of which no figures are known"""
     seconds: float = math.nan
     """Of a step with all rows; NaN if nothing is known"""
 
@@ -64,16 +64,21 @@ class Planned:
         return line
 
 
-def planned_of(cfg: RunConfig, params: nnx.State | None = None) -> Planned | None:
-    """Of a run, whose abstract weights need not be traced if they are at hand. None if there is no
-    plan of it.
+def planned_of(
+    cfg: RunConfig, params: nnx.State | None = None, say: Say = lambda line: None
+) -> Planned | None:
+    """Of a run, whose abstract weights need not be traced if they are at hand. None, and a line of
+    the reason, if there is no plan of it.
     """
     try:
-        known = Parameters(cfg, parameters_of(params) if params else ())
-        memory = memory_of(cfg, known)
-        hardware = hardware_of(jax.devices()[0].device_kind)
-        return Planned(memory, hardware, _seconds(cfg, hardware))
-    except Exception:  # whatever a plan stumbles over, the run itself may not
+        memory = memory_of(cfg, Parameters(cfg, parameters_of(params) if params else ()))
+        return Planned(memory, _seconds(cfg, hardware_of(jax.devices()[0].device_kind)))
+    # The configuration has been checked, and the run needs nothing from here. So what fails is a
+    # fault of the plan's own, of any kind: a layer or a recipe that it has not learned of, a key, a
+    # division, an assertion. Days of training are worth more than its line, which names the fault.
+    except Exception as error:
+        fault = f"{type(error).__name__}: {_said(error)}"
+        say(f"planned    nothing, since the plan failed ({fault}); the run goes on without")
         return None
 
 
@@ -96,15 +101,20 @@ def _seconds(cfg: RunConfig, hardware: Hardware | None) -> float:
 
 def told_of_exhaustion(cfg: RunConfig, error: BaseException) -> str:
     """What ran out, what was planned on the fullest rank, and what would hold less: in one line."""
-    line = f"out of memory: {' '.join(str(error).split())[:200]}"
-    planned = planned_of(cfg)
-    if planned is None:
+    line = f"out of memory: {_said(error)}"
+    try:
+        memory = memory_of(cfg)
+        changes = changes_of(memory)[:SHOWN_CHANGES]
+    except Exception:  # as above; and here memory may run out once more
         return f"{line}; smaller: train.rows, or more train.microbatches"
-    rank = planned.memory.fullest
+    rank = memory.fullest
     line += f"; planned on rank {rank.rank}: {terms_of(rank)}, workspace {size_of(rank.workspace)}"
-    changes = changes_of(planned.memory)[:SHOWN_CHANGES]
     smaller = [f"{change.text} ({size_of(change.most)})" for change in changes]
     return f"{line}; smaller: {', '.join(smaller or ['train.rows, with as many micro-batches'])}"
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def is_exhaustion(error: BaseException) -> bool:

@@ -246,7 +246,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         say(f"           {COMPILING[cfg.mesh.pipe > 1]}, kept for the next time)")
     if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
         programs.begin(rows)
-    planned = planned_of(cfg, params) if rows else None
+    planned = planned_of(cfg, params, say) if rows else None
     if planned:
         say(planned.begin())
     start = _start(prepared, programs, say)

@@ -73,15 +73,27 @@ def test_what_would_hold_less_is_named_with_its_size(cfg: RunConfig):
     assert "\n" not in line
 
 
-def test_without_a_plan_exhaustion_is_told_all_the_same(cfg: RunConfig, monkeypatch):
+def test_without_a_plan_its_fault_and_exhaustion_are_told_all_the_same(cfg: RunConfig, monkeypatch):
     def fail(*args: object) -> None:
-        raise RuntimeError
+        raise KeyError("a recipe\nthat is new")
 
+    said: list[str] = []
     monkeypatch.setattr(planned, "memory_of", fail)
-    assert planned_of(cfg) is None
+    assert planned_of(cfg, say=said.append) is None
+    (line,) = said
+    fault = r"KeyError: 'a recipe\nthat is new'"
+    assert line == f"planned    nothing, since the plan failed ({fault}); the run goes on without"
     assert told_of_exhaustion(cfg, MemoryError("9")) == (
         "out of memory: 9; smaller: train.rows, or more train.microbatches"
     )
+
+
+def test_without_advice_exhaustion_is_told_all_the_same(cfg: RunConfig, monkeypatch):
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(planned, "changes_of", fail)
+    assert told_of_exhaustion(cfg, MemoryError("9")).startswith("out of memory: 9; smaller: ")
 
 
 def test_other_errors_are_no_exhaustion():
