@@ -1,9 +1,12 @@
-"""A command's --help in a process of its own: what it prints, and what it loads for that."""
+"""What commands print: their --help, with what they load for that, and one line for a mistake."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,3 +27,14 @@ def help_of(module: str) -> tuple[str, set[str]]:
     loaded = {name.partition(".")[0] for name in help_.stderr.split()}
     assert "tyro" in loaded
     return help_.stdout, loaded
+
+
+def mistake_of(main: Callable, args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command prints, on stderr alone, for arguments that it exits 2 for."""
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    out = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out.err.count("\n") == 1
+    assert not out.out
+    return out.err

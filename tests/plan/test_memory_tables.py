@@ -10,6 +10,7 @@ from dsv3_jax.config.load import load_config
 from dsv3_jax.plan.__main__ import main
 from dsv3_jax.plan.memory import memory_of
 from dsv3_jax.plan.memory_tables import memory_json, memory_lines
+from tests.commands import mistake_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DUAL = ["--config", str(CONFIGS / "tiny_dualpipe.py")]
@@ -93,9 +94,4 @@ def test_a_table_a_picture_and_one_line_for_mistakes(plan, capsys, monkeypatch, 
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(args, line, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*DUAL, *args])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert line in error
-    assert error.count("\n") == 1
+    assert line in mistake_of(main, [*DUAL, *args], capsys)

@@ -13,7 +13,7 @@ from dsv3_jax.plan.cells import number
 from dsv3_jax.plan.cpu_probe import measured_cpu
 from dsv3_jax.plan.hardware import H800
 from dsv3_jax.plan.layer_time import NOT_COUNTED
-from tests.commands import help_of
+from tests.commands import help_of, mistake_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 V3 = ["--config", str(CONFIGS / "dsv3_671b.py")]
@@ -176,19 +176,11 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
 )
 def test_every_mistake_is_one_line(args, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(args)
-    out = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert line in out.err
-    assert out.err.count("\n") == 1
-    assert not out.out
+    assert line in mistake_of(main, args, capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_cpu_cannot_be_asked_about_serving(monkeypatch, capsys):
     monkeypatch.setattr("dsv3_jax.plan.cpu_probe._best", lambda run, times=5: 0.01)
-    with pytest.raises(SystemExit) as stopped:
-        main([*TINY, "--hardware", "cpu", "--serve"])
-    assert stopped.value.code == 2
-    assert "allowed: h800, h100, h200" in capsys.readouterr().err
+    line = mistake_of(main, [*TINY, "--hardware", "cpu", "--serve"], capsys)
+    assert "allowed: h800, h100, h200" in line

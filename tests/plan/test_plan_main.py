@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.parallel.schedules import NAMES
 from dsv3_jax.plan.__main__ import Options, main
-from tests.commands import help_of
+from tests.commands import help_of, mistake_of
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, list[str]]:
@@ -67,13 +67,7 @@ def test_the_picture_is_written(tmp_path: Path, capsys):
 )
 def test_what_cannot_be_is_one_line_and_leaves_no_file(args, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(args.split())
-    out = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert line in out.err
-    assert out.err.count("\n") == 1
-    assert not out.out
+    assert line in mistake_of(main, args.split(), capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -22,6 +22,7 @@ from dsv3_jax.plan.moments import counts, fullest_moments, moments_of
 from dsv3_jax.plan.parameters import Parameters, traced
 from dsv3_jax.plan.prediction import predict
 from dsv3_jax.plan.search import REMATS, SCHEDULES, Ask, search
+from tests.commands import mistake_of
 from tests.shapes import tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -207,10 +208,4 @@ def test_a_model_that_fits_nowhere_is_an_answer(capsys, monkeypatch):
     ],
 )
 def test_every_mistake_is_one_line(args, line, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([*DUAL, *args])
-    out = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert line in out.err
-    assert out.err.count("\n") == 1
-    assert not out.out
+    assert line in mistake_of(main, [*DUAL, *args], capsys)
