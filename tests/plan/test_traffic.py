@@ -6,8 +6,12 @@ import pytest
 
 from dsv3_jax.config import MeshConfig, ModelConfig, PipelineConfig, QuantConfig, RunConfig
 from dsv3_jax.config.presets import dsv3_671b, moe_16b, tiny, tiny_run
+from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.parallel.stages import whole
+from dsv3_jax.parallel.wire import PLAIN, wire_of_rules
 from dsv3_jax.plan.traffic import (
+    FP8_DISPATCH,
+    FP8_GRADIENTS,
     Weights,
     exchange_of,
     fp8_row,
@@ -17,6 +21,7 @@ from dsv3_jax.plan.traffic import (
     weights_of,
     zero_traffic,
 )
+from dsv3_jax.quant.recipes import RECIPES
 
 
 def report(**changes) -> RunConfig:
@@ -59,6 +64,14 @@ def test_a_token_crosses_to_each_node_once_and_then_to_each_expert():
 def test_rows_are_fp8_where_the_recipe_sends_them_so(recipe, there, back):
     traffic = exchange_of(replace(report(), quant=QuantConfig(recipe)))
     assert (traffic.dispatch, traffic.gradient_dispatch, traffic.combine) == (there, back, 14336)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_sent_in_fp8_is_what_the_recipes_rules_send(recipe: RecipeName):
+    """These names spare a plan's --help from loading JAX."""
+    rules = RECIPES[recipe]
+    wire = wire_of_rules(rules["dispatched"], rules["expert_after_swiglu"]) if rules else PLAIN
+    assert (recipe in FP8_DISPATCH, recipe in FP8_GRADIENTS) == (bool(wire.there), bool(wire.back))
 
 
 @pytest.mark.parametrize(
