@@ -11,17 +11,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def compiled_tables(compiled: CompiledPlan, capacity: float | None) -> Iterator["Table"]:
+def compiled_tables(compiled: CompiledPlan, capacity: float) -> Iterator["Table"]:
     """Ranks, micro-batches, programs."""
     columns = ("rank", "weights", "state", "gradients", "live", "sum", "planned", "off")
-    over = () if capacity is None else (f"left of {capacity / GB:g} GB",)
-    table = new_table("compiled: GB of a device, XLA:CPU's temporary apart", *columns, *over)
+    left = f"left of {capacity / GB:g} GB"
+    table = new_table("compiled: GB of a device, XLA:CPU's temporary apart", *columns, left)
     for rank in compiled.ranks:
         sizes = rank.weights, rank.state, rank.gradients, rank.live, rank.total
         planned = rank.planned.total
         cells = [str(rank.planned.rank), *map(gigabytes, sizes), gigabytes(planned)]
-        left = [] if capacity is None else [gigabytes(capacity - rank.total)]
-        table.add_row(*cells, _off(rank.total, planned), *left)
+        table.add_row(*cells, _off(rank.total, planned), gigabytes(capacity - rank.total))
     yield table
     columns = ("stage", "F to b", "planned", "off", "b to W", "planned", "off")
     table = new_table("compiled: a micro-batch's MB", *columns, words={"stage"})

@@ -38,7 +38,7 @@ def _cells(rank: RankMemory) -> tuple[str, ...]:
     return stages, *numbers, str(sets), gigabytes(rank.total), gigabytes(rank.workspace)
 
 
-def memory_lines(plan: MemoryPlan, capacity: float | None, skew: float) -> Iterator[str]:
+def memory_lines(plan: MemoryPlan, capacity: float, skew: float) -> Iterator[str]:
     """Whether it fits a device of so many bytes, what takes most, and what would change that."""
     rank, exchange = plan.fullest, plan.exchange
     yield (
@@ -53,8 +53,6 @@ def memory_lines(plan: MemoryPlan, capacity: float | None, skew: float) -> Itera
             f"layer, whatever the routing; a device with {skew:g} times its share of token copies "
             f"takes {rounds} round{'s' * (rounds > 1)}"
         )
-    if capacity is None:
-        return
     has = f"{capacity / GB:g} GB"
     if not plan.exceeds(capacity):
         yield f"fits: {gigabytes(capacity - plan.most)} GB of {has} are left for workspace"
@@ -82,18 +80,18 @@ def _spoken(term: str) -> str:
     }.get(term, term)
 
 
-def memory_json(plan: MemoryPlan, capacity: float | None) -> dict[str, Any]:
+def memory_json(plan: MemoryPlan, capacity: float) -> dict[str, Any]:
     """The same in bytes."""
     return {
         "capacity_bytes": capacity,
-        "exceeds_by_bytes": None if capacity is None else plan.exceeds(capacity),
+        "exceeds_by_bytes": plan.exceeds(capacity),
         "ranks": [
             asdict(rank) | {"sum": rank.total, "workspace": rank.workspace} for rank in plan.ranks
         ],
     }
 
 
-def draw_memory(plan: MemoryPlan, path: Path, capacity: float | None) -> None:
+def draw_memory(plan: MemoryPlan, path: Path, capacity: float) -> None:
     """A bar for every rank, by term. ValueError for another suffix than a picture's, OSError where
     it cannot be written.
     """
@@ -110,8 +108,7 @@ def draw_memory(plan: MemoryPlan, path: Path, capacity: float | None) -> None:
         panel.bar(
             ranks, workspace, 0.8, bottom, color="none", edgecolor=GREY, label="workspace, estimate"
         )
-        if capacity is not None:
-            panel.axhline(capacity / GB, color=GREY, linestyle="--", linewidth=1)
+        panel.axhline(capacity / GB, color=GREY, linestyle="--", linewidth=1)
         panel.set_axisbelow(True)
         panel.set_xticks(ranks)
         panel.set_xlabel("pipeline rank")
