@@ -56,8 +56,8 @@ def compile_run(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
         run.plan,
         tuple(program for _, program in compiled.values()),
         tuple(run.ranks(compiled)),
-        {str(cut): run.residuals(compiled, cut) for cut in run.cuts},
-        {str(cut): run.tape(compiled, cut) for cut in run.cuts},
+        {name: run.residuals(compiled, cut) for name, cut in run.kinds.items()},
+        {name: run.tape(compiled, cut) for name, cut in run.kinds.items()},
         time.monotonic() - start,
         peak_memory(),
     )
@@ -86,6 +86,16 @@ class _Run:
         chunks = self.layout.chunks(rank)
         kept = tuple(self.layout.rank_of(stage) == rank for stage in chunks.values())
         return (*(self.shape(self.cuts[stage]) for stage in chunks.values()), kept)
+
+    @property
+    def kinds(self) -> dict[str, Cut]:
+        """The first stage of every shape, by its number and as written: dense layers and others are
+        written alike.
+        """
+        found: dict[tuple, int] = {}
+        for stage, cut in enumerate(self.cuts):
+            found.setdefault(self.shape(cut), stage)
+        return {f"{stage}: {self.cuts[stage]}": self.cuts[stage] for stage in found.values()}
 
     @cached_property
     def distinct(self) -> dict[tuple, int]:

@@ -51,7 +51,7 @@ class CompiledPlan:
     programs: tuple[Program, ...]
     ranks: tuple[CompiledRank, ...]
     residuals: Mapping[str, tuple[int, int]]
-    """Of a micro-batch, by stage as written: compiled, planned"""
+    """Of a micro-batch, by the first stage of its kind, as `1: 4`: compiled, planned"""
     tapes: Mapping[str, tuple[int, int]]
     seconds: float
     peak_bytes: int

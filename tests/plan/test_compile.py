@@ -50,9 +50,15 @@ def test_a_shortened_job_compiles_to_what_is_planned():
         assert rank.live == pytest.approx(planned.live.size, rel=0.02)
         assert rank.total == pytest.approx(planned.total, rel=0.02)
     for pairs in (compiled.residuals, compiled.tapes):
-        assert list(pairs) == ["E+2", "H+M"]
+        assert list(pairs) == ["0: E+2", "1: H+M"]
         assert all(found == pytest.approx(planned, rel=0.02) for found, planned in pairs.values())
     by_name = {(program.name, program.stages): program for program in compiled.programs}
+    # What the compiler says of results; router biases and a message are among them.
+    first, (residuals, _) = compiled.ranks[0], compiled.residuals["0: E+2"]
+    for name, size in (("prepare", first.weights), ("zeros", first.gradients)):
+        assert by_name[name, "E+2 and H+M"].results == pytest.approx(size, rel=0.001)
+    message = 128 * 7168 * 2
+    assert by_name["F", "E+2"].results == pytest.approx(residuals + message, rel=0.001)
     # Two hops there and two back, of rows and of what goes with them; and none of weights.
     assert by_name["F", "E+2"].collectives["all-to-all"] > 0
     assert not by_name["W", "E+2"].collectives
