@@ -8,12 +8,13 @@ another process.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.data.mixture import Mixture
-from dsv3_jax.data.packing import Row, Rows
+if TYPE_CHECKING:  # who only steps on batches needs no tokenizer
+    from dsv3_jax.data.mixture import Mixture
+    from dsv3_jax.data.packing import Row, Rows
 
 # Read ahead at most this many rows, and this many tokens (32 MiB of tokens and labels).
 _AHEAD_ROWS = 256
@@ -36,13 +37,13 @@ class Batch(NamedTuple):
     """
 
 
-def batch_at(rows: Rows | Mixture, consumed_rows: int, num_rows: int) -> Batch:
+def batch_at(rows: "Rows | Mixture", consumed_rows: int, num_rows: int) -> Batch:
     """The batch of `num_rows` rows that follows the first `consumed_rows`."""
     return stack([rows[consumed_rows + i] for i in range(num_rows)])
 
 
 def load(
-    rows: Rows | Mixture,
+    rows: "Rows | Mixture",
     consumed_rows: int,
     batch_sizes: Iterable[int],
     readers: int = 1,
@@ -76,7 +77,7 @@ class _RowsFrom:
     """
 
     def __init__(
-        self, rows: Rows | Mixture, start: int, batch_size: int, chosen: Sequence[int]
+        self, rows: "Rows | Mixture", start: int, batch_size: int, chosen: Sequence[int]
     ) -> None:
         self.length = rows.length
         self._rows, self._start = rows, start
@@ -86,7 +87,7 @@ class _RowsFrom:
         batches = (sys.maxsize - self._start) // self._batch_size
         return batches * len(self._chosen)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> "Row":
         batch, place = divmod(index, len(self._chosen))
         return self._rows[self._start + batch * self._batch_size + self._chosen[place]]
 
@@ -100,7 +101,7 @@ def _read_ahead(source: _RowsFrom, readers: int) -> Any:
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def stack(batch: Sequence[Row]) -> Batch:
+def stack(batch: "Sequence[Row]") -> Batch:
     """Rows as a batch."""
     assert batch, "a batch of 0 rows"
     tokens, labels, segments = zip(*batch, strict=True)
