@@ -51,7 +51,7 @@ GIB = 2**30
 
 
 def full() -> ModelConfig:
-    """3.2 B parameters: 12 bytes of each for master, moments and gradient, and 4 more for the
+    """2.4 B parameters: 12 bytes of each for master, moments and gradient, and 4 more for the
     sums over micro-batches. So many MoE layers are scanned: one is compiled.
     """
     return ModelConfig(
@@ -61,7 +61,7 @@ def full() -> ModelConfig:
         num_dense_layers=1,
         num_heads=16,
         dense_hidden=8192,
-        expert_hidden=1408,
+        expert_hidden=1024,
         num_experts=32,
         num_groups=4,
         num_kept_groups=2,
@@ -74,7 +74,7 @@ def small() -> ModelConfig:
         full(),
         vocab_size=512,
         d_model=128,
-        num_layers=2,
+        num_layers=1,  # dense; MTP's has experts
         num_heads=2,
         q_latent=64,
         kv_latent=64,
@@ -106,7 +106,7 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="measured steps")
     add("--warm-up", type=int, default=2, help="steps before them, after compilation")
     add("--rows", type=int, default=4, help="rows of a step")
-    add("--microbatches", type=int, default=2, help="parts a step's rows are computed in")
+    add("--microbatches", type=int, default=4, help="parts a step's rows are computed in")
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
     add("--experts", type=int, help="in place of the preset's")
     add("--layers", type=int, help="in place of the preset's; more than 9 are scanned")
@@ -230,8 +230,8 @@ def measured(cfg: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 def sizes_of(cfg: RunConfig) -> str:
     count = cfg.model.param_count()
     return (
-        f"{(count.main + count.mtp) / 1e9:.2f} B parameters ({count.activated / 1e9:.2f} B "
-        f"activated without MTP), {cfg.train.rows} rows of {cfg.data.length} in "
+        f"{(count.main + count.mtp) / 1e6:,.1f} M parameters ({count.activated / 1e6:,.1f} M "
+        f"activated, without MTP), {cfg.train.rows} rows of {cfg.data.length} in "
         f"{cfg.train.microbatches} micro-batches, remat {cfg.train.remat}"
     )
 

@@ -3,6 +3,7 @@ library's source code.
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from dsv3_jax.cli import parse, run, user_errors, value_of
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_config, load_json
 from dsv3_jax.config.presets import tiny_run
-from dsv3_jax.parallel import launch
+from dsv3_jax.parallel import gpu_flags, launch
 from dsv3_jax.parallel.launch import LaunchOptions
 from dsv3_jax.train.folder import RunFolder, find_run, locked, run_at
 
@@ -164,4 +165,5 @@ def _with_resume_value(args: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     process.prepare()
+    gpu_flags.apply(os.environ)
     run(main)

@@ -228,3 +228,91 @@ def test_a_straight_line_is_found_through_points_on_it():
 
     intercept, slope = straight_line([1, 2, 4, 8], [3, 5, 9, 17])
     assert (intercept, slope) == (pytest.approx(1), pytest.approx(2))
+
+
+def small_train(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> dict:
+    """What the GPU's benchmark keeps of one recipe on this CPU, in the smallest way."""
+    import gpu_train
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.1")  # to be as it was afterwards
+    kept = folder / "figures.json"
+    sizes = "--preset small --rows 2 --microbatches 1 --remat none --steps 2 --warm-up 1"
+    gpu_train.main([*sizes.split(), "--json", str(kept), *options])
+    (found,) = json.loads(kept.read_text())
+    return found
+
+
+def test_the_step_on_a_gpu_is_measured_on_a_cpu_in_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    found = small_train(monkeypatch, tmp_path, "--recipes", "bf16")
+    assert found["recipe"] == "bf16"
+    assert (found["tokens"], len(found["seconds"]), len(found["losses"])) == (256, 2, 3)
+    assert found["tokens_per_second"] == pytest.approx(256 / found["step_seconds"])
+    causal, square = (found["mfu"][name] for name in ("causal", "square"))
+    assert 0 < causal < square < 1
+    peak = found["flops_per_token"]["causal"] * found["tokens_per_second"] / causal
+    assert peak == pytest.approx(989.4e12)
+    assert found["compile_seconds"] > 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("bf16: ")
+    assert f"{found['tokens_per_second']:,.0f} tokens/s" in said[-1]
+
+
+def test_the_model_for_a_gpu_is_v3_in_shape_and_fits_one():
+    from gpu_train import config, parsed
+
+    from dsv3_jax.config import ModelConfig
+    from dsv3_jax.train.memory import state_bytes
+
+    cfg = config(parsed([]), "fp8")
+    model, published = cfg.model, ModelConfig()
+    for name in ("nope_dim", "rope_dim", "v_dim", "experts_per_token", "num_shared_experts"):
+        assert getattr(model, name) == getattr(published, name)
+    assert (model.mtp_depth, cfg.data.length, cfg.quant.recipe) == (1, 4096, "fp8")
+    count = model.param_count()
+    assert 2e9 < count.main + count.mtp < 4e9
+    sums = (count.main + count.mtp) * 4 * (cfg.train.microbatches > 1)
+    assert state_bytes(cfg) + sums < 0.7 * 80e9
+
+
+def test_a_benchmark_for_gpus_says_that_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    import gpu_train
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.1")
+    gpu_train.main(["--recipes", "fp8"])
+    assert capsys.readouterr().out == "skipped: cpu, no GPU; --preset small runs anywhere\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--preset huge", "--preset: invalid choice: 'huge'"),
+        ("--steps 0", "--steps is 0; allowed: at least 1"),
+        ("--rows 3", "train.microbatches is 4, which does not divide train.rows = 3"),
+        ("--experts 6", "model.num_groups is 4, which does not divide num_experts = 6"),
+    ],
+)
+def test_a_mistake_in_the_gpus_options_is_one_line(
+    options: str, said: str, capsys: pytest.CaptureFixture
+):
+    import gpu_train
+
+    with pytest.raises(SystemExit) as ended:
+        gpu_train.main(options.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_speeds_of_recipes_are_over_that_of_bf16(capsys: pytest.CaptureFixture):
+    from gpu_train import tell_ratio
+
+    speeds = {"fp8": 300.0, "bf16": 200.0}
+    results = [{"recipe": name, "tokens_per_second": each} for name, each in speeds.items()]
+    tell_ratio(results)
+    assert capsys.readouterr().out == "fp8 / bf16: 1.500 times the tokens/s\n"
+    tell_ratio(results[:1])
+    assert capsys.readouterr().out == ""
