@@ -316,3 +316,18 @@ def test_speeds_of_recipes_are_over_that_of_bf16(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out == "fp8 / bf16: 1.500 times the tokens/s\n"
     tell_ratio(results[:1])
     assert capsys.readouterr().out == ""
+
+
+def test_the_benchmark_for_gpus_needs_few_packages():
+    """It goes to machines that have no more than JAX, flax, optax, numpy and what these need."""
+    code = """
+import sys
+for name in ("array_record", "grain", "matplotlib", "orbax", "safetensors", "tokenizers", "tyro"):
+    sys.modules[name] = None  # to import it is an error
+sys.path.insert(0, "benchmarks")
+import gpu_train
+import dsv3_jax.plan.cost, dsv3_jax.plan.hardware, dsv3_jax.train.machine, dsv3_jax.train.step
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
