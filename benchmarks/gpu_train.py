@@ -13,8 +13,8 @@ MFU is over the BF16 peak of an H100 or H200, dense, for every recipe; FLOPs are
 `dsv3_jax.plan.cost`, with the causal half of the scores and with the whole square.
 
 Expected: a line for each recipe, and their ratio; a few minutes on a GPU, most of it compilation.
-Without a GPU it says so in one line and ends; `--preset small` takes seconds on a CPU, and its
-figures mean nothing.
+Without a GPU it says so in one line and ends; `--preset small` takes a minute or two on a CPU, its
+figures mean nothing there.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def full() -> ModelConfig:
 
 
 def small() -> ModelConfig:
-    """Every kind of part, for seconds on a CPU."""
+    """Every kind of part, for CPUs."""
     return replace(
         full(),
         vocab_size=512,
