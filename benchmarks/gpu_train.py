@@ -152,7 +152,7 @@ def main(args: Sequence[str]) -> None:
         gpu_flags.apply(os.environ)
         results = [measured(runs[0], options)] if usable(options) else []
     else:
-        results = [found for recipe in options.recipes for found in in_a_process(args, recipe)]
+        results = in_processes(args, options.recipes)
         tell_ratio(results)
     if options.json and results:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -168,16 +168,22 @@ def usable(options: argparse.Namespace) -> bool:
     return False
 
 
-def in_a_process(args: Sequence[str], recipe: str) -> list[dict[str, Any]]:
-    """The same command for one recipe, and its figures: none if there is no GPU, or if it failed,
-    which it has said.
+def in_processes(args: Sequence[str], recipes: Sequence[str]) -> list[dict[str, Any]]:
+    """The same command for one recipe after the other, and their figures: none of a recipe that
+    failed, which it has said, and none at all where there is no GPU.
     """
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "figures.json"
-        own = [*args, "--recipes", recipe, "--json", str(kept)]
-        sys.stdout.flush()
-        subprocess.run([sys.executable, __file__, *own], check=False)
-        return json.loads(kept.read_text()) if kept.exists() else []
+        for recipe in recipes:
+            kept = Path(folder) / f"{recipe}.json"
+            own = [*args, "--recipes", recipe, "--json", str(kept)]
+            sys.stdout.flush()
+            ended = subprocess.run([sys.executable, __file__, *own], check=False)
+            if kept.exists():
+                results += json.loads(kept.read_text())
+            elif ended.returncode == 0:
+                break
+    return results
 
 
 def tell_ratio(results: Sequence[Mapping[str, Any]]) -> None:
