@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dsv3_jax.quant.formats import format_of
@@ -121,7 +122,7 @@ def block_scales(
         raise ValueError(f"scale is {scale!r}; allowed: {', '.join(map(repr, get_args(Scale)))}")
     if min(block) < 1:
         raise ValueError(f"block is {block}; allowed: sizes of at least 1")
-    return _scales(_block_maxima(x.astype(jnp.float32), block), largest, scale)
+    return scales_of_maxima(_block_maxima(x.astype(jnp.float32), block), largest, scale)
 
 
 def scaled(
@@ -189,15 +190,19 @@ def _block_maxima(x: jax.Array, block: tuple[int, int]) -> jax.Array:
     return jnp.where(jnp.isfinite(parts), jnp.abs(parts), 0).max((-3, -1))
 
 
-def _scales(maxima: jax.Array, largest: float, scale: Scale) -> jax.Array:
-    """maxima / largest, at least the smallest normal number; 1 where a block is all zero."""
+def scales_of_maxima(maxima: jax.Array, largest: float, scale: Scale) -> jax.Array:
+    """maxima / largest, at least the smallest normal number; 1 where a block is all zero.
+
+    Elementwise and of 32-bit numbers alone: kernels call it on what they hold in registers.
+    """
+    bits_of_largest = int(np.float32(largest).view(np.int32))
     if scale == "pow2":
         # In the bits: exponent and mantissa of the quotient, rounded up to the next exponent.
-        exponents = (_bits(maxima) - _bits(jnp.float32(largest)) + 0x7FFFFF) >> 23
+        exponents = (_bits(maxima) - bits_of_largest + 0x7FFFFF) >> 23
         # Largest number times scale is to be finite: above, it is rather saturated.
         scales = _power_of_two(jnp.minimum(exponents, 127 - math.frexp(largest)[1] + 1))
     elif scale == "mx":
-        scales = _power_of_two((_bits(maxima) >> 23) - (_bits(jnp.float32(largest)) >> 23))
+        scales = _power_of_two((_bits(maxima) >> 23) - (bits_of_largest >> 23))
     else:
         # XLA would make a division by a constant this product, but only under jit.
         scales = jnp.maximum(maxima * jnp.float32(1 / largest), jnp.finfo(jnp.float32).tiny)
