@@ -1,5 +1,8 @@
 """Kernels that quantise, interpreted: values and scales of the definition, bit for bit."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ from tests.shapes import normal
 
 T, D = 256, 384
 E4M3 = jnp.float8_e4m3fn
-SCALES = [("float32", "pow2"), ("pow2", "float32")]
+slow = pytest.mark.slow
 
 
 def hard_cases(dtype) -> jax.Array:
@@ -33,15 +36,14 @@ def hard_cases(dtype) -> jax.Array:
     return jnp.asarray(x.astype(np.float32)).astype(dtype)
 
 
-def of_definition(x: jax.Array, block: tuple[int, int], scale: str) -> tuple:
-    """Values and scales, transposed as kernels lay them out."""
-
-    def run(x):
-        blocked = fp8.quantize(x, block, scale=scale)
-        values, scales = blocked.values, blocked.scales
-        return (values, scales.T) if block[0] == 1 else (values.T, scales)
-
-    return jax.jit(run)(x)
+@partial(jax.jit, static_argnames=("block", "scale", "prepare"))
+def of_definition(
+    *args, block: tuple[int, int], scale: str, prepare: Callable[..., jax.Array] = lambda x: x
+) -> tuple:
+    """Values and scales of `prepare(*args)`, transposed as kernels lay them out."""
+    blocked = fp8.quantize(prepare(*args), block, scale=scale)
+    values, scales = blocked.values, blocked.scales
+    return (values, scales.T) if block[0] == 1 else (values.T, scales)
 
 
 def assert_same(actual: tuple, expected: tuple) -> None:
@@ -54,62 +56,61 @@ def assert_same(actual: tuple, expected: tuple) -> None:
         np.testing.assert_array_equal(np.asarray(got).view(bits), np.asarray(want).view(bits))
 
 
-def kept(x: jax.Array, scale: str) -> tuple[fp8.Blocked, jax.Array]:
-    """What the forward pass keeps, and its scales as kernels lay them out."""
-    blocked = fp8.quantize(x, scale=scale)
-    return blocked, blocked.scales.T
+def dequantized(q_TD: jax.Array, s_dT: jax.Array) -> jax.Array:
+    return fp8.Blocked(q_TD, s_dT.T, (1, 128)).dequantize()
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("row_scale", "column_scale"), SCALES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("dtype", "row_scale", "column_scale"),
+    [
+        (jnp.bfloat16, "float32", "pow2"),
+        (jnp.float32, "pow2", "float32"),
+        pytest.param(jnp.bfloat16, "pow2", "float32", marks=slow),
+        pytest.param(jnp.float32, "float32", "pow2", marks=slow),
+    ],
+)
 def test_both_tilings_are_the_definitions(dtype, row_scale: str, column_scale: str):
     x_TD = hard_cases(dtype)
     made = interpreted(lambda x_TD: quantize_both(x_TD, row_scale, column_scale), x_TD)
-    assert_same(made[:2], of_definition(x_TD, (1, 128), row_scale))
-    assert_same(made[2:], of_definition(x_TD, (128, 1), column_scale))
+    assert_same(made[:2], of_definition(x_TD, block=(1, 128), scale=row_scale))
+    assert_same(made[2:], of_definition(x_TD, block=(128, 1), scale=column_scale))
 
 
 @needs_interpreter
-def test_rows_alone_are_the_definitions():
-    x_TD = hard_cases(jnp.bfloat16)
-    made = interpreted(lambda x_TD: quantize_rows(x_TD, "float32"), x_TD)
-    assert_same(made, of_definition(x_TD, (1, 128), "float32"))
-
-
-@needs_interpreter
-def test_blocks_that_walk_over_several_tiles_reach_all_of_them():
+def test_rows_alone_are_the_definitions_where_blocks_walk_over_several_tiles():
     """Six tiles for four blocks, the next one on its way."""
     x_TD = hard_cases(jnp.bfloat16)
     made = interpreted(lambda x_TD: quantize_rows(x_TD, "pow2", Tuning(4, 2)), x_TD)
-    assert_same(made, of_definition(x_TD, (1, 128), "pow2"))
+    assert_same(made, of_definition(x_TD, block=(1, 128), scale="pow2"))
 
 
 @needs_interpreter
-@pytest.mark.parametrize("scale", ["float32", "pow2"])
+@pytest.mark.parametrize("scale", ["float32", pytest.param("pow2", marks=slow)])
 def test_retiling_what_was_kept_is_the_definitions(scale: str):
-    blocked, s_dT = kept(hard_cases(jnp.bfloat16), scale)
-    made = interpreted(lambda q_TD, s_dT: retile(q_TD, s_dT, scale), blocked.values, s_dT)
-    assert_same(made, of_definition(blocked.dequantize(), (128, 1), scale))
+    kept = of_definition(hard_cases(jnp.bfloat16), block=(1, 128), scale=scale)
+    made = interpreted(lambda q_TD, s_dT: retile(q_TD, s_dT, scale), *kept)
+    assert_same(made, of_definition(*kept, block=(128, 1), scale=scale, prepare=dequantized))
 
 
 @needs_interpreter
-@pytest.mark.parametrize("scale", ["float32", "pow2"])
+@pytest.mark.parametrize("scale", ["float32", pytest.param("pow2", marks=slow)])
 def test_swiglu_is_quantised_as_its_output_would_be(scale: str):
     """With a routing gate, and of more than one tile."""
     x_TF2, gate_T1 = normal(1, T, 512, dtype=jnp.bfloat16), jnp.abs(normal(2, T, 1))
     made = interpreted(lambda x, gate: swiglu_rows(x, gate, scale), x_TF2, gate_T1)
-    assert_same(made, of_definition(swiglu(x_TF2, gate_T1), (1, 128), scale))
+    assert_same(made, of_definition(x_TF2, gate_T1, block=(1, 128), scale=scale, prepare=swiglu))
 
 
 @needs_interpreter
 def test_swiglu_of_what_was_kept_is_quantised_for_wgrad():
-    x_TF2, gate_T1 = normal(1, T, 512, dtype=jnp.bfloat16), jnp.abs(normal(2, T, 1))
-    blocked, s_fT = kept(x_TF2, "pow2")
-    made = interpreted(
-        lambda q, s, gate: swiglu_columns(q, s, gate, "pow2"), blocked.values, s_fT, gate_T1
+    x_TF2, gate_T1 = normal(1, 128, 512, dtype=jnp.bfloat16), jnp.abs(normal(2, 128, 1))
+    kept = *of_definition(x_TF2, block=(1, 128), scale="pow2"), gate_T1
+    made = interpreted(lambda q, s, gate: swiglu_columns(q, s, gate, "pow2"), *kept)
+    expected = of_definition(
+        *kept, block=(128, 1), scale="pow2", prepare=lambda q, s, g: swiglu(dequantized(q, s), g)
     )
-    assert_same(made, of_definition(swiglu(blocked.dequantize(), gate_T1), (128, 1), "pow2"))
+    assert_same(made, expected)
 
 
 def test_sizes_that_kernels_take_are_multiples_of_128():
@@ -121,14 +122,13 @@ def test_sizes_that_kernels_take_are_multiples_of_128():
 @pytest.mark.parametrize(
     ("run", "dtype", "scales"),
     [
-        (lambda x: quantize_rows(x, "float32"), jnp.bfloat16, 0),
         (lambda x: quantize_both(x, "float32", "pow2"), jnp.bfloat16, 0),
         (lambda x: quantize_both(x, "pow2", "float32"), jnp.float32, 0),
         (lambda q, s: retile(q, s, "pow2"), E4M3, 4),
         (lambda x: swiglu_rows(x, None, "float32"), jnp.bfloat16, 0),
         (lambda q, s: swiglu_columns(q, s, None, "pow2"), E4M3, 4),
     ],
-    ids=["rows", "both", "both_float32", "retile", "swiglu_rows", "swiglu_columns"],
+    ids=["both", "both_float32", "retile", "swiglu_rows", "swiglu_columns"],
 )
 def test_lowers_for_a_gpu(run, dtype, scales: int):
     args = [jax.ShapeDtypeStruct((256, 512), dtype)]
