@@ -152,6 +152,8 @@ def quantised(x_SL: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
         inverse_S = lax.bitcast_convert_type((254 << 23) - _bits(s_S), jnp.float32)
         quotient_SL = x_SL * along_rows(inverse_S, x_SL.shape)
     else:
+        # Here as in XLA's programs for NVIDIA this is `div.full`, which is now and then not the
+        # nearest quotient: equal to the definition on the same device.
         quotient_SL = x_SL / along_rows(s_S, x_SL.shape)
     # The cast saturates, infinity as well; its product with 0 is NaN. Signs of 0 stay.
     return (quotient_SL + x_SL * 0).astype(E4M3), s_S
@@ -174,9 +176,10 @@ def _finite_maxima(x_SL: jax.Array) -> jax.Array:
     smallest integer, what is not finite loses every comparison.
     """
     bits_SL = _bits(x_SL)
-    infinity = int(_bits_of_infinity(x_SL.dtype))
-    raised = np.array(-infinity, bits_SL.dtype) - np.iinfo(bits_SL.dtype).min
-    bits_SL = (bits_SL & np.iinfo(bits_SL.dtype).max) + raised
+    integer = np.iinfo(bits_SL.dtype)
+    infinity = np.array(np.inf, x_SL.dtype).view(integer.dtype)
+    raised = np.array(integer.max - int(infinity) + 1, integer.dtype)
+    bits_SL = (bits_SL & integer.max) + raised
     while bits_SL.shape[1] > 16:
         half = bits_SL.shape[1] // 2
         bits_SL = jnp.maximum(bits_SL[:, :half], bits_SL[:, half:])
@@ -186,7 +189,3 @@ def _finite_maxima(x_SL: jax.Array) -> jax.Array:
 
 def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
-
-
-def _bits_of_infinity(dtype: jnp.dtype) -> np.ndarray:
-    return np.array(np.inf, dtype).view(f"int{8 * jnp.dtype(dtype).itemsize}")
