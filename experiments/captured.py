@@ -16,7 +16,7 @@ from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.parallel.mesh import is_stacked
-from dsv3_jax.quant.recipes import Operand
+from dsv3_jax.quant.recipes import FP8, Operand
 from dsv3_jax.quant.trained_weight import Taps
 from dsv3_jax.train.loss import loss
 from dsv3_jax.train.quantized_weights import attach, quantize_weights, quantized
@@ -68,13 +68,13 @@ def first_rows(x_xMD: jax.Array, operand: Operand) -> jax.Array:
 def tensors(of: Trained) -> dict[str, Tensors]:
     """By parameter: what enters its GEMMs in a step of the recipe fp8, before rounding."""
     params, rows = of.state.params, of.cfg.train.rows * of.cfg.data.length
-    blocks = quantize_weights(params, "fp8")
+    blocks = quantize_weights(params, FP8)
     valid_tokens = (of.batch.labels_BT >= 0).sum()
 
     @jax.jit
     def captured(taps):
         def total(taps):
-            model = nnx.merge(of.graphdef, attach(params, blocks, "fp8", taps), of.state.biases)
+            model = nnx.merge(of.graphdef, attach(params, blocks, FP8, taps), of.state.biases)
             return loss(model, of.batch, valid_tokens, 0.0, of.cfg.train)[0]
 
         return jax.grad(total)(taps)
@@ -82,7 +82,7 @@ def tensors(of: Trained) -> dict[str, Tensors]:
     found = captured({name: _zero_taps(name, b.shape, rows) for name, b in blocks.items()})
     return {
         name: Tensors(master, found[name].input, found[name].grad_output)
-        for name, master, _ in quantized(params, "fp8")
+        for name, master, _ in quantized(params, FP8)
     }
 
 

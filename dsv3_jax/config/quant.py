@@ -9,6 +9,8 @@ RecipeName = Literal[
     "dtype", "f32", "bf16", "fp8", "fp8_pow2", "fp8_per_tensor", "fp8_square_gradients"
 ]
 
+WITH_KERNELS: tuple[RecipeName, ...] = ("fp8", "fp8_pow2")  # E4M3 in tiles and squares
+
 
 @dataclass(frozen=True)
 class QuantConfig:
@@ -19,8 +21,17 @@ class QuantConfig:
     of 1x128 and 128x128; fp8_pow2: all scales powers of two. For comparison, fp8_per_tensor: one
     scale a tensor, gradients E5M2; fp8_square_gradients: gradients in blocks of 128x128 as well"""
 
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Who multiplies FP8: off: the definition, in float32; on: kernels for Hopper GPUs (H100, H200)
+    wherever they can; auto: kernels if this is such a GPU"""
+
     def __post_init__(self) -> None:
         check_types("quant", self)
+        if self.kernels == "on" and self.recipe not in WITH_KERNELS:
+            raise ValueError(
+                f"quant.kernels is on, and no kernel multiplies for quant.recipe {self.recipe}; "
+                f"allowed with it: {', '.join(WITH_KERNELS)}"
+            )
 
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.quant.gemm import wide_einsum
+from dsv3_jax.quant.wide import wide_einsum
 
 # Rows of a chunk: at least 128 (a GEMM's worth), and at most 16 chunks, since they are unrolled
 # in the program.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.parallel.mesh import varying_like
-from dsv3_jax.quant.gemm import wide, wide_einsum
+from dsv3_jax.quant.wide import wide, wide_einsum
 
 # Eight cost 4% of a step on CPUs at bench_cpu: the head is packed anew for each.
 NUM_CHUNKS = 4

@@ -16,7 +16,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
-from dsv3_jax.quant.gemm import few_rows_einsum, linear, wide_einsum
+from dsv3_jax.quant.gemm import few_rows_einsum, linear
+from dsv3_jax.quant.wide import wide_einsum
 
 
 class MLA(nnx.Module):

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import FeedForward, Init, swiglu
+from dsv3_jax.model.layers import FeedForward, Init
 from dsv3_jax.model.router import Router, RouterStats, Routing
 from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.copies import (
@@ -33,7 +33,9 @@ from dsv3_jax.parallel.copies import (
 )
 from dsv3_jax.parallel.dispatch import Traffic, exchange
 from dsv3_jax.parallel.wire import wire_of
-from dsv3_jax.quant.gemm import Weight, grouped_linear, linear, wide
+from dsv3_jax.quant.gemm import Weight, grouped_linear, linear
+from dsv3_jax.quant.swiglu import swiglu
+from dsv3_jax.quant.wide import wide
 
 # Rows of a full block: the M of a tensor-core tile, and the K of the FP8 weight gradient.
 BLOCK = 128

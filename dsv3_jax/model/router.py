@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
 from dsv3_jax.parallel.dispatch import Traffic
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.wide import wide
 
 
 class RouterBias(nnx.Variable):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.wide import wide
 
 
 def frequencies(cfg: ModelConfig) -> np.ndarray:

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.wide import wide
 
 
 @partial(

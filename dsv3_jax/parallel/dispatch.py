@@ -35,10 +35,10 @@ from dsv3_jax.parallel.buckets import ExchangePlan, Queue, Tables, local_table, 
 from dsv3_jax.parallel.copies import Copies, fill_slots, fill_values, sum_copies, values_of_copies
 from dsv3_jax.parallel.mesh import EXPERT_AXES, LOCAL, NODE, varying_like
 from dsv3_jax.parallel.wire import Wire, pack, unpack
-from dsv3_jax.quant.gemm import wide
 from dsv3_jax.quant.recipes import Operand
 from dsv3_jax.quant.tape import hollow
 from dsv3_jax.quant.trained_weight import TrainedWeight, off_tape
+from dsv3_jax.quant.wide import wide
 
 # What has come from other devices, by a name for policies of recomputation: to compute it again
 # would be to send it again.

@@ -14,7 +14,7 @@ Wgrad that is put off finds dY in its tiles, half of what it takes in bfloat16.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class _Static(NamedTuple):
     rule: Rule
     activation: Activation | None
     measure: Measure | None
+    kernels: bool
 
 
 class _Arrays(NamedTuple):
@@ -64,8 +65,9 @@ def fp8_linear(
     first = weights[0]
     assert all(w.rule == first.rule for w in weights), "weights side by side have one rule"
     measure = first.taps and first.taps.measure
-    static = _Static(first.rule, activation, measure)
     arrays = _Arrays(expert_x, tuple(w.value for w in weights))
+    kernels = first.rule.kernels and _kernels().fits(first.rule, *_sizes(source, arrays))
+    static = _Static(first.rule, activation, measure, kernels)
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)
 
@@ -78,13 +80,21 @@ def _fp8_linear(static, source, gate_X1, slots, taps, arrays):
 def _forward(static, source, gate_X1, slots, taps, arrays):
     rule = static.rule
     name = ACTIVATION_INPUT if static.activation else INPUT
-    kept = checkpoint_name(keep(source, rule.kept), name)
-    x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
-    y_xMF = _einsum("xmd,xdf->xmf", rule.input.fake_quantize(x_xMD), _weights(arrays))
-    found = static.measure and static.measure(x_xMD, rule.input)
-    y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
+    if static.kernels:
+        operands = source, gate_X1, arrays.blocked, arrays.expert_x
+        y_XF, kept = _kernels().forward(rule, static.activation, *operands)
+        kept = checkpoint_name(kept, name)
+    else:
+        kept = checkpoint_name(keep(source, rule.kept), name)
+        x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
+        y_xMF = _einsum("xmd,xdf->xmf", rule.input.fake_quantize(x_xMD), _weights(arrays))
+        y_XF = y_xMF.reshape(-1, y_xMF.shape[-1]).astype(source.dtype)
+    found = None
+    if static.measure:
+        x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
+        found = static.measure(x_xMD, rule.input)
     if tape.is_put_off(slots):
-        left = _left(static, y_xMF)  # shaped like dy's
+        left = jax.eval_shape(partial(_left, static, expert_x=arrays.expert_x), y_XF)  # as of dY
         operands = kept, gate_X1, left, arrays.expert_x
         tape.note(slots, _widths(arrays), _gradient_of(static, arrays), operands)
     return y_XF, (kept, gate_X1, found, tape.hollow(slots), taps, arrays)
@@ -95,12 +105,19 @@ def _backward(static, residuals, dy_XF):
     rule = static.rule
     x_XD, pull = jax.vjp(partial(_input, static), kept.dequantize(), gate_X1)
     dy_xMF = by_group(dy_XF, arrays.expert_x)
-    dx_xMD = _einsum("xmf,xdf->xmd", rule.grad_output.fake_quantize(dy_xMF), _weights(arrays))
-    dsource, dgate_X1 = pull(dx_xMD.reshape(x_XD.shape))
+    if static.kernels:
+        dtype = x_XD.dtype if static.activation else dy_XF.dtype
+        operands = dy_XF, arrays.blocked, arrays.expert_x
+        dx_XD, dy = _kernels().input_gradient(rule, *operands, dtype)
+        dx_XD = dx_XD.astype(x_XD.dtype)
+    else:
+        dy_rounded_xMF = rule.grad_output.fake_quantize(dy_xMF)
+        dx_XD = _einsum("xmf,xdf->xmd", dy_rounded_xMF, _weights(arrays)).reshape(x_XD.shape)
+        dy = _left(static, dy_XF, arrays.expert_x) if tape.is_put_off(slots) else dy_xMF
+    dsource, dgate_X1 = pull(dx_XD)
     if static.measure:  # weights side by side share their input and their output's gradient
         measured = found, static.measure(dy_xMF, rule.grad_output)
         taps = tuple(jax.tree.unflatten(jax.tree.structure(tap), measured) for tap in taps)
-    dy = _left(static, dy_xMF) if tape.is_put_off(slots) else dy_xMF
     operands = kept, gate_X1, dy, arrays.expert_x
     dslots = tape.cotangents(slots, _widths(arrays), _gradient_of(static, arrays), operands)
     return dsource.astype(dy_XF.dtype), dgate_X1, dslots, taps, None
@@ -111,6 +128,19 @@ _fp8_linear.defvjp(_forward, _backward)
 
 def _input(static: _Static, source: jax.Array, gate_X1: jax.Array | None) -> jax.Array:
     return static.activation(source, gate_X1) if static.activation else source
+
+
+def _kernels() -> Any:
+    """Imported when they are wanted: Pallas' GPU part takes time, and old versions differ."""
+    from dsv3_jax.quant.kernels import linear
+
+    return linear
+
+
+def _sizes(source: jax.Array, arrays: _Arrays) -> tuple[int, int, int, tuple[int, ...]]:
+    """Rows, their blocks, the inner size, and the weights' widths."""
+    blocks = 1 if arrays.expert_x is None else arrays.expert_x.size
+    return len(source), blocks, arrays.blocked[0].shape[-2], _widths(arrays)
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -128,14 +158,20 @@ def _widths(arrays: _Arrays) -> tuple[int, ...]:
     return tuple(w.shape[-1] for w in arrays.blocked)
 
 
-def _left(static: _Static, dy_xMF: jax.Array) -> Kept:
+def _left(static: _Static, dy_XF: jax.Array, expert_x: jax.Array | None) -> Any:
     """dY as Wgrad rounds it: what that is put off with."""
     operand = static.rule.wgrad_grad_output
-    return keep(operand.matrices(dy_xMF), operand)
+    if static.kernels:
+        return _kernels().columns(dy_XF, operand.scale)
+    return keep(operand.matrices(by_group(dy_XF, expert_x)), operand)
 
 
 def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:
-    return partial(_wgrad, static, num_experts=arrays.blocked[0].shape[0])
+    experts = arrays.blocked[0].shape[0]
+    if static.kernels:
+        sizes = {"experts": experts, "width": sum(_widths(arrays))}
+        return partial(_kernels().weight_gradient, static.rule, static.activation, **sizes)
+    return partial(_wgrad, static, num_experts=experts)
 
 
 def _wgrad(

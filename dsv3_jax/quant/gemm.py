@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -26,21 +25,12 @@ from dsv3_jax.quant.expert_rows import by_group, only_live, side_by_side, sum_by
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT, Activation, fp8_linear
 from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.quant.wide import wide, wide_einsum
 
 Weight = jax.Array | Blocked | TrainedWeight
 
 # Fewer rows than these take several weights one after the other: joining costs a copy of them.
 JOINING_ROWS = 64
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which high-precision parts compute: float32, or float64 for float64 inputs."""
-    return np.promote_types(dtype, np.float32)  # jnp's refuses under strict dtype promotion
-
-
-def wide_einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product of two arrays of one dtype, accumulated and returned at least in float32."""
-    return jnp.einsum(spec, a, b, preferred_element_type=wide(a.dtype))
 
 
 def few_rows_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -157,8 +147,9 @@ def grouped_linear(
     """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each; weights [E, D, F]. With an `activation` the input is `activation(x, gate)`. Rows that are
-    not live (bool [X]) count as zeros, whatever they hold, and so do their gradients.
+    each, in ascending order where kernels multiply (`Rule.kernels`); weights [E, D, F]. With an
+    `activation` the input is `activation(x, gate)`. Rows that are not live (bool [X]) count as
+    zeros, whatever they hold, and so do their gradients.
     -> [X, F + ...] in x's dtype.
     """
     if live_X is not None:  # derivatives of choosing see to the gradients

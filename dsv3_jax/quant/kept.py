@@ -26,21 +26,27 @@ class Kept:
 
     def dequantize(self) -> jax.Array:
         """What was kept, float32 [..., X, D]."""
-        values, scales = self.values, self.scales
+        values = self.values
         if self.operand.fmt == "e5m6":
             values = unpack12(values, self.shape[-1])
-        if self.operand.scale != "float32":
-            scales = from_ue8m0(scales)
         block = self.operand.block or self.shape[-2:]
-        return Blocked(values, scales, block, self.operand.fmt).dequantize()
+        return Blocked(values, self.float_scales, block, self.operand.fmt).dequantize()
+
+    @property
+    def float_scales(self) -> jax.Array:
+        """As `Blocked` has them."""
+        return self.scales if self.operand.scale == "float32" else from_ue8m0(self.scales)
 
 
 def keep(x: jax.Array, operand: Operand) -> Kept:
     """x [..., X, D] quantised as the operand says."""
     blocked = operand.quantize(x)
-    values, scales = blocked.values, blocked.scales
-    if operand.fmt == "e5m6":
-        values = pack12(values)
+    values = pack12(blocked.values) if operand.fmt == "e5m6" else blocked.values
+    return kept_as(operand, values, blocked.scales, x.shape)
+
+
+def kept_as(operand: Operand, values: jax.Array, scales: jax.Array, shape: tuple[int, ...]) -> Kept:
+    """Values as they are stored, and their scales in float32."""
     if operand.scale != "float32":
         scales = to_ue8m0(scales)
-    return Kept(values, scales, operand, x.shape)
+    return Kept(values, scales, operand, shape)

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config.quant import RecipeName
+from dsv3_jax.config.quant import QuantConfig, RecipeName
 from dsv3_jax.quant.fp8 import Blocked, Scale, divided, fake_quantize, quantize
+from dsv3_jax.quant.kernels.choice import chosen
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Rule:
     kept: Operand
     """What the forward pass keeps: X, or behind SwiGLU its arguments. With recomputation
     (`train.remat`) these alone are kept, and X is computed and rounded again"""
+    kernels: bool = False
+    """Whether kernels for Hopper GPUs multiply where they can, instead of the definition"""
 
 
 Recipe = Mapping[str, Rule]
@@ -118,7 +121,15 @@ RECIPES: dict[RecipeName, Recipe] = {
     "f32": {},
     "bf16": {},
     "fp8": FP8,
-    "fp8_pow2": _changed(FP8, [field.name for field in fields(Rule)], scale="pow2"),
+    "fp8_pow2": _changed(FP8, [x.name for x in fields(Rule) if x.name != "kernels"], scale="pow2"),
     "fp8_per_tensor": dict.fromkeys(FP8, _PER_TENSOR),
     "fp8_square_gradients": _changed(FP8, ["grad_output", "wgrad_grad_output"], block=SQUARE),
 }
+
+
+def recipe_of(quant: QuantConfig) -> Recipe:
+    """The recipe that is asked for, with kernels where they are. ValueError as of `chosen`."""
+    recipe = RECIPES[quant.recipe]
+    if not recipe or not chosen(quant.kernels):
+        return recipe
+    return {kind: replace(rule, kernels=True) for kind, rule in recipe.items()}

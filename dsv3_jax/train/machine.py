@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.quant.gemm import wide_einsum
+from dsv3_jax.quant.wide import wide_einsum
 
 # On two busy cores 512 catches undisturbed moments (1.4 ms each); many cores need the larger one.
 CPU_SIDES = (512, 2048)

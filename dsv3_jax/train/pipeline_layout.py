@@ -23,7 +23,7 @@ from dsv3_jax.parallel.neighbours import PER_DEVICE, rank_meshes
 from dsv3_jax.parallel.schedules import operations_of
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.parallel.zero import stored_spec
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.sharding import RunSharding
 from dsv3_jax.train.stage import Stage

@@ -18,13 +18,12 @@ from flax import nnx
 
 from dsv3_jax.checkpoint.names import layer_names
 from dsv3_jax.config import RunConfig
-from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.parallel.mesh import is_stacked
 from dsv3_jax.quant.formats import lost
 from dsv3_jax.quant.fp8 import Blocked
-from dsv3_jax.quant.recipes import RECIPES, Operand
+from dsv3_jax.quant.recipes import Operand, Recipe, recipe_of
 from dsv3_jax.quant.trained_weight import Taps
 from dsv3_jax.train.loss import loss
 from dsv3_jax.train.quantized_weights import attach, quantize_weights, quantized
@@ -69,7 +68,7 @@ def make_probe(
     graphdef: nnx.GraphDef, cfg: RunConfig
 ) -> Callable[[TrainState, Rows, float], HealthByLayer] | None:
     """`probe(state, rows, mtp_weight)`; None for a recipe that quantises nothing."""
-    size, recipe = cfg.train.rows // cfg.train.microbatches, cfg.quant.recipe
+    size, recipe = cfg.train.rows // cfg.train.microbatches, recipe_of(cfg.quant)
 
     @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def measure_all(state: TrainState, batch: Batch, mtp_weight: jax.Array) -> dict[str, jax.Array]:
@@ -92,7 +91,7 @@ def make_probe(
         found = measure_all(state, batch, jnp.float32(mtp_weight))
         return _by_layer(jax.device_get(found), cfg.model.num_dense_layers)
 
-    return probe if RECIPES[recipe] else None
+    return probe if recipe else None
 
 
 def _zero_taps(name: str, blocked: Blocked) -> Taps:
@@ -100,7 +99,7 @@ def _zero_taps(name: str, blocked: Blocked) -> Taps:
     return Taps(zeros, zeros, measure)
 
 
-def _weights(params: nnx.State, recipe: RecipeName) -> dict[str, jax.Array]:
+def _weights(params: nnx.State, recipe: Recipe) -> dict[str, jax.Array]:
     """`measure` of each weight that is quantised, for each layer of a stack."""
     found = {}
     for name, master, rule in quantized(params, recipe):

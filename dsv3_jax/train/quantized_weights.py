@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.model.precision import class_of
 from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.quant.fp8 import Blocked
-from dsv3_jax.quant.recipes import RECIPES, Rule
+from dsv3_jax.quant.recipes import Recipe, Rule
 from dsv3_jax.quant.trained_weight import Taps, TrainedWeight
 
 
@@ -22,16 +21,16 @@ class Quantized(NamedTuple):
     rule: Rule
 
 
-def quantized(params: nnx.State, recipe: RecipeName) -> Iterator[Quantized]:
+def quantized(params: nnx.State, recipe: Recipe) -> Iterator[Quantized]:
     """Those that the recipe has a rule for."""
     for path, master in jax.tree_util.tree_leaves_with_path(params):
         name = parameter_name(path)
-        rule = RECIPES[recipe].get(class_of(name))
+        rule = recipe.get(class_of(name))
         if rule:
             yield Quantized(name, master, rule)
 
 
-def quantize_weights(params: nnx.State, recipe: RecipeName) -> dict[str, Blocked]:
+def quantize_weights(params: nnx.State, recipe: Recipe) -> dict[str, Blocked]:
     """Each of them in its blocks, by its parameter's name."""
     return {name: rule.weight.quantize(w) for name, w, rule in quantized(params, recipe)}
 
@@ -39,7 +38,7 @@ def quantize_weights(params: nnx.State, recipe: RecipeName) -> dict[str, Blocked
 def attach(
     params: nnx.State,
     blocks: Mapping[str, Blocked],
-    recipe: RecipeName,
+    recipe: Recipe,
     taps: Mapping[str, Taps] = {},
 ) -> nnx.State:
     """Parameters whose linears multiply with these blocks, while gradients go to the parameters."""
@@ -52,6 +51,6 @@ def attach(
     )
 
 
-def with_quantized_weights(params: nnx.State, recipe: RecipeName) -> nnx.State:
+def with_quantized_weights(params: nnx.State, recipe: Recipe) -> nnx.State:
     """Parameters as a forward pass of this recipe takes them."""
     return attach(params, quantize_weights(params, recipe), recipe)

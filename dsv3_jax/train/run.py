@@ -28,7 +28,7 @@ from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.cuts import check_pipeline, cuts_of
-from dsv3_jax.quant.recipes import RECIPES
+from dsv3_jax.quant.recipes import RECIPES, recipe_of
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.beginning import check_processes, joint_corpus, joint_folder
 from dsv3_jax.train.finish import finish
@@ -112,6 +112,7 @@ def prepare(
         check_writable(cfg.output)
     packages_of(cfg)
     make_mesh(cfg.mesh)  # refuses too few devices before anything is made
+    recipe_of(cfg.quant)  # and this kernels that cannot run on them
     check_pipeline(cfg)
     check_processes(cfg, resume, init_from)
     say(f"machine    {describe()}")

@@ -34,10 +34,10 @@ from dsv3_jax.parallel.mesh import (
 )
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.quant.fp8 import Blocked
-from dsv3_jax.quant.gemm import wide
-from dsv3_jax.quant.recipes import RECIPES
+from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.quant.tape import Slot, Tape
 from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.loss import LossParts, stage_loss
 
 Arrays = dict[str, Any]  # by parameter's name
@@ -144,7 +144,7 @@ class Stage:
         return jnp.zeros(weight.shape, wide(self.dtype))
 
     def _rule(self, name: str) -> Any:
-        return RECIPES[self.cfg.quant.recipe].get(class_of(name))
+        return recipe_of(self.cfg.quant).get(class_of(name))
 
     def _model(
         self,

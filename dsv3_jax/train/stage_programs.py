@@ -20,7 +20,7 @@ from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import AXES, TOKEN_AXES, varying, varying_axes
 from dsv3_jax.parallel.neighbours import PER_DEVICE
 from dsv3_jax.plan.cuts import layer_counts
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.sharding import WHOLE, RunSharding
 from dsv3_jax.train.stage import Arrays, Passed, Stage
 from dsv3_jax.train.validation import counted

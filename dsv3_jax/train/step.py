@@ -21,7 +21,8 @@ from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import is_stacked, parameter_name
-from dsv3_jax.quant.gemm import wide
+from dsv3_jax.quant.recipes import recipe_of
+from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.loss import LossParts, loss
 from dsv3_jax.train.optimizer import adamw, check_groups
 from dsv3_jax.train.quantized_weights import attach, quantize_weights
@@ -212,10 +213,11 @@ def gradients(
     valid_tokens = jnp.maximum(sharding.sum((batch.labels_BT >= 0).sum()), 1)
     parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     params = sharding.gather(state.params)
-    blocks = quantize_weights(params, cfg.quant.recipe)
+    recipe = recipe_of(cfg.quant)
+    blocks = quantize_weights(params, recipe)
 
     def one(params, slot_B, micro):
-        params = attach(params, blocks, cfg.quant.recipe)
+        params = attach(params, blocks, recipe)
         model = nnx.merge(graphdef, params, state.biases)
         # The balance loss is a mean over rows; the other parts are sums over the step's valid
         # tokens.

@@ -15,6 +15,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch, stack
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
+from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.train.quantized_weights import with_quantized_weights
 from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, RunSharding
 from dsv3_jax.train.step import TrainState, abstract_state
@@ -48,7 +49,7 @@ def make_validate(
     """
 
     def sums(params, biases, batch: Batch):
-        params = with_quantized_weights(sharding.gather(params), cfg.quant.recipe)
+        params = with_quantized_weights(sharding.gather(params), recipe_of(cfg.quant))
         model = nnx.merge(graphdef, params, biases)
         valid_BT, dtype = batch.labels_BT >= 0, jnp.dtype(cfg.train.dtype)
         h_BTD, _ = model.hidden(

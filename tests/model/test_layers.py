@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.layers import FeedForward, Init, rms_norm, swiglu
+from dsv3_jax.model.layers import FeedForward, Init, rms_norm
+from dsv3_jax.quant.swiglu import swiglu
 from tests.shapes import compiled, normal, random_module
 from tests.tolerances import FLOAT64, assert_close
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.moe import Layout, MoE, block_rows, lay_out, num_blocks
 from dsv3_jax.model.router import Routing
+from dsv3_jax.quant.swiglu import swiglu
 from tests.shapes import compiled, normal, random_part, tiny_model
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
 

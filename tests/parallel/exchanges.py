@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.model.moe import Weights, experts
 from dsv3_jax.parallel.buckets import ExchangePlan
 from dsv3_jax.parallel.dispatch import Traffic, exchange
 from dsv3_jax.parallel.mesh import EXPERT_AXES, TOKEN_AXES, make_mesh, varying
 from dsv3_jax.parallel.wire import PLAIN, Wire
-from dsv3_jax.quant.gemm import linear, wide
+from dsv3_jax.quant.gemm import linear
+from dsv3_jax.quant.swiglu import swiglu
+from dsv3_jax.quant.wide import wide
 from tests.shapes import compiled
 
 D, F, E, K = 8, 6, 16, 3

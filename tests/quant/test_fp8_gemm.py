@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.quant.gemm import grouped_linear, linear
 from dsv3_jax.quant.kept import keep
 from dsv3_jax.quant.recipes import FP8, RECIPES, Operand, Rule
+from dsv3_jax.quant.swiglu import swiglu
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from tests.quant import oracle
 from tests.shapes import compiled, normal

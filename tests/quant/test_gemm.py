@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.quant.gemm import JOINING_ROWS, grouped_linear, linear, wide, wide_einsum
+from dsv3_jax.quant.gemm import JOINING_ROWS, grouped_linear, linear
+from dsv3_jax.quant.wide import wide, wide_einsum
 from tests.jaxprs import equations
 from tests.shapes import compiled, normal
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close

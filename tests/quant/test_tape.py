@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.quant import tape
-from dsv3_jax.quant.gemm import grouped_linear, linear, wide
+from dsv3_jax.quant.gemm import grouped_linear, linear
 from dsv3_jax.quant.recipes import FP8, RECIPES, Rule
+from dsv3_jax.quant.swiglu import swiglu
 from dsv3_jax.quant.tape import Entry, Slot, Tape
 from dsv3_jax.quant.trained_weight import TrainedWeight
+from dsv3_jax.quant.wide import wide
 from tests.jaxprs import equations
 from tests.shapes import compiled, normal
 from tests.tolerances import FLOAT64, assert_close

@@ -13,7 +13,7 @@ from flax import nnx
 from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.data.packing import Row
 from dsv3_jax.model.router import RouterBias
-from dsv3_jax.quant.recipes import Operand
+from dsv3_jax.quant.recipes import FP8, Operand
 from dsv3_jax.train.metrics import strict_json
 from dsv3_jax.train.page import page_html
 from dsv3_jax.train.quant_health import KINDS, Health, make_probe, measure, not_finite
@@ -82,7 +82,7 @@ def test_what_a_power_of_two_scale_cuts_off_is_saturation():
 
 def test_every_quantised_parameter_of_every_layer_is_told_of():
     found, state = probed(), program()[1]
-    names = jax.eval_shape(lambda params: quantize_weights(params, "fp8"), state.params)
+    names = jax.eval_shape(lambda params: quantize_weights(params, FP8), state.params)
     assert set(found) == {name.replace("dense_layers.", "layers.0.") for name in names}
     for kinds in found.values():
         assert tuple(kinds) == KINDS

@@ -20,7 +20,7 @@ from dsv3_jax.model.router import RouterBias
 from dsv3_jax.parallel.mesh import parameter_name
 from dsv3_jax.quant.fp8 import quantize
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT
-from dsv3_jax.quant.recipes import RECIPES
+from dsv3_jax.quant.recipes import FP8, RECIPES
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.quantized_weights import quantize_weights, with_quantized_weights
@@ -82,7 +82,7 @@ def test_masters_are_quantised_as_they_are():
     params = parts_of(RUN)[1].params
     master = params["mtp"][0]["block"]["mla"]["w_dq_DQ"].get_value()
     assert np.any(master != master.astype(jnp.bfloat16).astype(jnp.float32))
-    found = jax.jit(lambda p: quantize_weights(p, "fp8"))(params)["mtp.0.block.mla.w_dq_DQ"]
+    found = jax.jit(lambda p: quantize_weights(p, FP8))(params)["mtp.0.block.mla.w_dq_DQ"]
     expected = jax.jit(lambda w: quantize(w, (128, 128)))(master)
     assert np.array_equal(found.values.view(jnp.uint8), expected.values.view(jnp.uint8))
     assert np.array_equal(found.scales, expected.scales)
@@ -156,15 +156,15 @@ def test_weights_are_quantised_once_before_the_micro_batches():
         if eqn.primitive.name == "scan" and eqn.params["length"] == 2
     ]
     in_fp8 = [v.aval.shape for v in scan.invars if v.aval.dtype == jnp.float8_e4m3fn]
-    blocks = jax.eval_shape(lambda params: quantize_weights(params, "fp8"), state.params)
+    blocks = jax.eval_shape(lambda params: quantize_weights(params, FP8), state.params)
     assert sorted(in_fp8) == sorted(b.shape for b in blocks.values())
 
 
 def test_a_recipe_of_nothing_leaves_the_parameters_alone():
     params = parts_of(RUN)[1].params
-    assert not quantize_weights(params, "dtype")
-    assert jax.tree.structure(with_quantized_weights(params, "bf16")) == jax.tree.structure(params)
-    in_fp8 = jax.eval_shape(lambda params: with_quantized_weights(params, "fp8"), params)
+    assert not quantize_weights(params, {})
+    assert jax.tree.structure(with_quantized_weights(params, {})) == jax.tree.structure(params)
+    in_fp8 = jax.eval_shape(lambda params: with_quantized_weights(params, FP8), params)
     assert jax.tree.structure(in_fp8) != jax.tree.structure(params)
 
 
@@ -213,7 +213,6 @@ def test_what_is_named_is_what_the_backward_pass_takes():
     arguments.
     """
     from dsv3_jax.quant.gemm import linear
-    from dsv3_jax.quant.recipes import FP8
 
     x, w = jnp.ones((256, 128), jnp.bfloat16), jnp.ones((128, 384))
 

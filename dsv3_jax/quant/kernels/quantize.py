@@ -8,6 +8,8 @@ scales are those of `fp8.quantize`, bit for bit; only NaN may change its sign.
 All sizes are multiples of 128 (`tiles.fits`).
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -32,6 +34,7 @@ STRIPS = tuple(slice(start, start + STRIP) for start in range(0, BLOCK, STRIP))
 HALF = plgpu.SMEM(SQUARE, jnp.float16, transforms=swizzled(jnp.float16))
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))
 def quantize_rows(
     x_TD: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
 ) -> tuple[jax.Array, jax.Array]:
@@ -44,6 +47,7 @@ def quantize_rows(
     return tuple(over_tiles(step, [x_TD], inputs, rows(x_TD.shape), grid(x_TD.shape), (), tuning))
 
 
+@partial(jax.jit, static_argnames=("row_scale", "column_scale", "tuning"))
 def quantize_both(
     x_TD: jax.Array, row_scale: Scale, column_scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -60,6 +64,21 @@ def quantize_both(
     return tuple(over_tiles(step, [x_TD], inputs, outputs, grid(shape), (), tuning))
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))
+def quantize_columns(
+    x_TD: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
+) -> tuple[jax.Array, jax.Array]:
+    """The last two of `quantize_both`, alone."""
+
+    def step(x_TD, q_DT, s_D):
+        _columns(x_TD, q_DT, s_D, scale)
+
+    shape = x_TD.shape
+    inputs = [Operand(shape, x_TD.dtype, SQUARE)]
+    return tuple(over_tiles(step, [x_TD], inputs, columns(shape), grid(shape), (), tuning))
+
+
+@partial(jax.jit, static_argnames=("scale", "tuning"))
 def retile(
     q_TD: jax.Array, s_dT: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
 ) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ of 128.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from dsv3_jax.quant.kernels.tiles import (
 )
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))
 def swiglu_rows(
     gate_up_TF2: jax.Array,
     gate_T1: jax.Array | None,
@@ -65,6 +67,7 @@ def swiglu_rows(
     return tuple(over_tiles(step, arrays, inputs, rows(shape), grid(shape), (), tuning))
 
 
+@partial(jax.jit, static_argnames=("scale", "tuning"))
 def swiglu_columns(
     q_TF2: jax.Array,
     s_fT: jax.Array,

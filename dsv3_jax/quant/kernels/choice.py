@@ -1,0 +1,28 @@
+"""Whether kernels multiply: what was asked for, and what this machine can run."""
+
+from typing import Literal
+
+import jax
+
+OLDEST_JAX = (0, 11)
+HOPPER = "9.0"
+
+
+def chosen(asked: Literal["auto", "on", "off"]) -> bool:
+    """ValueError for "on" where no kernel can run."""
+    if asked == "off":
+        return False
+    missing = _missing()
+    if missing and asked == "on":
+        raise ValueError(f"quant.kernels is on; allowed here: auto, off, since {missing}")
+    return not missing
+
+
+def _missing() -> str | None:
+    """What kernels want and do not find, in words."""
+    if jax.__version_info__[:2] < OLDEST_JAX:
+        return f"kernels need jax 0.11 or later, and this is {jax.__version__}"
+    capabilities = {getattr(d, "compute_capability", None) for d in jax.local_devices()}
+    if capabilities != {HOPPER}:
+        return f"kernels need Hopper GPUs, and devices here are {jax.devices()[0].device_kind}"
+    return None
