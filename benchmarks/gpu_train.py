@@ -30,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package may not be installed
+
 from dsv3_jax.cli import fail, run
 from dsv3_jax.config import (
     DataConfig,
