@@ -128,7 +128,8 @@ def main(args: Sequence[str]) -> None:
             printed += text.splitlines()
             found.append(figures)
     if options.json:
-        command = f"python benchmarks/gpu_gemm.py --parts {' '.join(options.parts)}"
+        asked = f"--preset {options.preset} --parts {' '.join(options.parts)}"
+        command = f"python benchmarks/gpu_gemm.py {asked}"
         kept = {"command": command, "machine": printed[0], "printed": printed, "cases": found}
         options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if any(figures.get("wrong") for figures in found):

@@ -314,14 +314,15 @@ def test_speeds_of_recipes_are_over_that_of_bf16(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out == ""
 
 
-def test_the_benchmark_for_gpus_needs_few_packages():
-    """It goes to machines that have no more than JAX, flax, optax, numpy and what these need."""
+def test_benchmarks_for_gpus_need_few_packages():
+    """They go to machines that have no more than JAX, flax, optax, numpy and what these need."""
     code = """
 import sys
 for name in ("array_record", "grain", "matplotlib", "orbax", "safetensors", "tokenizers", "tyro"):
     sys.modules[name] = None  # to import it is an error
 sys.path.insert(0, "benchmarks")
-import gpu_train
+import gpu_gemm, gpu_train
+import contenders.gpu_cases, dsv3_jax.quant.kernels.choice
 import dsv3_jax.plan.cost, dsv3_jax.plan.hardware, dsv3_jax.train.machine, dsv3_jax.train.step
 """
     command = [sys.executable, "-c", code]
