@@ -242,6 +242,7 @@ def small_train(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) ->
     return found
 
 
+@pytest.mark.slow
 def test_the_step_on_a_gpu_is_measured_on_a_cpu_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -5,7 +5,7 @@ scales of 128 rows lie side by side. Operands of Wgrad have tiles of 128x1 and a
 tensor cores want the inner dimension of E4M3 last: values [D, T], scales [T / 128, D]. Values and
 scales are those of `fp8.quantize`, bit for bit; only NaN may change its sign.
 
-All sizes are multiples of 128 (`tiles.fits`).
+All sizes are multiples of 128.
 """
 
 from functools import partial

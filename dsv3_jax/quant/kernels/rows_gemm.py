@@ -22,9 +22,9 @@ from dsv3_jax.quant.kernels.walk import (
     ROWS,
     Sums,
     Walk,
-    kernel,
     place,
     products,
+    walked,
     warpgroup,
 )
 
@@ -89,4 +89,4 @@ def multiply_rows(
         plgpu.wait_smem_to_gmem(0)
 
     out = jax.ShapeDtypeStruct((tokens, columns), dtype)
-    return kernel(body, out, walk)(a_TK, s_kT, b_ENK, s_Enk, expert_x)
+    return walked(body, [a_TK, s_kT, b_ENK, s_Enk, expert_x], out, walk)

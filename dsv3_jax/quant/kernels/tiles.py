@@ -7,7 +7,7 @@ blocks on a multiprocessor hide each other's waiting. Tiles lie swizzled in 128 
 rows are read or written at one column without conflict.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -77,9 +78,30 @@ def transposed(i: Any, j: Any) -> Place:
     return j, i
 
 
-def fits(shape: tuple[int, ...]) -> bool:
-    """Whether kernels take a matrix [T, D]: both sizes are positive multiples of 128."""
-    return len(shape) == 2 and all(size > 0 and size % BLOCK == 0 for size in shape)
+def launched(
+    body: Callable[..., None],
+    arrays: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    **launch: Any,
+) -> list[jax.Array]:
+    """What a kernel `body(*inputs, *outputs, *scratch)` writes.
+
+    Outputs differ over the axes of a mesh that any input differs over. Under `vmap` it runs once
+    after the other.
+    """
+    kernel = plgpu.kernel(
+        body,
+        out_type=outputs,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **launch,
+    )
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    return [_varying(y, axes) for y in sequential_vmap(kernel)(*arrays)]
+
+
+def _varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
+    missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def over_tiles(
@@ -128,17 +150,17 @@ def over_tiles(
         )(*sources)
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launched(
         body,
-        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        arrays,
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[
             *(plgpu.SMEM(x.tile_shape, x.dtype, transforms=x.transforms) for x in outputs),
             *scratch,
         ],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*arrays)
+    )
 
 
 def quantised(x_SL: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:

@@ -17,10 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCK = 128  # rows, columns and inner size that share a scale, and those of a tile
+from dsv3_jax.quant.kernels.tiles import BLOCK, E4M3, launched, swizzled
+
 WARPGROUPS = 2
 ROWS = BLOCK // WARPGROUPS  # of one warpgroup: those of one `wgmma`
-OPERAND = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(128))
+OPERAND = swizzled(E4M3)
 _SHARED_BYTES = 227 * 1024
 _COPIER_REGISTERS = 40
 
@@ -53,13 +54,10 @@ class Sums:
     def allocations(self, *operands: Any) -> dict[str, Any]:
         """What `pl.run_scoped` is to allocate, for operands of these shapes."""
         nothing = lambda *_, **__: None  # noqa: E731
-        columns = 128 // self.dtype.itemsize
         return {
             "copies": self._pipeline(nothing, nothing, 1 << 20).get_allocations(*operands),
             "tile": plgpu.SMEM(
-                (WARPGROUPS, ROWS, BLOCK),
-                self.dtype,
-                transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)),
+                (WARPGROUPS, ROWS, BLOCK), self.dtype, transforms=swizzled(self.dtype)
             ),
         }
 
@@ -122,14 +120,17 @@ def place(index: jax.Array, tiles: tuple[int, int], walk: Walk) -> tuple[jax.Arr
     return plgpu.planar_snake(index, tiles, 0, walk.width)
 
 
-def kernel(body: Callable, out: jax.ShapeDtypeStruct, walk: Walk) -> Callable[..., jax.Array]:
-    """A kernel of this body, `body(*inputs, output)`."""
-    return plgpu.kernel(
+def walked(
+    body: Callable, arrays: Sequence[jax.Array], out: jax.ShapeDtypeStruct, walk: Walk
+) -> jax.Array:
+    """What a kernel `body(*inputs, output)` of resident blocks writes."""
+    (y,) = launched(
         body,
-        out_type=out,
+        arrays,
+        [out],
         grid=(walk.multiprocessors,),
         grid_names=("resident",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
+    return y

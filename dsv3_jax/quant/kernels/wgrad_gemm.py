@@ -23,9 +23,9 @@ from dsv3_jax.quant.kernels.walk import (
     ROWS,
     Sums,
     Walk,
-    kernel,
     place,
     products,
+    walked,
     warpgroup,
 )
 
@@ -81,7 +81,7 @@ def multiply_columns(
         plgpu.wait_smem_to_gmem(0)
 
     out = jax.ShapeDtypeStruct((count_E.size, d, f), jnp.float32)
-    return kernel(body, out, walk)(x_DT, s_tD, y_FT, s_tF, first_E, count_E)
+    return walked(body, [x_DT, s_tD, y_FT, s_tF, first_E, count_E], out, walk)
 
 
 def _step(_: Any, x: Any, s_D: Any, y: Any, s_F: Any, total: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from dsv3_jax.quant.recipes import FP8, RECIPES, Rule
 from dsv3_jax.quant.swiglu import swiglu
 from dsv3_jax.quant.tape import Slot, Tape
 from dsv3_jax.quant.trained_weight import TrainedWeight
-from tests.quant.kernels.interpret import interpreted, needs_interpreter
+from tests.quant.kernels.interpret import interpreted, lowered, needs_interpreter
 from tests.shapes import compiled, normal
 
 # Of the norm. Float32's rounding of sums, and now and then a number of bfloat16 or of 8 bits that
@@ -36,6 +36,11 @@ def few_multiprocessors(monkeypatch: pytest.MonkeyPatch):
     for name in ("multiply_rows", "multiply_columns"):
         few = partial(getattr(kernels, name), walk=Walk(multiprocessors=2))
         monkeypatch.setattr(kernels, name, few)
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def case(kind: str, widths: tuple[int, ...]) -> tuple[Callable, jax.Array, list, jax.Array, dict]:
@@ -116,6 +121,43 @@ def test_gradients_put_off_are_those_made_at_once(kind: str):
         return noted.entries["w"].gradients(pull(dy)[1])["w"]
 
     np.testing.assert_array_equal(interpreted(later, x, zeros, dy), at_once[2][0])
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_layers_stacked_are_layers_one_by_one():
+    """W of a pipeline's stage maps over its layers."""
+    product, x, weights, dy, gate = case("linear", (128,))
+    run = partial(with_gradients, product, replace(FP8["linear"], kernels=True))
+
+    def stacked(x, weights, dy, gate):
+        twice = [jnp.stack([w, 2 * w]) for w in weights]
+        return jax.vmap(run, (None, 0, None, None))(x, twice, dy, gate)
+
+    found = interpreted(stacked, x, weights, dy, gate)
+    for i, scale in enumerate((1, 2)):
+        one = interpreted(run, x, [scale * w for w in weights], dy, gate)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
+            np.testing.assert_array_equal(np.asarray(a[i], float), np.asarray(b, float))
+
+
+@needs_interpreter
+def test_on_a_mesh_results_differ_where_rows_do(mesh: jax.sharding.Mesh):
+    """As `shard_map` has it checked; weights are the same everywhere, their gradients are not."""
+    product, x, weights, dy, gate = case("expert_after_swiglu", (128,))
+    run = partial(with_gradients, product, replace(FP8["expert_after_swiglu"], kernels=True))
+
+    def per_device(x, weights, dy, gate):
+        here = jax.tree.map(lambda w: jax.lax.pcast(w, "rows", to="varying"), weights)
+        return jax.tree.map(
+            lambda y: jax.lax.psum(y.astype(jnp.float32), "rows"), run(x, here, dy, gate)
+        )
+
+    rows = jax.P("rows")
+    specs = rows, jax.P(), rows, rows
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    args = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, dy, gate))
+    assert "mosaic_gpu" in lowered(mapped, args[0], weights, args[1], args[2])
 
 
 UNFIT = {

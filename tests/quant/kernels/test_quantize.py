@@ -10,9 +10,14 @@ import pytest
 
 from dsv3_jax.model.layers import swiglu
 from dsv3_jax.quant import fp8
-from dsv3_jax.quant.kernels.quantize import quantize_both, quantize_rows, retile
+from dsv3_jax.quant.kernels.quantize import (
+    quantize_both,
+    quantize_columns,
+    quantize_rows,
+    retile,
+)
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
-from dsv3_jax.quant.kernels.tiles import Tuning, fits
+from dsv3_jax.quant.kernels.tiles import Tuning
 from tests.quant.kernels.interpret import interpreted, lowered, needs_interpreter
 from tests.shapes import normal
 
@@ -113,9 +118,11 @@ def test_swiglu_of_what_was_kept_is_quantised_for_wgrad():
     assert_same(made, expected)
 
 
-def test_sizes_that_kernels_take_are_multiples_of_128():
-    assert fits((128, 256))
-    assert not any(map(fits, [(128, 200), (200, 128), (0, 128), (128,), (2, 128, 128)]))
+@needs_interpreter
+def test_columns_alone_are_those_of_both():
+    x_TD = hard_cases(jnp.bfloat16)
+    made = interpreted(lambda x_TD: quantize_columns(x_TD, "float32"), x_TD)
+    assert_same(made, of_definition(x_TD, block=(128, 1), scale="float32"))
 
 
 @needs_interpreter
