@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the packag
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contenders import command_line
 
 from dsv3_jax.cli import fail, run
 from dsv3_jax.model.attention import attention, plain_attention
@@ -66,22 +67,14 @@ VARIANTS: Mapping[str, Callable[..., jax.Array]] = {
 
 def parsed(args: Sequence[str]) -> argparse.Namespace:
     """Exits 0 after --help, 2 after a mistake."""
-    parser = argparse.ArgumentParser(
-        "gpu_attention.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
+    parser = command_line.parser("gpu_attention.py", __doc__)
     add = parser.add_argument
     add("--rows", type=int, nargs="+", default=[1, 4], help="of a product")
     add("--length", type=int, default=4096, help="tokens of a row")
     add("--heads", type=int, default=16)
     add("--seconds", type=float, default=120, help="after which no more is timed")
     add("--turns", type=int, default=5, help="of each variant")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        fail(str(error), hint="gpu_attention.py --help lists all options")
+    options = command_line.parsed(parser, args)
     for name, least in (("length", 128), ("heads", 1), ("turns", 1)):
         if getattr(options, name) < least:
             fail(f"--{name} is {getattr(options, name)}; allowed: at least {least}")

@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package may not be installed
 
+from contenders import command_line
+
 from dsv3_jax.cli import fail, run
 from dsv3_jax.plan.hardware import H100
 
@@ -91,21 +93,13 @@ PRESETS: Mapping[str, Sizes] = {
 
 def parsed(args: Sequence[str]) -> argparse.Namespace:
     """Exits 0 after --help, 2 after a mistake."""
-    parser = argparse.ArgumentParser(
-        "gpu_gemm.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
+    parser = command_line.parser("gpu_gemm.py", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="sizes; small: for CPUs, without times")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     add("--seconds", type=float, default=400, help="no case is begun that may end after them")
-    add("--json", type=Path, help="file that keeps the figures")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        fail(str(error), hint="gpu_gemm.py --help lists all options")
+    add("--json", type=command_line.new_file, help="file that keeps the figures")
+    options = command_line.parsed(parser, args)
     if not options.seconds > 0:
         fail(f"--seconds is {options.seconds:g}; allowed: above 0")
     return options
@@ -141,17 +135,14 @@ def lacking(preset: str) -> str | None:
     import jax
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from dsv3_jax.quant.kernels.choice import chosen
+    from dsv3_jax.quant.kernels.choice import lacking as lacking_for_kernels
 
     if preset == "small" and jax.default_backend() == "cpu":
         if hasattr(plgpu, "InterpretGPUParams"):
             return None
         return f"JAX {jax.__version__} does not interpret kernels of Mosaic GPU; 0.11.2 does"
-    try:
-        chosen("on")
-    except ValueError as error:
-        return str(error).rpartition("since ")[2] + "; --preset small runs on a CPU"
-    return None
+    missing = lacking_for_kernels()
+    return missing and f"{missing}; --preset small runs on a CPU"
 
 
 def interpreting() -> contextlib.AbstractContextManager:

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package may not be installed
 
+from contenders import command_line
+
 from dsv3_jax.cli import fail, run
 from dsv3_jax.config import (
     DataConfig,
@@ -41,6 +43,7 @@ from dsv3_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from dsv3_jax.config.quant import WITH_KERNELS
 from dsv3_jax.parallel import gpu_flags
 
 if TYPE_CHECKING:
@@ -96,12 +99,7 @@ PRESETS: Mapping[str, tuple[Callable[[], ModelConfig], int]] = {
 
 def parsed(args: Sequence[str]) -> argparse.Namespace:
     """Exits 0 after --help, 2 after a mistake."""
-    parser = argparse.ArgumentParser(
-        "gpu_train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
+    parser = command_line.parser("gpu_train.py", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="model and length of rows")
     add("--recipes", nargs="+", choices=RECIPES, default=["bf16", "fp8"], help="of the linears")
@@ -110,13 +108,11 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add("--rows", type=int, default=4, help="rows of a step")
     add("--microbatches", type=int, default=4, help="parts a step's rows are computed in")
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
+    add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
     add("--experts", type=int, help="in place of the preset's")
     add("--layers", type=int, help="in place of the preset's; more than 9 are scanned")
-    add("--json", type=Path, help="file that keeps the figures")
-    try:
-        options = parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        fail(str(error), hint="gpu_train.py --help lists all options")
+    add("--json", type=command_line.new_file, help="file that keeps the figures")
+    options = command_line.parsed(parser, args)
     for name in ("steps", "warm_up"):
         if getattr(options, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: at least 1")
@@ -127,7 +123,8 @@ def config(options: argparse.Namespace, recipe: str) -> RunConfig:
     """Of one recipe's run. ValueError for sizes that cannot be."""
     preset, length = PRESETS[options.preset]
     changes = {"num_experts": options.experts, "num_layers": options.layers}
-    model = replace(preset(), **{name: value for name, value in changes.items() if value})
+    given = {name: value for name, value in changes.items() if value is not None}
+    model = replace(preset(), **given)
     return RunConfig(
         model=model,
         data=DataConfig(length=length),
@@ -138,7 +135,7 @@ def config(options: argparse.Namespace, recipe: str) -> RunConfig:
             remat=options.remat,
         ),
         optimizer=OptimizerConfig(),
-        quant=QuantConfig(recipe),
+        quant=QuantConfig(recipe, options.kernels if recipe in WITH_KERNELS else "auto"),
     )
 
 
@@ -149,15 +146,18 @@ def main(args: Sequence[str]) -> None:
         runs = [config(options, recipe) for recipe in options.recipes]
     except ValueError as error:
         fail(str(error))
+    failed = False
     if len(runs) == 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
         gpu_flags.apply(os.environ)
         results = [measured(runs[0], options)] if usable(options) else []
     else:
-        results = in_processes(args, options.recipes)
+        results, failed = in_processes(args, options.recipes)
         tell_ratio(results)
     if options.json and results:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        raise SystemExit(1)
 
 
 def usable(options: argparse.Namespace) -> bool:
@@ -170,22 +170,25 @@ def usable(options: argparse.Namespace) -> bool:
     return False
 
 
-def in_processes(args: Sequence[str], recipes: Sequence[str]) -> list[dict[str, Any]]:
+def in_processes(args: Sequence[str], recipes: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
     """The same command for one recipe after the other, and their figures: none of a recipe that
-    failed, which it has said, and none at all where there is no GPU.
+    failed, which it has said, and none at all where there is no GPU. And whether any failed.
     """
-    results = []
+    results, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         for recipe in recipes:
             kept = Path(folder) / f"{recipe}.json"
             own = [*args, "--recipes", recipe, "--json", str(kept)]
             sys.stdout.flush()
             ended = subprocess.run([sys.executable, __file__, *own], check=False)
+            if ended.returncode == 2:  # a mistake, which is every recipe's
+                raise SystemExit(2)
             if kept.exists():
                 results += json.loads(kept.read_text())
             elif ended.returncode == 0:
-                break
-    return results
+                return results, False
+            failed |= ended.returncode != 0
+    return results, failed
 
 
 def tell_ratio(results: Sequence[Mapping[str, Any]]) -> None:

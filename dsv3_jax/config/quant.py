@@ -23,7 +23,7 @@ class QuantConfig:
 
     kernels: Literal["auto", "on", "off"] = "auto"
     """Who multiplies FP8: off: the definition, in float32; on: kernels for Hopper GPUs (H100, H200)
-    wherever they can; auto: kernels if this is such a GPU"""
+    where sizes are multiples of 128; auto: the same if this is such a GPU, else as off"""
 
     def __post_init__(self) -> None:
         check_types("quant", self)

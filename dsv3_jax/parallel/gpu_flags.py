@@ -65,7 +65,11 @@ def apply(environment: MutableMapping[str, str]) -> None:
 
 
 def with_flags(own: str, jaxlib: str) -> str:
-    """XLA_FLAGS of the user's and, behind them, those of this version's that they do not name."""
+    """XLA_FLAGS of the user's and, behind them, those of this version's that they do not name.
+    What does not begin with a dash is the name of a file of flags, and stays as it is.
+    """
+    if own.strip() and not own.lstrip().startswith("-"):
+        return own
     named = set(re.findall(r"--(\w+)", own))
     more = [f"--{flag.name}={flag.value}" for flag in known(jaxlib) if flag.name not in named]
     return " ".join([own, *more]).strip()

@@ -94,7 +94,7 @@ def _forward(static, source, gate_X1, slots, taps, arrays):
         x_xMD = by_group(_input(static, source, gate_X1), arrays.expert_x)
         found = static.measure(x_xMD, rule.input)
     if tape.is_put_off(slots):
-        left = jax.eval_shape(partial(_left, static, expert_x=arrays.expert_x), y_XF)  # as of dY
+        left = jax.eval_shape(partial(_left, static, arrays), y_XF)  # dY has Y's shape
         operands = kept, gate_X1, left, arrays.expert_x
         tape.note(slots, _widths(arrays), _gradient_of(static, arrays), operands)
     return y_XF, (kept, gate_X1, found, tape.hollow(slots), taps, arrays)
@@ -113,7 +113,7 @@ def _backward(static, residuals, dy_XF):
     else:
         dy_rounded_xMF = rule.grad_output.fake_quantize(dy_xMF)
         dx_XD = _einsum("xmf,xdf->xmd", dy_rounded_xMF, _weights(arrays)).reshape(x_XD.shape)
-        dy = _left(static, dy_XF, arrays.expert_x) if tape.is_put_off(slots) else dy_xMF
+        dy = _left(static, arrays, dy_XF) if tape.is_put_off(slots) else dy_xMF
     dsource, dgate_X1 = pull(dx_XD)
     if static.measure:  # weights side by side share their input and their output's gradient
         measured = found, static.measure(dy_xMF, rule.grad_output)
@@ -158,12 +158,13 @@ def _widths(arrays: _Arrays) -> tuple[int, ...]:
     return tuple(w.shape[-1] for w in arrays.blocked)
 
 
-def _left(static: _Static, dy_XF: jax.Array, expert_x: jax.Array | None) -> Any:
+def _left(static: _Static, arrays: _Arrays, dy_XF: jax.Array) -> Any:
     """dY as Wgrad rounds it: what that is put off with."""
-    operand = static.rule.wgrad_grad_output
     if static.kernels:
-        return _kernels().columns(dy_XF, operand.scale)
-    return keep(operand.matrices(by_group(dy_XF, expert_x)), operand)
+        operands = dy_XF, arrays.blocked, arrays.expert_x
+        return _kernels().input_gradient(static.rule, *operands, dy_XF.dtype)[1]
+    operand = static.rule.wgrad_grad_output
+    return keep(operand.matrices(by_group(dy_XF, arrays.expert_x)), operand)
 
 
 def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:

@@ -7,7 +7,7 @@ another table here, and its name in `config/quant.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -70,6 +70,8 @@ class Rule:
 
 Recipe = Mapping[str, Rule]
 
+OPERANDS = "input", "weight", "grad_output", "wgrad_input", "wgrad_grad_output", "kept"
+
 ROW, COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
 
 
@@ -121,7 +123,7 @@ RECIPES: dict[RecipeName, Recipe] = {
     "f32": {},
     "bf16": {},
     "fp8": FP8,
-    "fp8_pow2": _changed(FP8, [x.name for x in fields(Rule) if x.name != "kernels"], scale="pow2"),
+    "fp8_pow2": _changed(FP8, OPERANDS, scale="pow2"),
     "fp8_per_tensor": dict.fromkeys(FP8, _PER_TENSOR),
     "fp8_square_gradients": _changed(FP8, ["grad_output", "wgrad_grad_output"], block=SQUARE),
 }

@@ -28,7 +28,7 @@ from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.cuts import check_pipeline, cuts_of
-from dsv3_jax.quant.recipes import RECIPES, recipe_of
+from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.beginning import check_processes, joint_corpus, joint_folder
 from dsv3_jax.train.finish import finish
@@ -232,8 +232,11 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         f"model      {(count.main + count.mtp) / 1e6:,.1f} M parameters, "
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
-    if RECIPES[cfg.quant.recipe]:
-        say(f"           linears by the recipe {cfg.quant.recipe}, in emulated GEMMs")
+    if recipe := recipe_of(cfg.quant):
+        how = "emulated GEMMs"
+        if any(rule.kernels for rule in recipe.values()):
+            how = "FP8 kernels where sizes are multiples of 128, elsewhere emulated GEMMs"
+        say(f"           linears by the recipe {cfg.quant.recipe}, in {how}")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")
     if cfg.mesh.pipe > 1:

@@ -106,7 +106,11 @@ def test_a_pipeline_spans_two_processes(small: SmallRun, tmp_path: Path, program
         (("--train.rows", 4, "--mesh.local", 4), 2, ("--quant.recipe", "fp8")),
         ((*PIPE, "--mesh.local", 2), 2, ("--optimizer.ema_decay", 0.5)),
         ((*PIPE, "--mesh.node", 2), 4, ("--quant.recipe", "fp8")),
-        (("--train.rows", 8, *PIPE[2:4], "--mesh.pipe", 4), 4, ("--pipeline.schedule", "zb1p")),
+        (
+            ("--train.rows", 8, *PIPE[2:4], "--mesh.pipe", 4),
+            4,
+            ("--pipeline.schedule", "zb1p", "--model.num_layers", 2),  # a cut item for each rank
+        ),
     ],
 )
 def test_every_run_is_itself_and_that_of_one_process(

@@ -12,17 +12,19 @@ def chosen(asked: Literal["auto", "on", "off"]) -> bool:
     """ValueError for "on" where no kernel can run."""
     if asked == "off":
         return False
-    missing = _missing()
+    missing = lacking()
     if missing and asked == "on":
         raise ValueError(f"quant.kernels is on; allowed here: auto, off, since {missing}")
     return not missing
 
 
-def _missing() -> str | None:
+def lacking() -> str | None:
     """What kernels want and do not find, in words."""
     if jax.__version_info__[:2] < OLDEST_JAX:
         return f"kernels need jax 0.11 or later, and this is {jax.__version__}"
-    capabilities = {getattr(d, "compute_capability", None) for d in jax.local_devices()}
+    if jax.config.jax_enable_x64:  # Pallas' loops count in 32 bits
+        return "kernels need JAX without JAX_ENABLE_X64"
+    capabilities = {getattr(d, "compute_capability", None) for d in jax.devices()}
     if capabilities != {HOPPER}:
         return f"kernels need Hopper GPUs, and devices here are {jax.devices()[0].device_kind}"
     return None

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.quant.expert_rows import side_by_side
-from dsv3_jax.quant.fp8 import Blocked, Scale
+from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.kept import Kept, keep, kept_as
 from dsv3_jax.quant.kernels.quantize import quantize_both, quantize_columns, quantize_rows, retile
 from dsv3_jax.quant.kernels.rows_gemm import multiply_rows
@@ -45,7 +45,7 @@ def fits(rule: Rule, rows: int, blocks: int, inner: int, widths: Sequence[int]) 
     return (
         all(x.fmt == "e4m3" and x.block == tile for tile, xs in tiles.items() for x in xs)
         and rows > 0
-        and (rows // blocks) % BLOCK == inner % BLOCK == 0
+        and rows % (blocks * BLOCK) == inner % BLOCK == 0
         and all(width % BLOCK == 0 for width in widths[:-1])
     )
 
@@ -119,11 +119,6 @@ def weight_gradient(
     dw = multiply_columns(*x, *dy, first_E.astype(jnp.int32), count_E.astype(jnp.int32))
     dw = dw[..., :width]
     return dw[0] if expert_x is None else dw
-
-
-def columns(dy_XF: jax.Array, scale: Scale) -> Columns:
-    """dY as Wgrad takes it, alone."""
-    return Columns(*quantize_columns(_filled(dy_XF), scale))
 
 
 def _keep(source: jax.Array, operand: Operand) -> Kept:

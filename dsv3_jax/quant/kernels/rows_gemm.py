@@ -4,7 +4,7 @@
     Y[t, n] = sum over blocks k of  s[k, t] w[n / 128, k]  (sum of the block's 128 products)
 
 The inner sum is the tensor cores', of about 14 bits; the outer one is made in float32 registers.
-No weight is copied: a tile of the output finds its expert's in place.
+The kernel copies no weight: a tile of the output finds its expert's in place.
 """
 
 from functools import partial

@@ -2,7 +2,7 @@
 what its Wgrad makes of the kept arguments (report 3.3.2, 3.3.3).
 
 The output itself is never written. Up to the exponential function's last bits, of which each
-compiler has its own, the results are `fp8.quantize` of `model.layers.swiglu`. T and F are multiples
+compiler has its own, the results are `fp8.quantize` of `quant.swiglu.swiglu`. T and F are multiples
 of 128.
 """
 

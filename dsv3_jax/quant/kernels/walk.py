@@ -31,7 +31,7 @@ class Walk:
     """What was chosen by timing (benchmarks/README.md)."""
 
     width: int = 8
-    """Columns of tiles that are walked together, so that their operands stay in the L2"""
+    """Rows of tiles that are walked together, so that their operands stay in the L2"""
     stages: int = 4
     """At most so many blocks' operands in shared memory"""
     multiprocessors: int = 132

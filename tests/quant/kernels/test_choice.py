@@ -12,7 +12,7 @@ from dsv3_jax.quant.recipes import RECIPES, recipe_of
 
 def hopper(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...] = (0, 11, 2)) -> None:
     device = SimpleNamespace(compute_capability="9.0", device_kind="NVIDIA H100")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(jax, "__version_info__", version)
 
 
@@ -34,6 +34,11 @@ def test_an_older_jax_has_none(monkeypatch: pytest.MonkeyPatch):
     assert not choice.chosen("auto")
     with pytest.raises(ValueError, match=r"jax 0\.11 or later"):
         choice.chosen("on")
+
+
+def test_nor_are_there_any_in_64_bits(monkeypatch: pytest.MonkeyPatch, x64):
+    hopper(monkeypatch)
+    assert not choice.chosen("auto")
 
 
 def test_recipes_without_kernels_say_so():

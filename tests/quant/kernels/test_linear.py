@@ -73,6 +73,22 @@ def with_gradients(product: Callable, rule: Rule, x, weights, dy, gate):
     return y, *pull(dy)
 
 
+@pytest.fixture
+def kernels_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the products that kernels were asked for."""
+    called: list[str] = []
+    kernels = fp8_gemm._kernels()
+    for name in ("forward", "input_gradient", "weight_gradient"):
+        original = getattr(kernels, name)
+
+        def noted(*args, name=name, original=original, **kwargs):
+            called.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, noted)
+    return called
+
+
 def assert_near(actual, expected) -> None:
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -92,18 +108,22 @@ def assert_near(actual, expected) -> None:
         pytest.param("dispatched", (128, 128), marks=slow),
     ],
 )
-def test_products_and_gradients_are_the_definitions(kind: str, widths: tuple[int, ...]):
+def test_products_and_gradients_are_the_definitions(
+    kernels_called: list[str], kind: str, widths: tuple[int, ...]
+):
     product, x, weights, dy, gate = case(kind, widths)
     rule = FP8[kind]
     expected = compiled(partial(with_gradients, product, rule))(x, weights, dy, gate)
     by_kernels = partial(with_gradients, product, replace(rule, kernels=True))
+    assert not kernels_called
     assert_near(interpreted(by_kernels, x, weights, dy, gate), expected)
+    assert kernels_called == ["forward", "input_gradient", "weight_gradient"]
 
 
 @needs_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "expert_after_swiglu"])
-def test_gradients_put_off_are_those_made_at_once(kind: str):
+def test_gradients_put_off_are_those_made_at_once(kernels_called: list[str], kind: str):
     product, x, weights, dy, gate = case(kind, (128,))
     rule, noted = replace(FP8[kind], kernels=True), Tape()
     at_once = interpreted(partial(with_gradients, product, rule), x, weights, dy, gate)
@@ -121,11 +141,12 @@ def test_gradients_put_off_are_those_made_at_once(kind: str):
         return noted.entries["w"].gradients(pull(dy)[1])["w"]
 
     np.testing.assert_array_equal(interpreted(later, x, zeros, dy), at_once[2][0])
+    assert kernels_called.count("weight_gradient") == 2
 
 
 @needs_interpreter
 @pytest.mark.slow
-def test_layers_stacked_are_layers_one_by_one():
+def test_layers_stacked_are_layers_one_by_one(kernels_called: list[str]):
     """W of a pipeline's stage maps over its layers."""
     product, x, weights, dy, gate = case("linear", (128,))
     run = partial(with_gradients, product, replace(FP8["linear"], kernels=True))
@@ -139,6 +160,7 @@ def test_layers_stacked_are_layers_one_by_one():
         one = interpreted(run, x, [scale * w for w in weights], dy, gate)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
             np.testing.assert_array_equal(np.asarray(a[i], float), np.asarray(b, float))
+    assert kernels_called.count("weight_gradient") == 3
 
 
 @needs_interpreter
@@ -168,7 +190,9 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("why", UNFIT)
-def test_what_kernels_cannot_take_is_the_definitions_bit_for_bit(why: str):
+def test_what_kernels_cannot_take_is_the_definitions_bit_for_bit(
+    kernels_called: list[str], why: str
+):
     kind, rows, inner, widths = UNFIT[why]
     x, dy = normal(0, rows, inner), normal(1, rows, sum(widths))
     weights = [normal(2 + i, inner, width) for i, width in enumerate(widths)]
@@ -176,6 +200,7 @@ def test_what_kernels_cannot_take_is_the_definitions_bit_for_bit(why: str):
         compiled(partial(with_gradients, lambda x, ws, _: linear(x, *ws), rule))(x, weights, dy, {})
         for rule in (FP8[kind], replace(FP8[kind], kernels=True))
     ]
+    assert not kernels_called
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(a, b)
 

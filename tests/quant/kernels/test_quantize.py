@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.layers import swiglu
 from dsv3_jax.quant import fp8
 from dsv3_jax.quant.kernels.quantize import (
     quantize_both,
@@ -18,6 +17,7 @@ from dsv3_jax.quant.kernels.quantize import (
 )
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
 from dsv3_jax.quant.kernels.tiles import Tuning
+from dsv3_jax.quant.swiglu import swiglu
 from tests.quant.kernels.interpret import interpreted, lowered, needs_interpreter
 from tests.shapes import normal
 
