@@ -16,9 +16,10 @@ def test_this_projects_attention_is_checked_and_timed_anywhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     import gpu_attention
+    from contenders import attention_cases
 
-    broken = {"chunks": gpu_attention.VARIANTS["chunks"], "none": lambda q, k, v: 1 / 0}
-    monkeypatch.setattr(gpu_attention, "VARIANTS", broken)
+    broken = {"chunks": attention_cases.VARIANTS["chunks"], "none": lambda q, k, v: 1 / 0}
+    monkeypatch.setattr(attention_cases, "VARIANTS", broken)
     gpu_attention.main(["--rows", "1", "--length", "128", "--heads", "1", "--turns", "1"])
     _, errors, left_out, times = capsys.readouterr().out.splitlines()
     assert errors.startswith("chunks: relative errors of o, dq, dk, dv ")
@@ -27,13 +28,13 @@ def test_this_projects_attention_is_checked_and_timed_anywhere(
     assert times.startswith("1 x 128 x 1 heads, chunks: forward ")
 
 
-def test_a_wrong_attention_shows(monkeypatch: pytest.MonkeyPatch):
-    import gpu_attention
+def test_a_wrong_attention_shows():
+    from contenders import attention_cases as cases
 
-    chunks = gpu_attention.VARIANTS["chunks"]
-    wrong = gpu_attention.with_gradients(lambda q, k, v: chunks(q, k, v * 1.02))
-    args = gpu_attention.inputs(1, 128, 1)
-    found = gpu_attention.relative_error(wrong(*args)[0], gpu_attention.exact(args)[0])
+    chunks = cases.VARIANTS["chunks"]
+    wrong = cases.with_gradients(lambda q, k, v: chunks(q, k, v * 1.02))
+    args = cases.inputs(1, 128, 1)
+    found = cases.relative_error(wrong(*args)[0], cases.exact(args)[0])
     assert found > 1.5e-2
 
 
