@@ -113,7 +113,8 @@ def check(name: str, ranks: int, microbatches: int) -> None:
     least = max(1, kind.microbatches_per_rank * ranks)
     if microbatches < least or (kind.even and microbatches % 2):
         raise ValueError(
-            f"{name} on {ranks:,} ranks: micro-batches are {microbatches:,}; allowed: "
+            f"{name} on {ranks:,} rank{'s' * (ranks > 1)}: micro-batches are {microbatches:,}; "
+            f"allowed: "
             f"{even}{least:,} or more"
         )
 

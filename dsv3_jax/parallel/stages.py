@@ -99,7 +99,9 @@ def _sizes_of(written: str, stages: int, items: Sequence[str]) -> list[int]:
         if not re.fullmatch(r"[EHM]|[1-9][0-9]*", word):
             raise ValueError(f"{written!r} has a stage with {word!r}; allowed: {FORM}")
     if len(parts) != stages:
-        raise ValueError(f"{written!r} has {len(parts)} stages; allowed here: {stages}")
+        raise ValueError(
+            f"{written!r} has {len(parts)} stage{'s' * (len(parts) > 1)}; allowed here: {stages}"
+        )
     most = len(items) + 1  # a longer run of layers would only take memory
     spelt = [
         ["L"] * min(int(word), most) if word.isdigit() else [word]

@@ -150,7 +150,7 @@ def _step(p: Prediction) -> Iterator[Line]:
         dearest = max(p.stepper.stages, key=lambda s: overlap.pair(s.forward + s.backward))
         pair = overlap.pair(dearest.forward + dearest.backward)
         yield Line(section, f"pair FB, stage {dearest.cut}", how, pair * 1e3, "ms")
-    a_rank = f"{schedule.microbatches} micro-batches, mean of {ranks} ranks"
+    a_rank = f"{schedule.microbatches} micro-batches, mean of {ranks} rank{'s' * (ranks > 1)}"
     yield Line(section, "operations", a_rank, busy, "s", "stages' times")
     idle = f"mean over ranks; the rank that idles most {timeline.bubble:.3f} s"
     yield Line(section, "bubble", idle, timeline.makespan - busy, "s", f"simulated {step.schedule}")

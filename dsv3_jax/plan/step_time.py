@@ -1,6 +1,6 @@
 """How long a step takes: stages' times in the simulated schedule, ZeRO-1, update (report 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -161,16 +161,20 @@ class Stepper:
     @cached_property
     def zero(self) -> ZeroTraffic:
         """Of the rank that moves most."""
+        each = []
+        for held, owned in self.rank_cuts:
+            mastered = weights_of(self.cfg, owned, borrowed=False)
+            each.append(zero_traffic(self.cfg, weights_of(self.cfg, held), mastered))
+        return max(each, key=lambda traffic: traffic.total)
+
+    @property
+    def rank_cuts(self) -> Iterator[tuple[tuple[Cut, ...], tuple[Cut, ...]]]:
+        """Of every rank: stages that it computes with, and those whose masters it has."""
         cuts, ranks = self.cuts, self.cfg.mesh.pipe
         dual = ranks > 1 and self.cfg.pipeline.schedule in TWO_CHUNKS
-        held = [{cuts[rank], cuts[-1 - rank]} if dual else {cuts[rank]} for rank in range(ranks)]
-        each = []
-        for rank, stages in enumerate(held):
-            weights = weights_of(self.cfg, stages)
-            copied = len(cuts) == ranks and dual
-            mastered = weights_of(self.cfg, [cuts[rank]]) if copied else weights
-            each.append(zero_traffic(self.cfg, weights, mastered))
-        return max(each, key=lambda traffic: traffic.total)
+        for rank in range(ranks):
+            held = (cuts[rank], cuts[-1 - rank]) if dual else (cuts[rank],)
+            yield held, held[:1] if len(cuts) == ranks else held
 
     def _schedule(self, rows: int) -> Schedule:
         ranks = self.cfg.mesh.pipe

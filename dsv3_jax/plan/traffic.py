@@ -2,10 +2,10 @@
 (report 3.2).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from dsv3_jax.config import ModelConfig, RunConfig
+from dsv3_jax.config import RunConfig
 from dsv3_jax.parallel.stages import Cut
 from dsv3_jax.plan.products import items_in
 
@@ -96,20 +96,25 @@ class Weights:
         return self.shared + self.experts - self.owned(cfg)
 
 
-def weights_of(cfg: RunConfig, cuts: Iterable[Cut]) -> Weights:
-    """Of these stages; gains of norms, a ten-thousandth of a model, are left out."""
-    shared = experts = 0
-    for item in (item for cut in cuts for item in items_in(cfg.model, cut)):
-        shared += item.table + sum(p.parameters for p in item.products if not p.routed)
-        experts += sum(p.parameters for p in item.products if p.routed)
-        if item.name == "MTP module":  # its head is the main one's
-            shared -= head_size(cfg.model)
-    return Weights(shared, experts // cfg.mesh.expert_shards)
+def weights_of(cfg: RunConfig, cuts: Collection[Cut], borrowed: bool = True) -> Weights:
+    """Of these stages of a rank; gains of norms, a ten-thousandth of a model, are left out.
 
-
-def head_size(model: ModelConfig) -> int:
-    """Parameters of the output head."""
-    return model.vocab_size * model.d_model
+    `borrowed`: embedding and head too where MTP computes with them, or a tied head with the
+    embedding, and their masters are another stage's.
+    """
+    model = cfg.model
+    products = [p for cut in cuts for item in items_in(model, cut) for p in item.products]
+    embeds = any(cut.embed for cut in cuts)
+    heads = any(cut.head for cut in cuts)
+    if borrowed:
+        embeds |= any(cut.has_mtp or (model.tied_head and cut.head) for cut in cuts)
+        heads |= any(cut.has_mtp for cut in cuts)
+    tables = embeds + (heads and not model.tied_head)
+    shared = sum(p.parameters for p in products if not (p.routed or p.at_once))
+    experts = sum(p.parameters for p in products if p.routed)
+    return Weights(
+        shared + tables * model.vocab_size * model.d_model, experts // cfg.mesh.expert_shards
+    )
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class ZeroTraffic:
     gather: float
     """Weights in train.dtype, once a step"""
     swap: float
-    """DualPipe's second copy: its gradients there, weights back, each device its shard"""
+    """Of what has its masters on other ranks, DualPipe's second copy and MTP's embedding: gradients
+    there, weights back, each device its shard"""
     update: float
     """Device memory's: FP32 masters and both moments read and written, gradients read, compute
     weights written"""
@@ -133,12 +139,12 @@ class ZeroTraffic:
 
 
 def zero_traffic(cfg: RunConfig, held: Weights, mastered: Weights) -> ZeroTraffic:
-    """Of a rank whose stages have `held` weights. Masters are of `mastered`: under DualPipe of one
-    of both stages, and the other one's gradients and weights are swapped with the rank that has
+    """Of a rank whose stages have `held` weights, and masters of those `mastered`: of all others,
+    as under DualPipe of one of both stages, it swaps gradients and weights with ranks that have
     theirs.
     """
     crossing, owned = held.crossing(cfg), mastered.owned(cfg)
-    copied = owned if held != mastered else 0
+    copied = held.owned(cfg) - owned
     weight, moment = ITEM_BYTES[cfg.train.dtype], ITEM_BYTES[cfg.optimizer.moment_dtype]
     return ZeroTraffic(
         scatter=FP32 * crossing,

@@ -62,6 +62,10 @@ def main(args: Sequence[str]) -> int | None:
     with user_errors():
         options, *folders = resolve(_with_resume_value(list(args)))
     if options.print_config:
+        from dsv3_jax.plan.cuts import check_pipeline
+
+        with user_errors():
+            check_pipeline(options.run)
         print(options.run.to_json())
         return 0
     if options.print_schedule:

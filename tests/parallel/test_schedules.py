@@ -139,6 +139,7 @@ def test_zb1p_on_three_ranks_keeps_w_behind_by_the_rank():
         ("interleaved", 2, 4, "'interleaved'; allowed: gpipe, 1f1b, zb1p, dualpipe, dualpipev"),
         ("1f1b", 0, 4, "1f1b: ranks are 0; allowed: 1 or more"),
         ("gpipe", 2, 0, "gpipe on 2 ranks: micro-batches are 0; allowed: 1 or more"),
+        ("gpipe", 1, 0, "gpipe on 1 rank: micro-batches are 0; allowed: 1 or more"),
         ("dualpipe", 3, 8, "dualpipe: ranks are 3; allowed: even, 2 or more"),
         ("dualpipe", 0, 8, "ranks are 0; allowed: even, 2 or more"),
         ("dualpipe", 4, 9, "dualpipe on 4 ranks: micro-batches are 9; allowed: even, 8 or more"),

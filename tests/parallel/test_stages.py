@@ -110,7 +110,7 @@ def test_costs_decide_where_the_cuts_are():
 @pytest.mark.parametrize(
     ("written", "stages", "said"),
     [
-        ("E+3+H", 2, "'E+3+H' has 1 stages; allowed here: 2"),
+        ("E+3+H", 2, "'E+3+H' has 1 stage; allowed here: 2"),
         ("E+1|2|H", 2, "'E+1|2|H' has 3 stages; allowed here: 2"),
         (f"E+{10**20}|2+H+M", 2, f"'E+{10**20}|2+H+M' is no cut of this model; allowed: cuts of "),
         ("E+1|2", 2, "'E+1|2' is no cut of this model; allowed: cuts of E+3+H+M"),

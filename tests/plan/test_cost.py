@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.presets import dsv3_671b, moe_16b, tiny
-from dsv3_jax.plan.cost import train_flops_per_token
+from dsv3_jax.plan.cost import item_costs, train_flops_per_token
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,10 @@ def test_a_tied_head_costs_as_much_as_its_own_table():
 def test_without_mtp_its_depth_does_not_matter():
     deep, flat = replace(tiny(), mtp_depth=3), replace(tiny(), mtp_depth=0)
     assert train_flops_per_token(deep, 512, mtp=False) == train_flops_per_token(flat, 512)
+
+
+def test_costs_of_items_add_up_to_those_of_training():
+    """Three forward passes' worth; the router and MTP's projection are in both."""
+    model = dsv3_671b()
+    total = 3 * sum(item_costs(model, 4096)[1:])
+    assert total == pytest.approx(train_flops_per_token(model, 4096), rel=2e-3)

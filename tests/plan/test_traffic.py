@@ -9,6 +9,10 @@ from dsv3_jax.config.presets import dsv3_671b, moe_16b, tiny, tiny_run
 from dsv3_jax.config.quant import RecipeName
 from dsv3_jax.parallel.stages import whole
 from dsv3_jax.parallel.wire import PLAIN, wire_of_rules
+from dsv3_jax.plan.hardware import H800
+from dsv3_jax.plan.layer_time import Job
+from dsv3_jax.plan.parameters import Parameters
+from dsv3_jax.plan.step_time import Stepper
 from dsv3_jax.plan.traffic import (
     FP8_DISPATCH,
     FP8_GRADIENTS,
@@ -122,14 +126,43 @@ def test_weights_of_a_whole_model_are_its_parameters(model):
     assert weights.crossing(cfg) == 0
 
 
+@pytest.fixture(scope="module")
+def parameters() -> Parameters:
+    """Of V3's job, the oracle: tensor by tensor."""
+    return Parameters(report())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [
+        ("1f1b", ""),
+        ("1f1b", "E+4" + 14 * "|4" + "|1+H|M"),
+        ("dualpipe", ""),
+        ("dualpipev", ""),
+    ],
+)
+def test_ranks_hold_and_own_what_the_memory_plan_says(parameters, schedule: str, stages: str):
+    """MTP's copies of embedding and head among what is held, and not among what is owned."""
+    mesh = MeshConfig(1 + stages.count("|") if stages else 16, 2, 8, 8)
+    cfg = replace(report(), mesh=mesh, pipeline=PipelineConfig(schedule, stages))
+    for held, owned in Stepper(Job(cfg, H800)).rank_cuts:
+        weights = weights_of(cfg, held)
+        gradients = parameters.gradients(held)
+        assert 4 * (weights.shared + weights.experts) == pytest.approx(gradients, rel=1e-3)
+        masters = sum(parameters.state(cut)["masters"] for cut in owned)
+        own = weights_of(cfg, owned, borrowed=False).owned(cfg)
+        assert 4 * own == pytest.approx(masters, rel=1e-3)
+
+
 def test_zero_moves_what_others_own():
     cfg = report()
     held, mastered = Weights(1280, 60), Weights(640, 20)
     traffic = zero_traffic(cfg, held, mastered)
     crossing = 1280 * 127 / 128 + 60 / 2
     owned = 640 / 128 + 20 / 2
+    others = 640 / 128 + 40 / 2
     assert traffic.scatter == 4 * crossing
     assert traffic.gather == 2 * crossing
-    assert traffic.swap == 6 * owned
+    assert traffic.swap == 6 * others
     assert traffic.update == 22 * owned
     assert zero_traffic(cfg, held, held).swap == 0
