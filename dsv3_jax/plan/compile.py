@@ -48,7 +48,8 @@ def compile_run(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
     if cfg.mesh.pipe == 1:
         raise ValueError(
             "mesh.pipe is 1, and a step without a pipeline is one program whose residuals cannot "
-            "be told apart; allowed: 2 or more"
+            "be told apart; allowed: 2 or more. --mesh.pipe 2 compiles the same layers in stages, "
+            "and without --compile the plan is made all the same"
         )
     run = _Run(cfg)
     compiled = run.compile(say)

@@ -18,8 +18,8 @@ COLUMNS = {  # heads in two lines, so that a terminal's 80 columns take them
     "tokens/s\na device": "{tokens_per_second:,.0f}",
     "hours/T\ntokens": "{hours_per_trillion:,.0f}",
     "bubble": "{bubble:.1%}",
-    "GB": "{gigabytes:.3g}",
-    "work-\nspace": "{workspace_gigabytes:.3g}",
+    "GB\nleft": "{left_gigabytes:.3g}",
+    "less\nwork-\nspace": "{left_with_workspace_gigabytes:.3g}",
 }
 
 
@@ -33,7 +33,7 @@ def search_json(answer: Answer) -> dict[str, Any]:
         "not_counted": NOT_COUNTED,
         "layouts": answer.layouts,
         "fitting": answer.fitting,
-        "fastest": [_row(found) for found in answer.fastest],
+        "fastest": _rows(answer),
         "nearest": _held(answer.nearest) | {"missing_gigabytes": answer.missing / GB},
     }
 
@@ -46,7 +46,7 @@ def search_table(answer: Answer) -> "Table":
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if number < 3 else "right", no_wrap=True)
-    for row in map(_row, answer.fastest):
+    for row in _rows(answer):
         table.add_row(*(form.format(**row) for form in COLUMNS.values()))
     return table
 
@@ -57,9 +57,11 @@ def search_lines(answer: Answer) -> list[str]:
     name, room = ask.hardware.name, ask.hardware.memory.value / GB
     if answer.fastest:
         fit = f"{answer.fitting:,} of {answer.layouts:,} meshes with a schedule fit"
-        held = "GB is what stays on the fullest rank, without its programs' workspace, an estimate"
+        short = sum(row["left_with_workspace_gigabytes"] < 0 for row in _rows(answer))
+        below = f"; below 0 in {short} of these {len(answer.fastest)}" if short else ""
         return [
-            f"{fit} in {name}'s {room:g} GB: {held}",
+            f"{fit} in {name}'s {room:g} GB; GB left, on the fullest rank, is what decides",
+            f"less workspace: programs' own memory, an estimate, taken off too{below}",
             f"the first one's options: {answer.fastest[0].options}",
         ]
     rank = answer.nearest.heaviest
@@ -72,9 +74,16 @@ def search_lines(answer: Answer) -> list[str]:
     ]
 
 
-def _row(found: Found) -> dict[str, Any]:
-    prediction = found.prediction
-    return _held(found.memory) | {
+def _rows(answer: Answer) -> list[dict[str, Any]]:
+    return [_row(found, answer.ask.hardware.memory.value) for found in answer.fastest]
+
+
+def _row(found: Found, capacity: float) -> dict[str, Any]:
+    prediction, memory = found.prediction, found.memory
+    fullest = memory.fullest  # with workspace another rank may be
+    return _held(memory) | {
+        "left_gigabytes": (capacity - memory.most) / GB,
+        "left_with_workspace_gigabytes": (capacity - fullest.total - fullest.workspace) / GB,
         "step_seconds": found.seconds,
         "tokens_per_second": prediction.tokens_per_second,
         "hours_per_trillion": prediction.hours_per_trillion,

@@ -22,6 +22,7 @@ from dsv3_jax.plan.moments import counts, fullest_moments, moments_of
 from dsv3_jax.plan.parameters import Parameters, traced
 from dsv3_jax.plan.prediction import predict
 from dsv3_jax.plan.search import REMATS, SCHEDULES, Ask, search
+from dsv3_jax.plan.search_tables import search_json, search_lines
 from tests.commands import mistake_of
 from tests.shapes import tiny_model
 
@@ -174,7 +175,22 @@ def test_the_table_and_json_tell_the_same(capsys, monkeypatch):
         mesh = "×".join(map(str, found["mesh"].values()))
         line = f"{mesh} {found['schedule']} {found['remat']} {found['step_seconds']:.4g} "
         assert any(row.startswith(line) for row in rows)
+        left, less = found["left_gigabytes"], found["left_with_workspace_gigabytes"]
+        assert any(row.startswith(line) and row.endswith(f" {left:.3g} {less:.3g}") for row in rows)
     assert f"the first one's options: {told['fastest'][0]['options']}" in rows
+
+
+def test_what_fits_only_without_workspace_is_told(cfg):
+    """What stays decides; that the estimate would not fit beside it stands in table and line."""
+    everywhere = search(cfg, with_room(80e9)).fastest[0].memory
+    rank = everywhere.fullest
+    answer = search(cfg, with_room(rank.total + rank.workspace // 2))
+    rows = search_json(answer)["fastest"]
+    short = sum(row["left_with_workspace_gigabytes"] < 0 for row in rows)
+    assert short
+    assert all(row["left_gigabytes"] >= 0 for row in rows)
+    assert search_lines(answer)[1].endswith(f"; below 0 in {short} of these {len(rows)}")
+    assert "below 0" not in search_lines(search(cfg, with_room(80e9)))[1]
 
 
 def test_a_layouts_options_make_its_plan(capsys):
