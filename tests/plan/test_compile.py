@@ -41,8 +41,8 @@ def short_v3(layers: int) -> RunConfig:
 )
 @pytest.mark.timeout(900)
 def test_a_shortened_job_compiles_to_what_is_planned(layers: int):
-    """Bytes of every rank within 2 %, at full width. With one layer experts are MTP's alone: half
-    of the compilation.
+    """Bytes of every rank within 2 %, at full width. With one layer experts are MTP's alone, for
+    three quarters of the CPU time.
     """
     said: list[str] = []
     compiled = compile_run(short_v3(layers), said.append)
