@@ -157,8 +157,8 @@ class Serving:
 
     @property
     def slower(self) -> float:
-        """Factor on computation beside which communication holds SMs."""
-        return self.hardware.slower if self.overlap else 1.0
+        """Factor on computation beside which communication holds SMs, if there is any."""
+        return self.hardware.slower if self.overlap and self.prefill.exchange else 1.0
 
     @property
     def prefill_seconds(self) -> float:
@@ -249,8 +249,15 @@ class Serving:
         return max(flops / self.hardware.attention.value, read / self.hardware.streamed.value)
 
     @property
+    def decode_exchanges(self) -> bool:
+        """Not where a unit of one device has all experts, nor in a model without any."""
+        return self.layout.decode_devices > 1 and self.model.num_moe_layers > 0
+
+    @property
     def decode_exchange(self) -> float:
         """Seconds of dispatch and combine in all layers, measured for 128 tokens a device."""
+        if not self.decode_exchanges:
+            return 0.0
         rate = nearest_latency(self.hardware.low_latency, self.layout.decode_devices)
         share = self.layout.batch / MEASURED_TOKENS
         return (rate.dispatch + rate.combine) * share * self.model.num_moe_layers

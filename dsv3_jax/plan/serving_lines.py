@@ -41,9 +41,11 @@ def _prefill(s: Serving) -> Iterator[Line]:
     yield Line(section, "computation", how, s.prefill.compute, "s")
     for part in exchange_parts(job)[:1]:
         yield Line(section, "exchange", how, s.prefill.exchange, "s", part.source)
-    both = f"computation × {s.slower:.4g} + exchange"
-    if s.overlap:
-        both = f"max(computation × {s.slower:.4g}, exchange)"
+    both = "computation"
+    if s.prefill.exchange:
+        both = "computation + exchange"
+        if s.overlap:
+            both = f"max(computation × {s.slower:.4g}, exchange)"
     yield Line(section, "micro-batch", both, s.prefill_seconds, "s")
     yield from _rates(s, section, s.prefilled, f"{job.tokens:,} / micro-batch", PREFILLED)
     computed = PREFILLED.value * (1 - CACHE_HITS)
@@ -54,7 +56,6 @@ def _prefill(s: Serving) -> Iterator[Line]:
 def _decode(s: Serving) -> Iterator[Line]:
     section, layout = "decode", s.layout
     how = f"{layout.batch} sequences a device"
-    wait = nearest_latency(s.hardware.low_latency, layout.decode_devices)
     held = f"{s.experts_per_device:.3g} routed experts a layer and all else"
     yield Line(section, "weights", held, s.decode_weights / 1e9, "GB")
     cached = layout.batch * layout.context * s.cache_token / 1e9
@@ -70,14 +71,21 @@ def _decode(s: Serving) -> Iterator[Line]:
         "ms",
         s.hardware.attention.source,
     )
-    pair = f"{(wait.dispatch + wait.combine) * 1e6:.4g} µs × {s.model.num_moe_layers} layers"
-    exchange = f"{pair} × {layout.batch} / 128"
-    where = f"{wait.source}: EP {wait.devices}"
-    yield Line(section, "exchange", exchange, s.decode_exchange * 1e3, "ms", where)
-    both = "max(products + attention, exchange)" if s.overlap else "sum of these"
+    both = "sum of these"
+    if s.decode_exchanges:
+        yield _decode_exchange(s, section)
+        both = "max(products + attention, exchange)" if s.overlap else both
     yield Line(section, "a token (TPOT)", both, s.per_token * 1e3, "ms")
     yield Line(section, "tokens/s of a user", "1 / TPOT", 1 / s.per_token, "1/s")
     yield from _rates(s, section, s.decoded, f"{layout.batch} / TPOT", DECODED)
+
+
+def _decode_exchange(s: Serving, section: str) -> Line:
+    wait = nearest_latency(s.hardware.low_latency, s.layout.decode_devices)
+    pair = f"{(wait.dispatch + wait.combine) * 1e6:.4g} µs × {s.model.num_moe_layers} layers"
+    formula = f"{pair} × {s.layout.batch} / 128"
+    where = f"{wait.source}: EP {wait.devices}"
+    return Line(section, "exchange", formula, s.decode_exchange * 1e3, "ms", where)
 
 
 def _rates(
@@ -95,10 +103,10 @@ def _rates(
 
 
 def _bound(s: Serving) -> Iterator[Line]:
-    section, mine = "bound by the exchange's latency", s.latency_bound
+    section = "bound by the exchange's latency"
     published = LatencyBound(7000, 9, 50e9, 61)
     for name, bound, source in (
-        ("this model", mine, OURS),
+        *[("this model", s.latency_bound, OURS)] * s.decode_exchanges,
         ("published, 50 GB/s", published, BOUND),
         ("published, 900 GB/s", replace(published, bandwidth=FASTER), BOUND),
     ):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3_jax.config.presets import dsv3_671b, tiny
+from dsv3_jax.config.presets import dsv3_671b, moe_16b, tiny
 from dsv3_jax.plan.hardware import H100, H800, WhatIf, changed
 from dsv3_jax.plan.kernel_rates import Figure
 from dsv3_jax.plan.serving import (
@@ -87,6 +87,19 @@ def test_overlap_links_and_casts_move_it_the_right_way():
     assert fast.decode_exchange == pytest.approx(V3.decode_exchange / 2)
     assert replace(V3, fused_cast=True).prefill.compute < V3.prefill.compute
     assert replace(V3, price=Figure(4, "")).dollars_per_million(1) == 2 * V3.dollars_per_million(1)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_unit_of_one_device_exchanges_nothing_and_computes_on_all_sms(overlap):
+    layout = ServingLayout(prefill_devices=1, decode_devices=1, redundant_experts=0)
+    alone = Serving(moe_16b(), H100, layout, None, overlap)
+    assert (alone.prefill.exchange, alone.decode_exchange, alone.slower) == (0, 0, 1)
+    assert alone.prefill_seconds == alone.prefill.compute
+    assert alone.per_token == alone.decode_products + alone.decode_attention
+    lines = serving_lines(alone)
+    assert not any(line.label == "exchange" or "this model" in line.label for line in lines)
+    (prefill,) = (line for line in lines if line.label == "micro-batch")
+    assert prefill.formula == "computation"
 
 
 def test_an_fp8_cache_makes_room_for_more():
