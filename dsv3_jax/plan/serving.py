@@ -5,6 +5,7 @@ all devices of the unit, two micro-batches in turn, so that the exchange of one 
 computation of the other. FP8 linears and dispatch, BF16 attention and combine.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -133,14 +134,30 @@ class Serving:
     def _check_memory(self) -> None:
         free = self.hardware.memory.value - self.decode_weights
         need = self.layout.batch * self.layout.context * self.cache_token
+        if free < 0:
+            raise ValueError(
+                f"--serving.decode-devices is {self.layout.decode_devices}: weights of "
+                f"{self.decode_weights / 1e9:.1f} GB a device alone exceed {self.hardware.name}'s "
+                f"{self.hardware.memory.value / 1e9:g} GB; allowed: {self._enough_devices}"
+            )
         if need > free:
             fit = max(0, int(free / (self.cache_token * self.layout.context or 1)))
             raise ValueError(
                 f"--serving.batch {self.layout.batch} of {self.layout.context:,} tokens needs "
                 f"{need / 1e9:.1f} GB of cache beside {self.decode_weights / 1e9:.1f} GB of "
                 f"weights, {(need - free) / 1e9:.1f} GB more than {self.hardware.name} has; "
-                f"allowed: at most {fit} sequences, or more --serving.decode-devices"
+                f"allowed: {f'at most {fit} sequences' if fit else 'a shorter --serving.context'}, "
+                "or more --serving.decode-devices"
             )
+
+    @property
+    def _enough_devices(self) -> str:
+        """Of a unit for the weights to find room: only routed experts are shared out."""
+        routed = sum(self._resident(p) for p in self._decoded_products if p.routed)
+        room = self.hardware.memory.value - (self.decode_weights - routed)
+        if room <= 0:
+            return "devices with more memory: what is not shared out alone exceeds it"
+        return f"at least {math.ceil(routed * self.layout.decode_devices / room)}"
 
     @property
     def cache_token(self) -> int:

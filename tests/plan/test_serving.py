@@ -110,6 +110,21 @@ def test_an_fp8_cache_makes_room_for_more():
     assert replace(V3, layout=replace(V3.layout, batch=159))
 
 
+def test_weights_that_alone_exceed_a_device_are_named_with_what_has_room():
+    one = replace(V3.layout, batch=1)
+    with pytest.raises(
+        ValueError, match=r"devices is 8: weights of .* exceed h800's 80 GB"
+    ) as told:
+        replace(V3, layout=replace(one, decode_devices=8))
+    least = int(str(told.value).rpartition("at least ")[2])
+    assert replace(V3, layout=replace(one, decode_devices=least))
+    with pytest.raises(ValueError, match=f"devices is {least - 1}: weights"):
+        replace(V3, layout=replace(one, decode_devices=least - 1))
+    small = replace(H800, memory=Figure(1e9, ""))
+    with pytest.raises(ValueError, match="allowed: devices with more memory"):
+        replace(V3, hardware=small)
+
+
 @pytest.mark.parametrize("devices", [12, 48, 512, 3])
 def test_units_that_experts_do_not_divide_into_are_refused(devices):
     layout = ServingLayout(prefill_devices=devices)
