@@ -18,16 +18,17 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.config.fields import check
-from dsv3_jax.plan.hardware import Hardware
+from dsv3_jax.config.presets import dsv3_671b
+from dsv3_jax.plan.hardware import H800, Hardware
 from dsv3_jax.plan.kernel_rates import Figure, nearest_gemm, nearest_latency
 from dsv3_jax.plan.layer_time import Job, Time, forward_time
 from dsv3_jax.plan.products import Product, items_of
 
 MEASURED_TOKENS = 128  # a device, of the exchange's latencies
 PUBLISHED_DAY = "open-infra-index, 24 hours to 2025-02-28"
-PREFILLED = Figure(73.7e3, f"{PUBLISHED_DAY}, 56.3% of them cache hits")
-DECODED = Figure(14.8e3, PUBLISHED_DAY)
 CACHE_HITS = 0.563  # share of input tokens that day
+PREFILLED = Figure(73.7e3, f"{PUBLISHED_DAY}, {CACHE_HITS:.1%} of them cache hits")
+DECODED = Figure(14.8e3, PUBLISHED_DAY)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,17 @@ class Serving:
         if room <= 0:
             return "devices with more memory: what is not shared out alone exceeds it"
         return f"at least {math.ceil(routed * self.layout.decode_devices / room)}"
+
+    @property
+    def published(self) -> bool:
+        """Whether DeepSeek's figures are of this model and hardware."""
+        return self.model == dsv3_671b() and self.hardware.name == H800.name
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are of this layout too, and nothing is asked what if."""
+        same = self.layout == ServingLayout() and self.hardware == H800
+        return self.published and same and self.overlap and not self.fused_cast
 
     @property
     def cache_token(self) -> int:

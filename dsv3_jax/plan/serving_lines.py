@@ -1,4 +1,4 @@
-"""What serving comes to, line by line, with DeepSeek's published figures beside."""
+"""What serving comes to, line by line; DeepSeek's published figures beside its own model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,10 +47,14 @@ def _prefill(s: Serving) -> Iterator[Line]:
         if s.overlap:
             both = f"max(computation × {s.slower:.4g}, exchange)"
     yield Line(section, "micro-batch", both, s.prefill_seconds, "s")
-    yield from _rates(s, section, s.prefilled, f"{job.tokens:,} / micro-batch", PREFILLED)
-    computed = PREFILLED.value * (1 - CACHE_HITS)
-    formula = f"{PREFILLED.value:,.0f} × (1 - {CACHE_HITS})"
-    yield Line(section, "published, without hits", formula, computed, "1/s", PREFILLED.source)
+    yield from _rates(s, section, s.prefilled, f"{job.tokens:,} / micro-batch")
+    computed = replace(PREFILLED, value=PREFILLED.value * (1 - CACHE_HITS))
+    formula = f"{PREFILLED.value:,.0f} × (1 - {CACHE_HITS}): only these are computed"
+    yield from _published(s, section, s.prefilled, computed, "without cache hits", formula)
+    if s.published:
+        label = "published, a node, with cache hits"
+        yield Line(section, label, "measured", PREFILLED.value, "1/s", PREFILLED.source)
+    yield from _money(s, section, s.prefilled, "input")
 
 
 def _decode(s: Serving) -> Iterator[Line]:
@@ -77,7 +81,9 @@ def _decode(s: Serving) -> Iterator[Line]:
         both = "max(products + attention, exchange)" if s.overlap else both
     yield Line(section, "a token (TPOT)", both, s.per_token * 1e3, "ms")
     yield Line(section, "tokens/s of a user", "1 / TPOT", 1 / s.per_token, "1/s")
-    yield from _rates(s, section, s.decoded, f"{layout.batch} / TPOT", DECODED)
+    yield from _rates(s, section, s.decoded, f"{layout.batch} / TPOT")
+    yield from _published(s, section, s.decoded, DECODED, "", "measured")
+    yield from _money(s, section, s.decoded, "output")
 
 
 def _decode_exchange(s: Serving, section: str) -> Line:
@@ -88,28 +94,43 @@ def _decode_exchange(s: Serving, section: str) -> Line:
     return Line(section, "exchange", formula, s.decode_exchange * 1e3, "ms", where)
 
 
-def _rates(
-    s: Serving, section: str, tokens: float, formula: str, published: Figure
-) -> Iterator[Line]:
+def _rates(s: Serving, section: str, tokens: float, formula: str) -> Iterator[Line]:
     devices = s.hardware.devices_per_node.value
     yield Line(section, "tokens/s of a device", formula, tokens, "1/s")
     yield Line(section, "tokens/s of a node", f"× {devices:.0f}", tokens * devices, "1/s")
-    yield Line(section, "published, a node", "measured", published.value, "1/s", published.source)
+
+
+def _published(
+    s: Serving, section: str, tokens: float, figure: Figure, of: str, formula: str
+) -> Iterator[Line]:
+    """What was measured of the same model and hardware, and how far the prediction is above it."""
+    if not s.published:
+        return
+    label = f"published, a node{', ' * bool(of)}{of}"
+    yield Line(section, label, formula, figure.value, "1/s", figure.source)
+    if s.plain:
+        factor = tokens * s.hardware.devices_per_node.value / figure.value
+        yield Line(section, "predicted / published", "tokens/s of a node / published", factor, "×")
+
+
+def _money(s: Serving, section: str, tokens: float, kind: str) -> Iterator[Line]:
     dollars = s.dollars_per_million(tokens)
     if dollars is not None:
         formula = f"${s.price.value:g} / 3600 / tokens/s × 10^6"
-        label = f"money per 1M {'input' if section == 'prefill' else 'output'} tokens"
+        label = f"money per 1M {kind} tokens"
         yield Line(section, label, formula, dollars, "USD", s.price.source)
 
 
 def _bound(s: Serving) -> Iterator[Line]:
     section = "bound by the exchange's latency"
-    published = LatencyBound(7000, 9, 50e9, 61)
-    for name, bound, source in (
-        *[("this model", s.latency_bound, OURS)] * s.decode_exchanges,
-        ("published, 50 GB/s", published, BOUND),
-        ("published, 900 GB/s", replace(published, bandwidth=FASTER), BOUND),
-    ):
+    bounds = [("this model", s.latency_bound, OURS)] * s.decode_exchanges
+    if s.published:
+        published = LatencyBound(7000, 9, 50e9, 61)
+        bounds += [
+            ("published, 50 GB/s", published, BOUND),
+            ("published, 900 GB/s", replace(published, bandwidth=FASTER), BOUND),
+        ]
+    for name, bound, source in bounds:
         formula = (
             f"3 B × {bound.tokens} tokens × {bound.destinations} × {bound.width:,} / "
             f"{bound.bandwidth / 1e9:g} GB/s"

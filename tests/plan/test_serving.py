@@ -74,8 +74,36 @@ def test_money_of_a_million_tokens():
     ):
         node = lines[section, "tokens/s of a node"]
         assert lines[section, label] == pytest.approx(1e6 / node * 8 * 2 / 3600)
-    assert lines["prefill", "published, a node"] == 73.7e3
+
+
+def test_v3_on_h800_stands_beside_what_was_published_of_tokens_that_are_computed():
+    lines = {(line.section, line.label): line.value for line in serving_lines(V3)}
+    labels = [label for section, label in lines if section == "prefill" and "publish" in label]
+    computed, ratio, hits = (lines["prefill", label] for label in labels)
+    assert (round(computed), hits) == (32_207, 73.7e3)
+    assert ratio == pytest.approx(lines["prefill", "tokens/s of a node"] / computed)
     assert lines["decode", "published, a node"] == 14.8e3
+    ratio = lines["decode", "predicted / published"]
+    assert ratio == pytest.approx(lines["decode", "tokens/s of a node"] / 14.8e3)
+
+
+@pytest.mark.parametrize(
+    ("serving", "published"),
+    [
+        (replace(V3, hardware=H100), False),
+        (Serving(moe_16b(), H800, ServingLayout(), H800.price), False),
+        (replace(V3, hardware=changed(H800, WhatIf(ib=100))), True),
+        (replace(V3, layout=ServingLayout(batch=64)), True),
+        (replace(V3, overlap=False), True),
+    ],
+    ids=["h100", "moe_16b", "what-if", "batch", "no overlap"],
+)
+def test_published_figures_stand_beside_their_own_model_and_ratios_beside_their_own_layout(
+    serving, published
+):
+    labels = [line.label for line in serving_lines(serving)]
+    assert any("published, " in label for label in labels) == published
+    assert "predicted / published" not in labels
 
 
 def test_overlap_links_and_casts_move_it_the_right_way():
