@@ -119,6 +119,10 @@ class MemoryPlan:
         """Bytes on its devices, without workspace."""
         return self.heaviest.total
 
+    def needs(self, workspace: bool) -> int:
+        """Bytes on the devices that take most, with workspace or without."""
+        return self.fullest.total + self.fullest.workspace if workspace else self.most
+
     def exceeds(self, capacity: float) -> float:
         """Bytes by which the heaviest rank is above what a device has; 0 if it fits."""
         return max(0.0, self.most - capacity)
@@ -233,18 +237,22 @@ class Change:
     text: str
     """As options of a command"""
     most: int
+    devices: int
+    """That it takes"""
 
 
-def changes_of(plan: MemoryPlan) -> list[Change]:
-    """What would hold less, least memory first; nothing that cannot be."""
+def changes_of(plan: MemoryPlan, workspace: bool = False) -> list[Change]:
+    """What would hold less, with workspace or without, least memory first; nothing that cannot
+    be.
+    """
     found = []
     for text, sections in _candidates(plan.cfg):
         try:
-            most = memory_of(replace(plan.cfg, **sections)).most
+            other = memory_of(replace(plan.cfg, **sections))
         except ValueError:
             continue
-        if most < plan.most:
-            found.append(Change(text, most))
+        if other.needs(workspace) < plan.needs(workspace):
+            found.append(Change(text, other.needs(workspace), other.cfg.mesh.size))
     return sorted(found, key=lambda change: change.most)
 
 

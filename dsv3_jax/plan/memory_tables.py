@@ -60,6 +60,7 @@ def memory_lines(plan: MemoryPlan, capacity: float, skew: float) -> Iterator[str
         if over <= 0:
             return
         yield f"with the estimated workspace it exceeds them by {gigabytes(over)} GB"
+        yield from _change_lines(plan, capacity, workspace=True)
     else:
         most = plan.heaviest
         yield (
@@ -67,9 +68,23 @@ def memory_lines(plan: MemoryPlan, capacity: float, skew: float) -> Iterator[str
             f"{gigabytes(plan.exceeds(capacity))} GB, workspace left out; its largest term is "
             f"{_spoken(most.dominant)}"
         )
-    for change in changes_of(plan):
+        yield from _change_lines(plan, capacity, workspace=False)
+
+
+def _change_lines(plan: MemoryPlan, capacity: float, workspace: bool) -> Iterator[str]:
+    """Judged as the plan is: with workspace or without."""
+    changes, devices = changes_of(plan, workspace), plan.cfg.mesh.size
+    for change in changes:
+        more = f", {change.devices:,} devices instead of {devices:,}"
+        with_it = " with workspace" * workspace
         fits = "fits" if change.most <= capacity else "does not fit"
-        yield f"  {change.text}: {gigabytes(change.most)} GB, {fits}"
+        yield (
+            f"  {change.text}{more * (change.devices != devices)}: {gigabytes(change.most)} GB"
+            f"{with_it}, {fits}"
+        )
+    if not any(change.most <= capacity for change in changes):
+        alone = "none of these alone makes room" if changes else "no one change makes room"
+        yield f"{alone}: --search --devices N finds what fits on N devices"
 
 
 def _spoken(term: str) -> str:

@@ -185,11 +185,18 @@ def test_what_to_change_is_listed_and_helps():
     assert all(c.most < plan.most for c in changes)
 
 
+def test_changes_with_workspace_count_it():
+    plan = memory_of(QUICK)
+    remat = next(c for c in changes_of(plan, True) if c.text == "--train.remat full")
+    full = memory_of(replace(QUICK, train=replace(QUICK.train, remat="full"))).fullest
+    assert (remat.most, remat.devices) == (full.total + full.workspace, QUICK.mesh.size)
+
+
 def test_no_change_is_one_that_is_refused():
     """Twice as many ranks need twice as many micro-batches."""
     assert "--mesh.pipe 4" not in {change.text for change in changes_of(memory_of(QUICK))}
     enough = run_of(QUICK.mesh, schedule="dualpipe", microbatches=8)
-    assert "--mesh.pipe 4" in {change.text for change in changes_of(memory_of(enough))}
+    assert ("--mesh.pipe 4", 16) in {(c.text, c.devices) for c in changes_of(memory_of(enough))}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,7 @@ import pytest
 
 from dsv3_jax.config.load import load_config
 from dsv3_jax.plan.__main__ import main
-from dsv3_jax.plan.memory import memory_of
+from dsv3_jax.plan.memory import changes_of, memory_of
 from dsv3_jax.plan.memory_tables import memory_json, memory_lines
 from tests.commands import mistake_of
 
@@ -50,6 +50,26 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_to_change(plan):
     assert "does not fit: rank " in text
     assert "by 0.02 GB, workspace left out; its largest term is" in text
     assert "  --train.remat full: " in text
+
+
+@pytest.mark.parametrize("workspace", [False, True])
+def test_changes_are_judged_by_the_measure_of_the_line_above_them(plan, workspace):
+    capacity = plan.needs(workspace) - 1
+    changes = changes_of(plan, workspace)
+    lines = [line for line in told(plan, capacity).splitlines() if line.startswith("  --")]
+    assert len(lines) == len(changes)
+    for line, change in zip(lines, changes, strict=True):
+        assert f" {change.most / 1e9:,.2f} GB{' with workspace' * workspace}, fits" in line
+        assert ("devices instead of 8" in line) == ("--mesh." in line and "bucket" not in line)
+
+
+def test_where_no_change_makes_room_the_search_is_named(plan):
+    assert "--search" not in told(plan, plan.most - 1)
+    for capacity in (1e3, max(change.most for change in changes_of(plan))):
+        text = told(plan, capacity)
+        assert text.endswith("--search --devices N finds what fits on N devices") == (
+            ", fits" not in text
+        )
 
 
 @pytest.mark.parametrize(("skew", "rounds"), [(1.0, "1 round"), (2.1, "2 rounds"), (8, "4 rounds")])
