@@ -25,6 +25,7 @@ H200_SYSTEM = (
     "H200-SXM-141GBx8"
 )
 H200_SHEET = "openmetal.io/resources/blog/how-the-h200-is-built-for-memory-bound-ai-workloads"
+LINK_BOUNDS = 0.001, 1e6  # GB/s that can be asked for: far below and above what there is
 FLASH_MLA = "FlashMLA on H800, CUDA 12.8, first release"
 
 
@@ -119,8 +120,11 @@ def changed(hardware: Hardware, what_if: WhatIf) -> Hardware:
         gigabytes = getattr(what_if, link)
         if gigabytes is None:
             continue
-        if not 0 < gigabytes < float("inf"):
-            raise ValueError(f"--what-if.{link} is {gigabytes:g}; allowed: above 0, finite")
+        low, high = LINK_BOUNDS
+        if not low <= gigabytes <= high:
+            raise ValueError(
+                f"--what-if.{link} is {gigabytes:g}; allowed: {low:g} to {high:,.0f} GB/s"
+            )
         changes[link] = Figure(gigabytes * 1e9, "what-if")
         speed[link] = gigabytes * 1e9 / getattr(hardware, link).value
     rates = tuple(_faster(rate, speed[rate.link]) for rate in hardware.exchange)

@@ -13,6 +13,7 @@ from dsv3_jax.plan.layer_time import Job, Time
 from dsv3_jax.plan.step_time import Stepper, StepTime
 
 TRILLION = 10**12
+DEAREST = 1_000_000  # US dollars per device-hour that can be asked for
 REPORT_HOURS = Figure(180e3, "report, Table 1 and 4.1: H800 hours per trillion tokens")
 
 
@@ -121,6 +122,8 @@ def price_of(hardware: Hardware, asked: float | None) -> Figure | None:
     """US dollars per device-hour: what is asked for, or what is known. ValueError for no price."""
     if asked is None:
         return hardware.price
-    if not 0 <= asked < float("inf"):
-        raise ValueError(f"--price is {asked:g}; allowed: 0 or more US dollars per device-hour")
+    if not 0 <= asked <= DEAREST:
+        raise ValueError(
+            f"--price is {asked:g}; allowed: 0 to {DEAREST:,} US dollars per device-hour"
+        )
     return Figure(asked, "--price")

@@ -82,7 +82,7 @@ def test_links_take_their_exchange_rates_along_and_leave_the_others():
     [
         (WhatIf(comm_sms=132), "--what-if.comm-sms is 132; allowed: 0 to 131 of h800's 132"),
         (WhatIf(comm_sms=-1), "--what-if.comm-sms is -1"),
-        (WhatIf(ib=0), "--what-if.ib is 0; allowed: above 0, finite"),
+        (WhatIf(ib=0), "--what-if.ib is 0; allowed: 0.001 to 1,000,000 GB/s"),
         (WhatIf(nvlink=math.nan), "--what-if.nvlink is nan"),
     ],
 )

@@ -1,6 +1,7 @@
 """`python -m dsv3_jax.plan --config`: tables, JSON, pictures; one line for every mistake."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def test_the_reports_run_is_planned_with_its_figures(capsys):
     assert lines["the report's"] == 180e3
     assert round(lines["FLOPs, causal"], 3) == 250.456
     assert [step["schedule"] for step in told["steps"]] == ["1f1b"] + 8 * ["dualpipe"]
+
+
+@pytest.mark.parametrize("gigabytes", ["0.001", "1e6"])
+@pytest.mark.parametrize("args", [DUAL, [*V3, "--serve"]], ids=["train", "serve"])
+def test_every_figure_is_finite_at_the_bounds_of_what_can_be_asked(capsys, args, gigabytes):
+    links = ["--what-if.ib", gigabytes, "--what-if.nvlink", gigabytes]
+    told = json.loads(out_of(capsys, *args, *links, "--price", "1e6", "--json"))
+    assert all(math.isfinite(line["value"]) for line in told["lines"])
 
 
 def test_flags_override_the_file(capsys):
@@ -162,9 +171,12 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
         ([*V3, "--pipeline.stages", "E+61+H+M"], "pipeline.stages: 'E+61+H+M' has 1 stage;"),
         ([*V3, "--quant.recipe", "f32"], "train.dtype is float32; allowed with --hardware h800"),
         ([*V3, "--what-if.comm-sms", "132"], "--what-if.comm-sms is 132; allowed: 0 to 131"),
-        ([*V3, "--what-if.ib", "nan"], "--what-if.ib is nan; allowed: above 0"),
-        ([*V3, "--price", "-2"], "--price is -2; allowed: 0 or more"),
-        ([*V3, "--serve", "--price", "nan"], "--price is nan; allowed: 0 or more"),
+        ([*V3, "--what-if.ib", "nan"], "--what-if.ib is nan; allowed: 0.001 to 1,000,000"),
+        ([*V3, "--json", "--what-if.ib", "1e-300"], "--what-if.ib is 1e-300; allowed: 0.001 to"),
+        ([*V3, "--what-if.nvlink", "1e308"], "--what-if.nvlink is 1e+308; allowed: 0.001 to"),
+        ([*V3, "--price", "-2"], "--price is -2; allowed: 0 to 1,000,000"),
+        ([*V3, "--json", "--price", "1e308"], "--price is 1e+308; allowed: 0 to 1,000,000"),
+        ([*V3, "--serve", "--price", "nan"], "--price is nan; allowed: 0 to 1,000,000"),
         ([*V3, "--serve", "--serving.batch", "0"], "--serving.batch is 0; allowed: at least 1"),
         ([*V3, "--serve", "--serving.batch", "900"], "259.7 GB more than h800 has"),
         ([*V3, "--serve", "--timeline", "a.png"], "--timeline and --serve"),

@@ -159,7 +159,7 @@ def test_money_needs_a_price():
     assert not any("money" in line.label for line in derivation(known))
     assert asked.dollars(10) == 35
     assert predict(cfg, H800, price=0).dollars(10) == 0
-    with pytest.raises(ValueError, match="--price is -1; allowed: 0 or more"):
+    with pytest.raises(ValueError, match="--price is -1; allowed: 0 to 1,000,000"):
         predict(cfg, H800, price=-1)
 
 
