@@ -14,7 +14,7 @@ import tyro
 from dsv3_jax.cli import fail, parse, run, to_stderr, user_errors, value_of
 from dsv3_jax.config.load import load_config
 from dsv3_jax.plan.hardware import Hardware
-from dsv3_jax.plan.options import DEFAULT_TOP, Options, PlanOptions, check
+from dsv3_jax.plan.options import DEFAULT_TOP, Options, PlanOptions, check, check_times
 from dsv3_jax.process import check_devices, emulate
 
 if TYPE_CHECKING:
@@ -224,8 +224,8 @@ def show(options: Options) -> None:
             f"to simulate; allowed: up to {LARGEST:,}"
         )
     schedule = make(options.schedule, options.ranks, options.microbatches)
-    times = (options.forward, options.backward, options.weights, options.fused)
-    timeline = simulate(schedule, *times, transfer=options.transfer)
+    timeline = simulate(schedule, *options.times, transfer=options.transfer)
+    check_times(options)
     if options.timeline:
         draw_timeline(timeline, options.timeline)
     console = RunConsole()

@@ -9,6 +9,7 @@ import tyro
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.mesh import MAX_DEVICES
 from dsv3_jax.config.presets import tiny_run
+from dsv3_jax.parallel.orders import TWO_CHUNKS
 from dsv3_jax.plan.hardware import WhatIf
 from dsv3_jax.plan.serving import ServingLayout
 
@@ -71,14 +72,36 @@ class Options:
     """Time of a forward pass"""
     backward: Annotated[float, Flag(name="B")] = 2.0
     """Time of a whole backward pass; b, its input gradients alone, takes B - W"""
-    weights: Annotated[float, Flag(name="W")] = 1.0
-    """Time of the weight gradients"""
-    fused: Annotated[float, Flag(name="FB")] = 3.0
-    """Time of a forward and a backward pass in one program; below F + B where communication hides
-    behind computation"""
+    weights: Annotated[float | None, Flag(name="W")] = None
+    """Time of the weight gradients, a part of B; default: half of it"""
+    fused: Annotated[float | None, Flag(name="FB")] = None
+    """Time of a forward and a backward pass in one program; below F + B, the default, where
+    communication hides behind computation"""
     transfer: float | None = None
     """Time in which two neighbours stop to swap messages; default: these cross in no time, and only
     who needs one waits"""
+
+    @property
+    def times(self) -> tuple[float, float, float, float]:
+        """F, B, W, FB."""
+        forward, backward = self.forward, self.backward
+        weights = backward / 2 if self.weights is None else self.weights
+        return forward, backward, weights, forward + backward if self.fused is None else self.fused
+
+
+def check_times(options: Options) -> None:
+    """ValueError for parts that are longer than the whole, of a schedule's times."""
+    forward, backward, weights, pair = options.times
+    longest = max(forward, backward)
+    if options.schedule in TWO_CHUNKS and not pair >= longest:
+        raise ValueError(
+            f"--FB is {pair:g}; allowed: at least {longest:g}, the longer one of --F and "
+            "--B, which both run in it"
+        )
+    if not weights <= backward:
+        raise ValueError(
+            f"--W is {weights:g}; allowed: at most --B, {backward:g}, of which it is a part"
+        )
 
 
 def check(options: PlanOptions) -> None:
@@ -96,11 +119,23 @@ def check(options: PlanOptions) -> None:
             other = next(name for name in given if name != alone)
             first, second = sorted((alone, other), key=given.index)
             raise ValueError(f"{first} and {second}; allowed: one of them")
+    if options.memory_bars and options.timeline:
+        _check_apart(options.memory_bars, options.timeline)
     if not 1 <= options.skew < float("inf"):
         raise ValueError(f"--skew is {options.skew:g}; allowed: 1 or more, finite")
+    for alone, given in (("--serve", options.serve), ("--search", options.search)):
+        if given and options.skew != 1:
+            raise ValueError(f"--skew and {alone}; allowed: one of them")
     if not options.search:
         for name, value in (("--devices", options.devices), ("--top", options.top)):
             if value is not None:
                 raise ValueError(f"{name} is {value} without --search; allowed: both, or neither")
     elif options.devices is not None and not 1 <= options.devices <= MAX_DEVICES:
         raise ValueError(f"--devices is {options.devices}; allowed: 1 to {MAX_DEVICES:,}")
+
+
+def _check_apart(memory_bars: Path, timeline: Path) -> None:
+    if memory_bars.resolve() == timeline.resolve():
+        raise ValueError(
+            f"--memory-bars and --timeline are both {timeline}; allowed: a file for each"
+        )

@@ -17,9 +17,7 @@ def whole_table(timeline: "Timeline", options: Options) -> "Table":
     from dsv3_jax.plan.bubbles import FORMULAS
 
     schedule, formula = timeline.schedule, FORMULAS[options.schedule]
-    bubble = formula.bubble(
-        schedule.ranks, options.forward, options.backward, options.weights, options.fused
-    )
+    bubble = formula.bubble(schedule.ranks, *options.times)
     peak = formula.peak(schedule.ranks, schedule.microbatches)
     table = new_table(None, "", "simulated", "formula", words={"", "formula"})
     table.add_row("bubble", _number(timeline.bubble), f"{_number(bubble)} = {formula.text}")

@@ -110,6 +110,12 @@ def test_a_table_a_picture_and_one_line_for_mistakes(plan, capsys, monkeypatch, 
     [
         (["--skew", "0.5"], "--skew is 0.5; allowed: 1 or more, finite"),
         (["--compile", "--serve"], "--compile and --serve; allowed: one of them"),
+        (["--skew", "2", "--serve"], "--skew and --serve; allowed: one of them"),
+        (["--skew", "2", "--search"], "--skew and --search; allowed: one of them"),
+        (
+            ["--memory-bars", "x.png", "--timeline", "./x.png"],
+            "--memory-bars and --timeline are both x.png; allowed: a file for each",
+        ),
         (["--memory-bars", "x.txt"], "--memory-bars is x.txt; allowed: a file that ends in .png"),
         (["--compile", "--mesh.data", "8192"], "train.rows / train.microbatches is 2 rows"),
     ],

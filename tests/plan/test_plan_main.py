@@ -41,6 +41,11 @@ def test_times_are_taken_and_swaps_may_block(capsys):
     assert (found["bubble"][0], found["step"]) == ("4", ["7"])
 
 
+def test_a_pair_takes_both_passes_and_weights_half_of_a_backward_unless_told(capsys):
+    args = "--schedule dualpipe --B 5".split()
+    assert said(capsys, *args) == said(capsys, *args, *"--W 2.5 --FB 6".split())
+
+
 def test_the_picture_is_written(tmp_path: Path, capsys):
     path = tmp_path / "out.png"
     found = said(capsys, "--schedule", "dualpipev", "--ranks", "2", "--timeline", str(path))
@@ -57,8 +62,11 @@ def test_the_picture_is_written(tmp_path: Path, capsys):
         ("--schedule 1f1b --ranks 101 --microbatches 1000", "allowed: up to 100,000"),
         ("--schedule gpipe --F 1e308", "times add up to more than a float holds; allowed: smaller"),
         ("--schedule gpipe --transfer x", "--transfer is 'x'; allowed: numbers"),
-        ("--schedule zb1p --B 1", "zb1p: time of b (B - W) is 0; allowed: above 0, finite"),
+        ("--schedule zb1p --W 2", "zb1p: time of b (B - W) is 0; allowed: above 0, finite"),
         ("--schedule zb1p --F nan", "zb1p: time of F is nan; allowed: above 0, finite"),
+        ("--schedule dualpipe --FB 0.1", "--FB is 0.1; allowed: at least 2, the longer one of"),
+        ("--schedule 1f1b --W 5", "--W is 5; allowed: at most --B, 2, of which it is a part"),
+        ("--schedule gpipe --W nan", "--W is nan; allowed: at most --B, 2"),
         ("--schedule 1f1b --ranks 2.5", "--ranks is '2.5'; allowed: whole numbers"),
         ("--schedule gpipe --transfer -1", "time of a transfer is -1; allowed: 0 or more"),
         ("--schedule gpipe --timeline a.jpg", "--timeline is a.jpg; allowed: a file that ends in"),
