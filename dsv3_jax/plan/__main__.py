@@ -196,14 +196,14 @@ def _hardware(name: str, devices: int) -> Hardware:
 
 
 def _print(title: str, parts: Sequence["Table | str"], hardware: Hardware) -> None:
+    from dsv3_jax.plan.cells import print_parts
     from dsv3_jax.plan.layer_time import NOT_COUNTED
     from dsv3_jax.train.console import RunConsole
 
     console = RunConsole()
     console.print(title, end="\n\n")
     assumed = (f"assumed: {line}" for line in hardware.assumed)
-    for part in (*parts, *assumed, f"not counted: {NOT_COUNTED}"):
-        console.print(part, soft_wrap=isinstance(part, str))
+    print_parts(console, (*parts, *assumed, f"not counted: {NOT_COUNTED}"))
 
 
 def show(options: Options) -> None:
@@ -211,6 +211,7 @@ def show(options: Options) -> None:
     from dsv3_jax.drawing import check_picture_path
     from dsv3_jax.parallel.schedules import make, simulate
     from dsv3_jax.plan.bubbles import FORMULAS
+    from dsv3_jax.plan.cells import print_parts
     from dsv3_jax.plan.schedule_tables import rank_table, whole_table
     from dsv3_jax.plan.step_time import LARGEST
     from dsv3_jax.plan.timeline import OPTION, draw_timeline, title
@@ -228,14 +229,13 @@ def show(options: Options) -> None:
     check_times(options)
     if options.timeline:
         draw_timeline(timeline, options.timeline)
-    console = RunConsole()
-    console.print(title(timeline))
-    console.print(whole_table(timeline, options))
+    parts = [title(timeline), whole_table(timeline, options)]
     if holds := FORMULAS[options.schedule].holds:
-        console.print(f"the bubble's formula holds for {holds}", soft_wrap=True)
-    console.print(rank_table(timeline))
+        parts.append(f"the bubble's formula holds for {holds}")
+    parts.append(rank_table(timeline))
     if options.timeline:
-        console.print(f"picture: {options.timeline}", soft_wrap=True)
+        parts.append(f"picture: {options.timeline}")
+    print_parts(RunConsole(), parts)
 
 
 if __name__ == "__main__":

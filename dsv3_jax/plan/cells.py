@@ -1,9 +1,12 @@
 """How a plan's tables look: columns, and numbers in their cells."""
 
-from collections.abc import Collection
+import os
+import sys
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 GB = 10**9
@@ -18,8 +21,39 @@ def new_table(title: str | None, *columns: str, words: Collection[str] = WORDS) 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in columns:
         left = column in words
-        table.add_column(column, justify="left" if left else "right", no_wrap=column == "value")
+        table.add_column(column, justify="left" if left else "right")
     return table
+
+
+def print_parts(console: "Console", parts: Sequence["Table | str"]) -> None:
+    """Texts, and tables whose figures are whole at any width: headings and words give way, and the
+    terminal breaks what is wider still. Where nobody said how wide a file is, it is as wide as the
+    widest table.
+    """
+    tables = [part for part in parts if not isinstance(part, str)]
+    for table in tables:
+        _keep_figures(table)
+    endless = console.options.update(max_width=10_000)
+    widths = [console.measure(table, options=endless).maximum for table in tables]
+    if not (sys.stdout.isatty() or "COLUMNS" in os.environ):
+        console.width = max(console.width, *widths)
+    for table, width in zip(tables, widths, strict=True):
+        if width > console.width:
+            table.collapse_padding = True
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), crop=False)
+
+
+def _keep_figures(table: "Table") -> None:
+    from rich.cells import cell_len
+
+    for column in table.columns:
+        column.overflow = "fold"
+        if column.justify == "right":
+            column.min_width = max(map(cell_len, map(str, column.cells)), default=0)
+            # What is as narrow as its figures cannot give way.
+            head = max(map(cell_len, str(column.header).splitlines()), default=0)
+            column.no_wrap = head <= column.min_width
 
 
 def number(value: float) -> str:
