@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dsv3_jax.plan.bubbles import FORMULAS
 from dsv3_jax.plan.layer_time import (
     Part,
     exchange_parts,
@@ -142,24 +143,64 @@ def _step(p: Prediction) -> Iterator[Line]:
     section, step, timeline = "a step at the full batch", p.step, p.step.timeline
     ranks, schedule = timeline.schedule.ranks, timeline.schedule
     busy = sum(timeline.busy) / ranks
-    overlap = p.stepper.overlap
     if schedule.chunks == 2:
-        how = "F + B"
-        if overlap.on:
-            how = f"max(computation × {overlap.slower:.4g}, exchange), or F + B if that is less"
-        dearest = max(p.stepper.stages, key=lambda s: overlap.pair(s.forward + s.backward))
-        pair = overlap.pair(dearest.forward + dearest.backward)
-        yield Line(section, f"pair FB, stage {dearest.cut}", how, pair * 1e3, "ms")
+        yield _pair(p, section)
     a_rank = f"{schedule.microbatches} micro-batches, mean of {ranks} rank{'s' * (ranks > 1)}"
     yield Line(section, "operations", a_rank, busy, "s", "stages' times")
-    idle = f"mean over ranks; the rank that idles most {timeline.bubble:.3f} s"
-    yield Line(section, "bubble", idle, timeline.makespan - busy, "s", f"simulated {step.schedule}")
+    idle = timeline.makespan - busy
+    how = "mean over ranks" if ranks > 1 else "one rank"
+    yield Line(section, "bubble", how, idle, "s", f"simulated {step.schedule}")
+    if ranks > 1:
+        yield from _bubble(p, section)
     yield Line(section, "pipeline", "operations + bubble", timeline.makespan, "s")
     yield Line(section, "ZeRO-1", "scatter + gather + swap over the slowest link", step.sync, "s")
     yield Line(
         section, "update", "masters, moments, gradients and weights in memory", step.update, "s"
     )
     yield Line(section, "step", "pipeline + ZeRO-1 + update", step.seconds, "s")
+
+
+def _pair(p: Prediction, section: str) -> Line:
+    """The stage whose pair lasts longest, and whether its exchange is hidden at all."""
+    overlap = p.stepper.overlap
+    times = {stage: stage.forward + stage.backward for stage in p.stepper.stages}
+    how = "F + B"
+    if overlap.on:
+        how = f"max(computation × {overlap.slower:.4g}, exchange), or F + B if that is less"
+        given_up = sum(map(overlap.gives_up, times.values()))
+        if given_up:
+            how = (
+                f"F + B: overlap given up on {given_up} of {len(times)} stages, where computation "
+                f"× {overlap.slower:.4g} beside it takes longer"
+            )
+    stage = max(times, key=lambda stage: overlap.pair(times[stage]))
+    pair = overlap.pair(times[stage]) * 1e3
+    return Line(section, f"pair FB, stage {stage.cut}", how, pair, "ms")
+
+
+def _bubble(p: Prediction, section: str) -> Iterator[Line]:
+    """Where it is, and how much of it even stages would have (Table 2)."""
+    timeline, stages, overlap = p.step.timeline, p.stepper.stages, p.stepper.overlap
+    idle, formula = timeline.idle, FORMULAS[p.step.schedule]
+    for word, of in (("most", max), ("least", min)):
+        rank = of(range(len(idle)), key=idle.__getitem__)
+        parts = [timeline.schedule.stage(rank, c) for c in range(timeline.schedule.chunks)]
+        held = ", ".join(f"stage {part}, {stages[part].cut}" for part in parts)
+        yield Line(section, f"rank that idles {word}", f"rank {rank}: {held}", idle[rank], "s")
+    whole = [(stage.forward + stage.backward).alone * 1e3 for stage in stages]
+    number = max(range(len(whole)), key=whole.__getitem__)
+    how = f"stage {number}, {stages[number].cut}: F + B; mean {sum(whole) / len(whole):,.6g} ms"
+    yield Line(section, "slowest stage", how, whole[number], "ms")
+    even = (
+        sum(stage.forward.alone for stage in stages),
+        sum(stage.backward.alone for stage in stages),
+        sum(stage.weights.alone for stage in stages),
+        sum(overlap.pair(stage.forward + stage.backward) for stage in stages),
+    )
+    bubble = formula.bubble(len(idle), *(time / len(stages) for time in even))
+    exact = f"; exact for {formula.holds}" * bool(formula.holds)
+    how = f"{formula.text}, of the stages' mean times{exact}"
+    yield Line(section, "bubble if stages were even", how, bubble, "s", "report, Table 2")
 
 
 def _outcome(p: Prediction) -> Iterator[Line]:

@@ -192,7 +192,14 @@ class Serving:
     @property
     def prefill_seconds(self) -> float:
         """Of a device's micro-batch."""
+        if self.gives_up:
+            return self.prefill.alone
         return self._beside(self.prefill.compute * self.slower, self.prefill.exchange)
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether hiding the exchange of prefill would cost more than it saves."""
+        return self.overlap and self.prefill.compute * self.slower > self.prefill.alone
 
     @property
     def prefilled(self) -> float:

@@ -46,6 +46,8 @@ def _prefill(s: Serving) -> Iterator[Line]:
         both = "computation + exchange"
         if s.overlap:
             both = f"max(computation × {s.slower:.4g}, exchange)"
+        if s.gives_up:
+            both = f"computation + exchange: overlap given up, × {s.slower:.4g} takes longer"
     yield Line(section, "micro-batch", both, s.prefill_seconds, "s")
     yield from _rates(s, section, s.prefilled, f"{job.tokens:,} / micro-batch")
     computed = replace(PREFILLED, value=PREFILLED.value * (1 - CACHE_HITS))

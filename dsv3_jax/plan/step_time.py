@@ -59,9 +59,16 @@ class Overlap:
         """Of F and B of two micro-batches in one program: the exchange of one hides behind the
         computation of the other, unless that would cost more than it saves.
         """
-        if not self.on:
+        if not self.on or self.gives_up(time):
             return time.alone
-        return min(max(time.compute * self.slower, time.exchange), time.alone)
+        return self._beside(time)
+
+    def gives_up(self, time: Time) -> bool:
+        """Whether hiding the exchange would cost more than it saves."""
+        return self.on and self._beside(time) > time.alone
+
+    def _beside(self, time: Time) -> float:
+        return max(time.compute * self.slower, time.exchange)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,41 @@ def test_operations_are_the_stages_times_over_all_micro_batches(lines, report):
     assert least < lines["operations"] < most
 
 
+def test_the_bubble_is_told_by_rank_beside_that_of_even_stages(lines, report):
+    timeline, stages = report.step.timeline, report.stepper.stages
+    told = {line.label: line for line in derivation(report)}
+    for word, idle in (("most", max(timeline.idle)), ("least", min(timeline.idle))):
+        line = told[f"rank that idles {word}"]
+        rank = int(line.formula.removeprefix("rank ").partition(":")[0])
+        assert line.value == timeline.idle[rank] == idle
+        assert f"stage {rank}, {stages[rank].cut}, stage {15 - rank}, " in line.formula
+    slowest = max((s.forward + s.backward).alone for s in stages)
+    assert lines["slowest stage"] == pytest.approx(slowest * 1e3)
+    # Most of it is there because stages are not even.
+    assert 0 < lines["bubble if stages were even"] < lines["bubble"] / 2
+    pair, back, weights = (
+        sum(times) / 16
+        for times in (
+            [report.stepper.overlap.pair(s.forward + s.backward) for s in stages],
+            [s.backward.alone for s in stages],
+            [s.weights.alone for s in stages],
+        )
+    )
+    assert lines["bubble if stages were even"] == pytest.approx(7 * (pair + back - 3 * weights))
+
+
+def test_overlap_that_is_given_up_is_told(report, full):
+    def how(prediction: Prediction) -> str:
+        return next(x.formula for x in derivation(prediction) if x.label.startswith("pair FB"))
+
+    assert "given up" not in how(report)
+    assert "given up" not in how(predict(full, H800, overlap=False))
+    greedy = predict(full, H800, what_if=WhatIf(comm_sms=131))
+    assert how(greedy).startswith("F + B: overlap given up on 16 of 16 stages")
+    pairs = {greedy.stepper.overlap.pair(s.forward + s.backward) for s in greedy.stepper.stages}
+    assert pairs == {(s.forward + s.backward).alone for s in greedy.stepper.stages}
+
+
 def test_the_predicted_hours_are_below_the_reports_and_of_its_size(lines):
     """What is not counted only adds; more than half of the time is accounted for."""
     assert 90e3 < lines["device-hours per 1T tokens"] < 180e3

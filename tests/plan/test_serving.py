@@ -130,6 +130,15 @@ def test_a_unit_of_one_device_exchanges_nothing_and_computes_on_all_sms(overlap)
     assert prefill.formula == "computation"
 
 
+def test_overlap_of_prefill_is_given_up_where_it_costs_more_than_it_saves():
+    greedy = replace(V3, hardware=changed(H800, WhatIf(comm_sms=131)))
+    assert greedy.gives_up
+    assert not V3.gives_up
+    assert greedy.prefill_seconds == replace(V3, overlap=False).prefill_seconds
+    (line,) = (line for line in serving_lines(greedy) if line.label == "micro-batch")
+    assert "overlap given up" in line.formula
+
+
 def test_an_fp8_cache_makes_room_for_more():
     crowded = ServingLayout(batch=200)
     with pytest.raises(ValueError, match=r"GB more than h800 has; allowed: at most 159 sequences"):
