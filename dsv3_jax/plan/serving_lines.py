@@ -37,7 +37,8 @@ def _cache(s: Serving) -> Iterator[Line]:
 
 def _prefill(s: Serving) -> Iterator[Line]:
     section, job = "prefill", s.prefill_job
-    how = f"{s.layout.prefill_devices} devices, {job.tokens:,} tokens each"
+    devices = s.layout.prefill_devices
+    how = f"{devices} device{'s' * (devices > 1)}, {job.tokens:,} tokens each"
     yield Line(section, "computation", how, s.prefill.compute, "s")
     for part in exchange_parts(job)[:1]:
         yield Line(section, "exchange", how, s.prefill.exchange, "s", part.source)
