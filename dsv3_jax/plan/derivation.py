@@ -185,7 +185,7 @@ def _bubble(p: Prediction, section: str) -> Iterator[Line]:
     for word, of in (("most", max), ("least", min)):
         rank = of(range(len(idle)), key=idle.__getitem__)
         parts = [timeline.schedule.stage(rank, c) for c in range(timeline.schedule.chunks)]
-        held = ", ".join(f"stage {part}, {stages[part].cut}" for part in parts)
+        held = ", ".join(f"stage {part} ({stages[part].cut})" for part in parts)
         yield Line(section, f"rank that idles {word}", f"rank {rank}: {held}", idle[rank], "s")
     whole = [(stage.forward + stage.backward).alone * 1e3 for stage in stages]
     number = max(range(len(whole)), key=whole.__getitem__)

@@ -105,7 +105,7 @@ def test_the_bubble_is_told_by_rank_beside_that_of_even_stages(lines, report):
         line = told[f"rank that idles {word}"]
         rank = int(line.formula.removeprefix("rank ").partition(":")[0])
         assert line.value == timeline.idle[rank] == idle
-        assert f"stage {rank}, {stages[rank].cut}, stage {15 - rank}, " in line.formula
+        assert f"stage {rank} ({stages[rank].cut}), stage {15 - rank} (" in line.formula
     slowest = max((s.forward + s.backward).alone for s in stages)
     assert lines["slowest stage"] == pytest.approx(slowest * 1e3)
     # Most of it is there because stages are not even.
