@@ -36,7 +36,7 @@ def print_parts(console: "Console", parts: Sequence["Table | str"]) -> None:
     endless = console.options.update(max_width=10_000)
     widths = [console.measure(table, options=endless).maximum for table in tables]
     if not (sys.stdout.isatty() or "COLUMNS" in os.environ):
-        console.width = max(console.width, *widths)
+        console.width = max([console.width, *widths])
     for table, width in zip(tables, widths, strict=True):
         if width > console.width:
             table.collapse_padding = True
