@@ -6,6 +6,7 @@ A case is a list of variants that do the same work; its inputs are made when it 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -133,12 +134,15 @@ def quantize_case(matrix: tuple[int, int], swiglu_output: tuple[int, int]) -> li
     def kernel(name, run, sets, work, definition, prepare=None, allowed=0.0):
         return Variant(name, run, sets, work, same_as(definition, prepare, sets, allowed))
 
-    rows = lambda x: passes.quantize_rows(x, "float32")  # noqa: E731
-    columns = lambda x: passes.quantize_columns(x, "float32")  # noqa: E731
-    both = lambda x: passes.quantize_both(x, "float32", "float32")  # noqa: E731
-    retile = lambda q, s: passes.retile(q, s, "float32")  # noqa: E731
-    h_rows = lambda x: swiglu_rows(x, None, "float32")  # noqa: E731
-    h_columns = lambda q, s: swiglu_columns(q, s, None, "float32")  # noqa: E731
+    f32 = "float32"
+    both = partial(passes.quantize_both, row_scale=f32, column_scale=f32)
+    rows, columns = (
+        partial(each, scale=f32) for each in (passes.quantize_rows, passes.quantize_columns)
+    )
+    retile = partial(passes.retile, scale=f32)
+    h_rows, h_columns = (
+        partial(each, gate_T1=None, scale=f32) for each in (swiglu_rows, swiglu_columns)
+    )
     h_bytes = 2 * wide_h + narrow_h, 3 * narrow_h
     return [
         Variant("copy", lambda x: x + 1, x, 2 * wide),

@@ -62,7 +62,7 @@ def run_of(schedule: str, pipe: int, microbatches: int, stages: str = "") -> Run
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(cfg: RunConfig, message: str):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         check_pipeline(cfg)
     assert str(caught.value) == message
 

@@ -24,6 +24,7 @@ ROWS = BLOCK // WARPGROUPS  # of one warpgroup: those of one `wgmma`
 OPERAND = swizzled(E4M3)
 _SHARED_BYTES = 227 * 1024
 _COPIER_REGISTERS = 40
+_ANY_NUMBER = 1 << 20  # of blocks: the copies' shared memory is the same for all from `stages` on
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,8 @@ class Sums:
 
     def allocations(self, *operands: Any) -> dict[str, Any]:
         """What `pl.run_scoped` is to allocate, for operands of these shapes."""
-        nothing = lambda *_, **__: None  # noqa: E731
         return {
-            "copies": self._pipeline(nothing, nothing, 1 << 20).get_allocations(*operands),
+            "copies": self._pipeline(_nothing, _nothing, _ANY_NUMBER).get_allocations(*operands),
             "tile": plgpu.SMEM(
                 (WARPGROUPS, ROWS, BLOCK), self.dtype, transforms=swizzled(self.dtype)
             ),
@@ -94,6 +94,10 @@ class Sums:
             max_concurrent_steps=self.stages,
             compute_context=context,
         )
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A step or context of a pipeline of which only the allocations are asked for."""
 
 
 def warpgroup() -> tuple[jax.Array, Any]:
