@@ -18,14 +18,27 @@ class Sampling(NamedTuple):
     """float32 above 0: the likeliest tokens of this total probability are drawn from; 1 for all"""
 
 
-def sampling(seed: int, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
-    """ValueError for a temperature below 0 and a top_p outside of (0, 1]."""
+class RowSampling(NamedTuple):
+    """How each of B rows chooses: as `Sampling`, with a seed instead of its key."""
+
+    seed_B: jax.Array
+    temperature_B: jax.Array
+    top_p_B: jax.Array
+
+
+def check_sampling(seed: int, temperature: float, top_p: float) -> None:
+    """ValueError as of `sampling`."""
     if not 0 <= temperature < 1e38:  # float32 ends at 3.4e38
         raise ValueError(f"temperature is {temperature}; allowed: from 0 to below 1e38")
     if not 1e-37 < top_p <= 1:  # below, float32 has none but 0
         raise ValueError(f"top-p is {top_p}; allowed: above 0, at most 1")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; allowed: 0 to 2^32 - 1")
+
+
+def sampling(seed: int, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
+    """ValueError for a temperature below 0 and a top_p outside of (0, 1]."""
+    check_sampling(seed, temperature, top_p)
     return Sampling(jax.random.key(seed), jnp.float32(temperature), jnp.float32(top_p))
 
 
@@ -39,13 +52,18 @@ def _likeliest(logits_BV, position, how):
 
 
 def _draw(logits_BV, position, how):
-    # Below 1e-6 a quotient of logits could overflow.
-    logits_BV = logits_BV / jnp.maximum(how.temperature, 1e-6).astype(logits_BV.dtype)
-    logits_BV = lax.cond(
-        how.top_p < 1, nucleus, lambda logits_BV, top_p: logits_BV, logits_BV, how.top_p
-    )
+    logits_BV = tempered(logits_BV, how.temperature, how.top_p)
     key = jax.random.fold_in(how.key, position)
     return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+def tempered(logits_XV: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits of what is drawn from; temperature and top_p one for all, or [X, 1]."""
+    # Below 1e-6 a quotient of logits could overflow.
+    logits_XV = logits_XV / jnp.maximum(temperature, 1e-6).astype(logits_XV.dtype)
+    return lax.cond(
+        (top_p < 1).any(), nucleus, lambda logits_XV, top_p: logits_XV, logits_XV, top_p
+    )
 
 
 def nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -29,11 +29,20 @@ def plain_attention(
 
     With segments (int32) a query sees the keys of its own segment only.
     """
-    scores_BHTS = wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
-    t, s = scores_BHTS.shape[-2:]
+    t, s = q_BTHN.shape[1], k_BSHN.shape[1]
     seen_BTS = (jnp.arange(s)[None, :] <= jnp.arange(s - t, s)[:, None])[None]
     if segments_BS is not None:
         seen_BTS &= segments_BS[:, s - t :, None] == segments_BS[:, None]
+    return masked_attention(q_BTHN, k_BSHN, v_BSHU, scale, seen_BTS)
+
+
+def masked_attention(
+    q_BTHN: jax.Array, k_BSHN: jax.Array, v_BSHU: jax.Array, scale: float, seen_BTS: jax.Array
+) -> jax.Array:
+    """softmax(q k^T scale) v over the keys that a query sees (bool [B or 1, T, S]), at least one.
+    -> [B, T, H, U] in q's dtype.
+    """
+    scores_BHTS = wide_einsum("bthn,bshn->bhts", q_BTHN, k_BSHN) * scale
     scores_BHTS = jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf)
     p_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHU.dtype)
     return wide_einsum("bhts,bshu->bthu", p_BHTS, v_BSHU).astype(q_BTHN.dtype)

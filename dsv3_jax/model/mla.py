@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.attention import attention
+from dsv3_jax.model.attention import attention, masked_attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
 from dsv3_jax.quant.gemm import few_rows_einsum, linear
@@ -52,14 +52,37 @@ class MLA(nnx.Module):
         segments_BT: jax.Array | None = None,
     ) -> jax.Array:
         """The same with the rows' own latents given, for who wants to keep them."""
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, rope_BTR)
-        kv_BSH_NU = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*q_nope_BTHN.shape[:3], -1)
-        k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [self.cfg.nope_dim], axis=-1)
-        k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], q_rope_BTHR.shape)
-        q_BTH_NR = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], -1)
-        k_BSH_NR = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1)
+        q_BTH_NR = jnp.concatenate(self._queries(x_BTD, rope_BTR), -1)
+        k_BSH_NR, v_BSHU = self._expanded(c_kv_BSC, k_rope_BSR)
         o_BTHU = attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), segments_BT)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
+
+    def naive_on(
+        self,
+        x_BTD: jax.Array,
+        rope_BTR: jax.Array,
+        own: tuple[jax.Array, jax.Array],
+        cached: tuple[jax.Array, jax.Array],
+        seen_BTS: jax.Array,
+    ) -> jax.Array:
+        """The naive form for T queries over S cached latents and then their own; arguments and
+        result as of `absorbed`.
+        """
+        q_BTH_NR = jnp.concatenate(self._queries(x_BTD, rope_BTR), -1)
+        c_kv_BSC, k_rope_BSR = (
+            jnp.concatenate(parts, 1) for parts in zip(cached, own, strict=True)
+        )
+        k_BSH_NR, v_BSHU = self._expanded(c_kv_BSC, k_rope_BSR)
+        o_BTHU = masked_attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), seen_BTS)
+        return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
+
+    def _expanded(self, c_kv_BSC: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, H, N + R] and values [B, S, H, U] of latents."""
+        heads = (*c_kv_BSC.shape[:2], self.cfg.num_heads)
+        kv_BSH_NU = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*heads, -1)
+        k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [self.cfg.nope_dim], axis=-1)
+        k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*heads, self.cfg.rope_dim))
+        return jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1), v_BSHU
 
     def absorbed(
         self,

@@ -40,11 +40,19 @@ class MTP(nnx.Module):
         plan: ExchangePlan | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Hidden states of the depth before and embedded tokens i + k -> normed hidden states."""
+        x_BTD = self.combined(h_BTD, embedded_BTD)
+        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT, segments_BT, plan)
+        return self.normed(x_BTD), stats
+
+    def combined(self, h_BTD: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
+        """The block's input (Eq. 21)."""
         embedded_BTD = rms_norm(embedded_BTD, self.embed_norm_D[...], self.eps)
         h_BTD = rms_norm(h_BTD, self.hidden_norm_D[...], self.eps)
-        x_BTD = linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])
-        x_BTD, stats = self.block(x_BTD, rope_BTR, valid_BT, segments_BT, plan)
-        return rms_norm(x_BTD, self.norm_D[...], self.eps), stats
+        return linear(jnp.concatenate([embedded_BTD, h_BTD], -1), self.w_proj_DD_D[...])
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """Behind the block."""
+        return rms_norm(x_BTD, self.norm_D[...], self.eps)
 
 
 def same_segment(segments_BT: jax.Array | None, places: int) -> jax.Array | bool:

@@ -1,0 +1,97 @@
+"""What is asked of an engine, and what it answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dsv3_jax.inference.sampling import check_sampling
+
+Ended = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to go on with."""
+
+    prompt: Sequence[int]
+    """Token ids, one or more"""
+    max_tokens: int
+    """Most new tokens; the model's longest text may end it earlier"""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token"""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens of this total probability"""
+    seed: int = 0
+    """With the position it decides what is drawn, whoever the neighbours are"""
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end the text; the one that does is told, as its last"""
+
+    def check(self, vocab_size: int, longest: int) -> None:
+        """ValueError, one line, for what cannot be done."""
+        if not self.prompt:
+            raise ValueError("the prompt is empty; allowed: 1 token or more")
+        wrong = next((i for i in (*self.prompt, *self.end_ids) if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong}; allowed: 0 to {vocab_size - 1}")
+        if len(self.prompt) >= longest:
+            raise ValueError(
+                f"the prompt has {len(self.prompt)} tokens; allowed: below {longest}, the longest "
+                "text here"
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; allowed: 1 or more")
+        check_sampling(self.seed, self.temperature, self.top_p)
+
+
+@dataclass
+class Answer:
+    """New tokens of one request since the last answer."""
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each, at temperature 1"""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Beside each, the likeliest tokens and their logarithms"""
+    ended: Ended | None = None
+
+
+@dataclass
+class Text:
+    """A request on its way."""
+
+    id: int
+    request: Request
+    limit: int
+    """Most tokens of prompt and answer together"""
+    tokens: list[int]
+    """Prompt and answer so far"""
+    shard: int = -1
+    row: int = -1
+    """Where it goes on; -1 while it waits"""
+    pages: list[int] = field(default_factory=list)
+    borrowed: int = 0
+    """Of the pages, the first ones, which others may hold too"""
+    read: int = 0
+    """Tokens whose latents are in its pages"""
+    began: bool = False
+    """Whether a chunk was read since it has its row"""
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def unread(self) -> int:
+        """Tokens to be read before it can go on; the newest of an answer is not among them."""
+        return len(self.tokens) - (self.answered > 0) - self.read
+
+    def take(self, tokens: Sequence[int]) -> tuple[int, Ended | None]:
+        """Adds tokens as far as the text goes: how many, and what ended it."""
+        for count, token in enumerate(tokens, start=1):
+            self.tokens.append(int(token))
+            if token in self.request.end_ids:
+                return count, "stop"
+            if len(self.tokens) >= self.limit:
+                return count, "length"
+        return len(tokens), None

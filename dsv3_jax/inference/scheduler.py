@@ -1,0 +1,109 @@
+"""Who is served next, where, and with which pages. No JAX.
+
+Requests are admitted in the order of their coming, each to the device with the fewest texts (of
+those, the one with most free pages). A text gets pages for what it has to read, and more as it
+grows. Where they run out, the youngest text of the device gives up its own and waits again, first
+in the queue; what it has written is read again later, as far as it is not still known.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from dsv3_jax.inference.pages import Pages
+from dsv3_jax.inference.requests import Text
+from dsv3_jax.inference.settings import EngineConfig
+
+
+class Scheduler:
+    """Texts on `shards` devices."""
+
+    def __init__(self, settings: EngineConfig, shards: int, pages: int) -> None:
+        self.settings = settings
+        self.waiting: deque[Text] = deque()
+        self.rows: list[list[Text | None]] = [[None] * settings.rows for _ in range(shards)]
+        self.pages = [Pages(pages, settings.page_slots) for _ in range(shards)]
+
+    @property
+    def running(self) -> list[Text]:
+        """Those that have a row, in the order of their coming."""
+        found = [text for row in self.rows for text in row if text is not None]
+        return sorted(found, key=lambda text: text.id)
+
+    def admit(self) -> None:
+        """Gives rows and pages to as many waiting texts, in order, as there is room for."""
+        while self.waiting and any(self._seat(self.waiting[0], s) for s in self._best_shards()):
+            self.waiting.popleft()
+
+    def _best_shards(self) -> list[int]:
+        def burden(shard: int) -> tuple[int, int]:
+            texts = sum(text is not None for text in self.rows[shard])
+            return texts, -self.pages[shard].free
+
+        free = [shard for shard, row in enumerate(self.rows) if None in row]
+        return sorted(free, key=burden)
+
+    def _seat(self, text: Text, shard: int) -> bool:
+        """Whether there was room for all that it has to read, and one token more."""
+        pool, row = self.pages[shard], self.rows[shard]
+        to_read = text.tokens[: len(text.request.prompt) + max(text.answered - 1, 0)]
+        borrowed = pool.borrow(to_read) if self.settings.share_prefixes else []
+        own = pool.lend(pool.needed(len(text.tokens) + 1) - len(borrowed))
+        if own is None:
+            pool.take_back(borrowed)
+            return False
+        text.shard, text.row = shard, row.index(None)
+        text.pages, text.borrowed = borrowed + own, len(borrowed)
+        text.read, text.began = len(borrowed) * pool.page_slots, False
+        row[text.row] = text
+        return True
+
+    def readers(self) -> list[list[Text]]:
+        """Of every device, the first texts to have something read: at most one a micro-batch."""
+        return [
+            sorted((text for text in row if text and text.unread), key=lambda text: text.id)[
+                : self.settings.prompt_microbatches
+            ]
+            for row in self.rows
+        ]
+
+    def goers(self) -> list[Text]:
+        """Those that have all read."""
+        return [text for text in self.running if not text.unread]
+
+    def make_room(self, tokens: int) -> list[Text]:
+        """Pages for so many more tokens of each text that goes on. -> who still does."""
+        for text in self.goers():
+            while text.row >= 0 and not self._grown(text, tokens):
+                self._give_up(max(self._of_shard(text.shard), key=lambda text: text.id))
+        return self.goers()
+
+    def _of_shard(self, shard: int) -> Iterator[Text]:
+        return (text for text in self.rows[shard] if text is not None)
+
+    def _grown(self, text: Text, tokens: int) -> bool:
+        pool = self.pages[text.shard]
+        missing = pool.needed(min(len(text.tokens) + tokens, text.limit)) - len(text.pages)
+        more = pool.lend(max(missing, 0))
+        if more is None:
+            return False
+        text.pages += more
+        return True
+
+    def _give_up(self, text: Text) -> None:
+        self.leave(text)
+        self.waiting.appendleft(text)
+
+    def leave(self, text: Text) -> None:
+        """A text has ended, or waits again."""
+        if text.row < 0:
+            self.waiting.remove(text)
+            return
+        self.tell(text)
+        self.pages[text.shard].take_back(text.pages)
+        self.rows[text.shard][text.row] = None
+        text.row, text.pages, text.borrowed, text.read = -1, [], 0, 0
+
+    def tell(self, text: Text) -> None:
+        """Others may borrow the pages that it has filled."""
+        if self.settings.share_prefixes:
+            self.pages[text.shard].tell(text.tokens[: text.read], text.pages)

@@ -1,0 +1,113 @@
+"""Engines at work in tests: random requests that come and go, and what their texts must be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Request
+from dsv3_jax.model.transformer import DeepSeekV3
+from tests.shapes import TINY, compiled
+
+# One MoE layer and two MTP modules: to compile an engine's programs takes a second for each layer.
+MODEL = replace(TINY, num_layers=1, num_dense_layers=0, mtp_depth=2)
+LARGER = replace(TINY, mtp_depth=2)
+# Of the two likeliest logits: nearer ones may change places between two float32 programs.
+CLEAR = 1e-4
+
+
+@dataclass
+class Told:
+    """All that an engine said of one request."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: str | None = None
+
+
+def random_requests(
+    cfg: ModelConfig, count: int, seed: int, most_prompt: int = 40, most_new: int = 30
+) -> list[Request]:
+    """Of all lengths; two in five begin as another does, and some meet an end token."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, cfg.vocab_size, most_prompt).tolist()
+    requests = []
+    for _ in range(count):
+        prompt = rng.integers(0, cfg.vocab_size, rng.integers(1, most_prompt)).tolist()
+        if rng.random() < 0.4:
+            alike = int(rng.integers(0, len(prompt)))
+            prompt[:alike] = shared[:alike]
+        end = frozenset([int(rng.integers(cfg.vocab_size))])
+        requests.append(Request(prompt, int(rng.integers(1, most_new)), end_ids=end))
+    return requests
+
+
+def play(
+    engine: Engine, requests: Sequence[Request], seed: int = 0, cancels: float = 0.05
+) -> dict[int, Told]:
+    """Requests join a few at a time, some are cancelled, until all have ended. Every turn's pages
+    are accounted for.
+    """
+    rng, todo, told = np.random.default_rng(seed), list(requests), {}
+    while todo or engine.pending:
+        for request in [todo.pop() for _ in range(min(len(todo), int(rng.integers(0, 4))))]:
+            told[engine.submit(request)] = Told(request)
+        going = [i for i, one in told.items() if one.ended is None]
+        if going and rng.random() < cancels:
+            cancelled = int(rng.choice(going))
+            assert engine.cancel(cancelled)
+            told[cancelled].ended = "cancelled"
+        for answer in engine.turn():
+            one = told[answer.id]
+            assert one.ended is None, "an answer after the end"
+            one.tokens += answer.tokens
+            one.logprobs += answer.logprobs
+            one.ended = answer.ended
+        for pages in engine.scheduler.pages:
+            pages.check()
+    assert all(pages.free == pages.count for pages in engine.scheduler.pages)
+    return told
+
+
+def check_texts(model: DeepSeekV3, told: Mapping[int, Told], tolerance: float = 1e-4) -> int:
+    """Greedy texts are those of full forward passes up to the first unclear choice; their
+    log-probabilities too, and they end where they should. -> how many had an unclear choice.
+    """
+    cfg, forward, unclear = model.cfg, compiled(model), 0
+    for one in told.values():
+        start, text = len(one.request.prompt), [*one.request.prompt, *one.tokens]
+        row_1T = np.zeros((1, cfg.max_length), np.int32)
+        row_1T[0, : len(text)] = text
+        logits_TV = np.asarray(forward(row_1T))[0, start - 1 : len(text) - 1].astype(np.float64)
+        logprob_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+        expected = [float(logprob_TV[i, token]) for i, token in enumerate(one.tokens)]
+        assert np.abs(np.array(one.logprobs) - expected).max(initial=0) < tolerance
+        ranked_TV = np.sort(logits_TV)
+        for i, token in enumerate(one.tokens):
+            if token != logits_TV[i].argmax():
+                assert ranked_TV[i, -1] - ranked_TV[i, -2] < CLEAR, f"token {i} of {one}"
+                unclear += 1
+                break
+        check_end(one, cfg.max_length)
+    return unclear
+
+
+def check_end(one: Told, longest: int) -> None:
+    """A text ends at its end token or its length, not before and not after."""
+    room = min(one.request.max_tokens, longest - len(one.request.prompt))
+    ends = [i for i, token in enumerate(one.tokens) if token in one.request.end_ids]
+    match one.ended:
+        case "stop":
+            assert ends == [len(one.tokens) - 1]
+        case "length":
+            assert len(one.tokens) == room
+            assert not ends
+        case "cancelled":
+            assert len(one.tokens) < room
+            assert not ends
+        case _:
+            raise AssertionError(f"{one} has not ended")
