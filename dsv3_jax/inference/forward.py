@@ -101,7 +101,7 @@ def _through(
     cached = read(pool, part.table_BY, part.before_B)
     attended = normed_BTD, rope_BTR, own, cached, _seen(part, cached)
     if _absorbs(block.mla.cfg, *cached.c_kv_BSC.shape[1:2], part.token_BT.shape[1]):
-        x_BTD += block.mla.absorbed(*attended, (layer.w_uk_HNC, layer.w_uv_HCU))
+        x_BTD += block.mla.absorbed(*attended, layer.expansion)
     else:
         x_BTD += block.mla.naive_on(*attended)
     normed_BTD = rms_norm(x_BTD, block.ffn_norm_D[...], block.eps)

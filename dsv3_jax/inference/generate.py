@@ -165,10 +165,11 @@ def decode(
     seen_S = jnp.append(jnp.arange(length) < position, True)
     seen_BTS = jnp.broadcast_to(seen_S[None, None], (rows, 1, length + 1))
     latents = []
-    for (block, *expansion), cached in zip(weights.layers, cache, strict=True):
+    for layer, cached in zip(weights.layers, cache, strict=True):
+        block = layer.block
         normed_BTD = rms_norm(x_BTD, block.attention_norm_D[...], block.eps)
         own = Cache(*block.mla.latents(normed_BTD, rope_BTR))
-        x_BTD += block.mla.absorbed(normed_BTD, rope_BTR, own, cached, seen_BTS, expansion)
+        x_BTD += block.mla.absorbed(normed_BTD, rope_BTR, own, cached, seen_BTS, layer.expansion)
         x_BTD = block.feed_forward(x_BTD, jnp.ones((rows, 1), bool))[0]
         latents.append(own)
     return _logits(weights.rest, x_BTD), tuple(latents)

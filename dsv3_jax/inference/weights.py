@@ -26,6 +26,10 @@ class Layer(NamedTuple):
     w_uv_HCU: jax.Array
     placement: Any = None
 
+    @property
+    def expansion(self) -> tuple[jax.Array, jax.Array]:
+        return self.w_uk_HNC, self.w_uv_HCU
+
 
 class Depth(NamedTuple):
     """An MTP module: its layer, and the module without it."""
