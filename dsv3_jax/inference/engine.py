@@ -5,6 +5,7 @@ goes on by one step, or several if nobody waits for one. What is compiled depend
 buckets alone, so nothing is compiled once all of them were met.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count as ids
@@ -20,6 +21,7 @@ from dsv3_jax.inference.sampling import RowSampling
 from dsv3_jax.inference.scheduler import Scheduler
 from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
 from dsv3_jax.inference.speculative import Verdict
+from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.step import MOST_STEPS, Chunk, Lease
 from dsv3_jax.inference.weights import Weights
 
@@ -42,7 +44,9 @@ class Engine:
         self.longest = cfg.max_length
         self.programs = Programs(make_experts(cfg, settings, mesh), mesh, settings.top_logprobs)
         pages = settings.num_pages(self.longest)
-        self.scheduler = Scheduler(settings, self.programs.shards, pages)
+        none = [0] * settings.drafts
+        self.statistics = Statistics(offered=none[:], accepted=none[:])
+        self.scheduler = Scheduler(settings, self.programs.shards, pages, self.statistics)
         self.state = self.programs.empty_state(weights, settings, pages)
         self._row_buckets = buckets(settings.rows)
         self._chunk_buckets = buckets(settings.chunk, min(SHORTEST_CHUNK, settings.chunk))
@@ -74,7 +78,7 @@ class Engine:
         """Whether the request was still there; nothing more will be answered to it."""
         text = self._texts.pop(request_id, None)
         if text is not None:
-            self.scheduler.leave(text)
+            self._leave(text)
         return text is not None
 
     @property
@@ -94,6 +98,28 @@ class Engine:
         answers = self._read(readers) if any(readers) else []
         return answers + self._go_on()
 
+    def warm_up(self, told: Callable[[int, int], None] = lambda done, all_: None) -> None:
+        """Compiles a program for every size that can occur, with rows in which nobody is. `told` is
+        called with how many are done, of how many.
+        """
+        shards, widths = self.programs.shards, self._width_buckets
+        reads = [
+            (size, width, fresh)
+            for least, size in zip((0, *self._chunk_buckets), self._chunk_buckets, strict=False)
+            for width in widths
+            for fresh in (True, False)
+            if width >= self._width(least + 1) and (not fresh or width <= self._width(size))
+        ]
+        goes = [(rows, width) for rows in self._row_buckets for width in widths]
+        for done, (size, width, fresh) in enumerate(reads):
+            told(done, len(reads) + len(goes))
+            turns = [[None] * shards] * self.settings.prompt_microbatches
+            self._run_read(turns, {}, size, width, fresh)
+        for done, (rows, width) in enumerate(goes, start=len(reads)):
+            told(done, len(reads) + len(goes))
+            self._run_go_on([None] * (shards * rows), width, 0)
+        told(len(reads) + len(goes), len(reads) + len(goes))
+
     # --- prompts ---------------------------------------------------------------------------------
 
     def _read(self, readers: Sequence[Sequence[Text]]) -> list[Answer]:
@@ -105,20 +131,34 @@ class Engine:
         fresh = all(text.read == 0 for text in texts)
         microbatches = range(self.settings.prompt_microbatches)
         turns = [[shard[i] if i < len(shard) else None for shard in readers] for i in microbatches]
-        chunks = [self._chunk(turn, counts, size) for turn in turns]
-        leases = [self._lease(turn, width) for turn in turns]
-        self.state, verdicts = self.programs.read(self.weights, self.state, chunks, leases, fresh)
-        verdicts = jax.tree.map(np.asarray, verdicts)
-        answers = []
+        verdicts, answers = self._run_read(turns, counts, size, width, fresh), []
         for turn, verdict in zip(turns, verdicts, strict=True):
             for place, text in enumerate(turn):
                 if text is not None:
                     self._has_read(text, counts[text.id])
                     if not text.unread and not text.answered:
-                        answers.append(self._answer(text, 1, verdict, place))
+                        answers.append(self._take_first(text, verdict, place))
         return answers
 
+    def _run_read(
+        self,
+        turns: Sequence[Sequence[Text | None]],
+        counts: dict[int, int],
+        size: int,
+        width: int,
+        fresh: bool,
+    ) -> list[Verdict]:
+        chunks = [self._chunk(turn, counts, size) for turn in turns]
+        leases = [self._lease(turn, width) for turn in turns]
+        with self._timed("reading"):
+            self.state, verdicts = self.programs.read(
+                self.weights, self.state, chunks, leases, fresh
+            )
+            return jax.tree.map(np.asarray, verdicts)
+
     def _has_read(self, text: Text, count: int) -> None:
+        self.statistics.read += count
+        self.statistics.borrowed += 0 if text.began else text.read
         text.read, text.began = text.read + count, True
         self.scheduler.tell(text)
 
@@ -154,25 +194,41 @@ class Engine:
         for text in texts:
             grid[text.shard * rows + text.row] = text
         width = self._width(max(len(text.pages) for text in texts) * self.settings.page_slots)
-        active_B = np.array([text is not None for text in grid])
-        begun, compiled = time.perf_counter(), self.programs.compiled
-        self.state, verdict = self.programs.go_on(
-            self.weights, self.state, self._lease(grid, width), active_B, steps
-        )
-        verdict = jax.tree.map(np.asarray, verdict)
-        if self.programs.compiled == compiled:
-            fitting = steps * PATIENCE / (time.perf_counter() - begun)
-            self._steps = min(max(int(fitting), 1), MOST_STEPS)
+        before = self.statistics.going_on
+        verdict = self._run_go_on(grid, width, steps)
+        fitting = steps * PATIENCE / (self.statistics.going_on - before)
+        self._steps = min(max(int(fitting), 1), MOST_STEPS)
         return [
-            self._answer(text, steps, verdict, place)
+            self._take_steps(text, steps, verdict, place)
             for place, text in enumerate(grid)
             if text is not None
         ]
+
+    def _run_go_on(self, grid: Sequence[Text | None], width: int, steps: int) -> Verdict:
+        active_B = np.array([text is not None for text in grid])
+        with self._timed("going_on"):
+            self.state, verdict = self.programs.go_on(
+                self.weights, self.state, self._lease(grid, width), active_B, steps
+            )
+            return jax.tree.map(np.asarray, verdict)
 
     def _somebody_waits(self) -> bool:
         return bool(self.scheduler.waiting) or any(self.scheduler.readers())
 
     # --- both ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Adds the block's seconds to a statistic, without those of compilation."""
+        begun, compiling = time.perf_counter(), self.programs.compiling
+        yield
+        seconds = time.perf_counter() - begun - (self.programs.compiling - compiling)
+        setattr(self.statistics, what, getattr(self.statistics, what) + seconds)
+        self.statistics.compiling = self.programs.compiling
+
+    def _leave(self, text: Text) -> None:
+        self.statistics.requests += 1
+        self.scheduler.leave(text)
 
     def _width(self, slots: int) -> int:
         """Pages of a table that has so many slots."""
@@ -195,29 +251,39 @@ class Engine:
         own_from_B = numbers(lambda text: text.borrowed * self.settings.page_slots, np.int32)
         return Lease(table_BY, own_from_B, numbers(lambda text: text.limit, np.int32), how)
 
-    def _answer(self, text: Text, steps: int, verdict: Verdict, place: int) -> Answer:
-        """What a text takes of its row's verdicts; it leaves when it has ended."""
+    def _take_first(self, text: Text, verdict: Verdict, place: int) -> Answer:
+        """The token behind a prompt."""
         answer = Answer(text.id)
-        by_step = (
-            [verdict]
-            if verdict.token_BJ.ndim == 2
-            else [jax.tree.map(lambda x, i=i: x[i], verdict) for i in range(steps)]
-        )
-        for one in by_step:
-            taken = int(one.taken_B[place])
-            count, answer.ended = text.take(one.token_BJ[place, :taken].tolist())
-            answer.tokens += one.token_BJ[place, :count].tolist()
-            answer.logprobs += one.logprob_BJ[place, :count].tolist()
-            answer.top += [
-                list(zip(ids.tolist(), logprobs.tolist(), strict=True))
-                for ids, logprobs in zip(
-                    one.top_BJn[place, :count], one.top_logprob_BJn[place, :count], strict=True
-                )
-            ]
+        self._take(text, answer, verdict, place)
+        return self._told(text, answer)
+
+    def _take_steps(self, text: Text, steps: int, verdicts: Verdict, place: int) -> Answer:
+        """What steps have brought a row's text, up to its end."""
+        answer = Answer(text.id)
+        for i in range(steps):
+            verdict = jax.tree.map(lambda x, i=i: x[i], verdicts)
+            allowed = min(text.limit - 1 - len(text.tokens), self.settings.drafts)
+            self.statistics.step(allowed, int(verdict.taken_B[place]))
+            self._take(text, answer, verdict, place)
             if answer.ended:
                 break
+        return self._told(text, answer)
+
+    def _take(self, text: Text, answer: Answer, verdict: Verdict, place: int) -> None:
+        taken = int(verdict.taken_B[place])
+        tokens = verdict.token_BJ[place, :taken].tolist()
+        count, answer.ended = text.take(tokens)
+        answer.tokens += tokens[:count]
+        answer.logprobs += verdict.logprob_BJ[place, :count].tolist()
+        for tokens_n, logprobs_n in zip(
+            verdict.top_BJn[place, :count], verdict.top_logprob_BJn[place, :count], strict=True
+        ):
+            answer.top.append(list(zip(tokens_n.tolist(), logprobs_n.tolist(), strict=True)))
+
+    def _told(self, text: Text, answer: Answer) -> Answer:
         text.read = len(text.tokens) - 1
+        self.statistics.written += len(answer.tokens)
         if answer.ended:
             del self._texts[text.id]
-            self.scheduler.leave(text)
+            self._leave(text)
         return answer

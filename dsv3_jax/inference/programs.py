@@ -4,6 +4,7 @@ On a mesh every device has rows, pages and loads of its own, the first dimension
 and experts are spread over node and local. Without one, all is on one device.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ class Programs:
         self.experts, self.mesh, self.top = experts, mesh, top
         self.shards = int(np.prod([mesh.shape[axis] for axis in TOKEN_AXES])) if mesh else 1
         self._compiled: dict[Any, Callable] = {}
+        self.compiling = 0.0
+        """Seconds"""
 
     @property
     def compiled(self) -> int:
@@ -98,7 +101,9 @@ class Programs:
         args = self._placed(args, specs)
         key = name, tuple(leaf.shape for leaf in jax.tree.leaves((args, state.load_LE)))
         if key not in self._compiled:
+            begun = time.perf_counter()
             self._compiled[key] = self._compile(body, specs, out_specs, weights, state, args)
+            self.compiling += time.perf_counter() - begun
         return self._compiled[key](weights, state, *args)
 
     def _placed(self, args: Any, specs: Any) -> Any:

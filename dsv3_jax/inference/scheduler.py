@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from dsv3_jax.inference.pages import Pages
 from dsv3_jax.inference.requests import Text
 from dsv3_jax.inference.settings import EngineConfig
+from dsv3_jax.inference.statistics import Statistics
 
 
 class Scheduler:
     """Texts on `shards` devices."""
 
-    def __init__(self, settings: EngineConfig, shards: int, pages: int) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: EngineConfig, shards: int, pages: int, statistics: Statistics
+    ) -> None:
+        self.settings, self.statistics = settings, statistics
         self.waiting: deque[Text] = deque()
         self.rows: list[list[Text | None]] = [[None] * settings.rows for _ in range(shards)]
         self.pages = [Pages(pages, settings.page_slots) for _ in range(shards)]
@@ -90,6 +93,7 @@ class Scheduler:
         return True
 
     def _give_up(self, text: Text) -> None:
+        self.statistics.gave_up += 1
         self.leave(text)
         self.waiting.appendleft(text)
 

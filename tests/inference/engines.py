@@ -1,6 +1,7 @@
 """Engines at work in tests: random requests that come and go, and what their texts must be."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -111,3 +112,26 @@ def check_end(one: Told, longest: int) -> None:
             assert not ends
         case _:
             raise AssertionError(f"{one} has not ended")
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """A list that grows with whatever XLA compiles within the block, whoever asked for it."""
+    found: list[str] = []
+    _LISTENERS.append(found)
+    try:
+        yield found
+    finally:
+        _LISTENERS.remove(found)
+
+
+_LISTENERS: list[list[str]] = []
+
+
+def _heard(event: str, _: float, **more: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        for found in _LISTENERS:
+            found.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_heard)

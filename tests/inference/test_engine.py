@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dsv3_jax.config.mesh import MeshConfig
@@ -12,7 +14,14 @@ from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.mesh import make_mesh
-from tests.inference.engines import LARGER, MODEL, check_texts, play, random_requests
+from tests.inference.engines import (
+    LARGER,
+    MODEL,
+    check_texts,
+    count_compilations,
+    play,
+    random_requests,
+)
 from tests.runs import jax_option
 from tests.shapes import random_model
 
@@ -51,12 +60,21 @@ def test_greedy_texts_with_two_drafts_are_the_models_own(model, with_drafts):
     assert {one.ended for one in told.values()} == {"stop", "length", "cancelled"}
 
 
-def test_nothing_is_compiled_once_every_size_was_met(with_drafts):
-    requests = random_requests(MODEL, 12, seed=2)
-    play(with_drafts, requests)
-    before = with_drafts.programs.compiled
-    play(with_drafts, requests, seed=5)
-    assert with_drafts.programs.compiled == before
+def test_warmed_up_an_engine_compiles_nothing_more(with_drafts):
+    """Whatever comes; and rows in which nobody is change nothing."""
+    told = []
+    before = jax.tree.map(np.asarray, with_drafts.state.pools)
+    with_drafts.warm_up(lambda done, all_: told.append((done, all_)))
+    assert told[-1] == (len(told) - 1, len(told) - 1)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, with_drafts.state.pools))
+    compiled = with_drafts.programs.compiled
+    with count_compilations() as events:
+        jnp.arange(977) * 3  # what it hears
+        heard = len(events)
+        play(with_drafts, random_requests(MODEL, 20, seed=2), seed=5)
+    assert with_drafts.programs.compiled == compiled
+    assert heard
+    assert len(events) == heard
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""What an engine has done so far."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """Counts and seconds since the engine began."""
+
+    requests: int = 0
+    """That have ended, cancelled ones included"""
+    read: int = 0
+    """Tokens of prompts read, those read again for texts that gave up their pages included"""
+    borrowed: int = 0
+    """Tokens of prompts that need not be read, for another text began alike"""
+    written: int = 0
+    """Tokens of answers"""
+    steps: int = 0
+    """Steps of texts: two texts that go on by one make two"""
+    gave_up: int = 0
+    """Times that a text had to give up its pages and wait again"""
+    offered: list[int] = field(default_factory=list)
+    """Drafts looked at, of the first module, the second ...; those behind a wrong one are not"""
+    accepted: list[int] = field(default_factory=list)
+    """Of these, the ones that stayed"""
+    reading: float = 0.0
+    """Seconds"""
+    going_on: float = 0.0
+    """Seconds"""
+    compiling: float = 0.0
+    """Seconds, in none of the others"""
+
+    def step(self, allowed: int, taken: int) -> None:
+        """One text's, which could take so many drafts and took `taken` tokens."""
+        self.steps += 1
+        for k in range(min(allowed, taken)):
+            self.offered[k] += 1
+            self.accepted[k] += taken > k + 1
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """Share of accepted drafts by module; None where none was looked at."""
+        pairs = zip(self.accepted, self.offered, strict=True)
+        return [accepted / offered if offered else None for accepted, offered in pairs]
