@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax.inference.programs import Programs, make_experts, placed
+from dsv3_jax.inference.expert_service import ExpertService
+from dsv3_jax.inference.programs import Programs, placed
 from dsv3_jax.inference.requests import Answer, Request, Text
 from dsv3_jax.inference.sampling import RowSampling
 from dsv3_jax.inference.scheduler import Scheduler
@@ -34,15 +35,20 @@ class Engine:
     """Texts of many requests over one model's weights. For one thread."""
 
     def __init__(
-        self, weights: Weights, settings: EngineConfig | None = None, mesh: Mesh | None = None
+        self,
+        weights: Weights,
+        settings: EngineConfig | None = None,
+        mesh: Mesh | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """ValueError for settings that the model does not allow."""
+        """ValueError for settings that the model or the mesh does not allow."""
         self.settings = settings = settings or EngineConfig()
         cfg = weights.rest.cfg
         settings.check_model(cfg)
-        self.weights = placed(weights, mesh)
+        self.service = ExpertService(cfg, settings, mesh, clock)
+        self.programs = Programs(self.service.experts, mesh, settings.top_logprobs)
+        self.weights = placed(self.service.laid_out(weights), mesh)
         self.longest = cfg.max_length
-        self.programs = Programs(make_experts(cfg, settings, mesh), mesh, settings.top_logprobs)
         pages = settings.num_pages(self.longest)
         none = [0] * settings.drafts
         self.statistics = Statistics(offered=none[:], accepted=none[:])
@@ -93,6 +99,9 @@ class Engine:
 
     def turn(self) -> list[Answer]:
         """Goes on for a moment. New tokens of each request that has some."""
+        if self.service.due:
+            self.service.place(self.take_loads())
+        self.weights = self.service.move(self.weights)
         self.scheduler.admit()
         readers = self.scheduler.readers()
         answers = self._read(readers) if any(readers) else []
@@ -102,6 +111,7 @@ class Engine:
         """Compiles a program for every size that can occur, with rows in which nobody is. `told` is
         called with how many are done, of how many.
         """
+        self.service.warm_up(self.weights)
         shards, widths = self.programs.shards, self._width_buckets
         reads = [
             (size, width, fresh)
@@ -119,6 +129,14 @@ class Engine:
             told(done, len(reads) + len(goes))
             self._run_go_on([None] * (shards * rows), width, 0)
         told(len(reads) + len(goes), len(reads) + len(goes))
+
+    def take_loads(self) -> np.ndarray:
+        """Tokens of every router's experts since the last time, int64 [L, E']: those of the main
+        model's layers, then of MTP's; with the shared experts behind, if they are routed.
+        """
+        load_XE = np.asarray(self.state.load_LE, np.int64)
+        self.state = self.state._replace(load_LE=self.programs.no_loads(self.state))
+        return load_XE.reshape(self.programs.shards, -1, load_XE.shape[1]).sum(0)
 
     # --- prompts ---------------------------------------------------------------------------------
 

@@ -15,16 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.fields import check
-from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.inference.cache import empty_pool
 from dsv3_jax.inference.forward import Experts
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.step import Chunk, Lease, State, empty_rows, go_on, read_chunks
 from dsv3_jax.inference.weights import Weights
-from dsv3_jax.parallel.buckets import make_exchange_plan
 from dsv3_jax.parallel.mesh import TOKEN_AXES, weight_spec
 
 _SHARDED, _STEPS = PartitionSpec(TOKEN_AXES), PartitionSpec(None, TOKEN_AXES)
@@ -66,6 +62,10 @@ class Programs:
             return jax.jit(make)()
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=NamedSharding(self.mesh, _SHARDED))()
+
+    def no_loads(self, state: State) -> jax.Array:
+        """Zeros that lie as the state's loads."""
+        return jax.device_put(np.zeros_like(state.load_LE), state.load_LE.sharding)
 
     def read(
         self,
@@ -128,16 +128,6 @@ class Programs:
         return jax.jit(body, donate_argnums=1).lower(weights, state, *args).compile()
 
 
-def make_experts(model: ModelConfig, settings: EngineConfig, mesh: Mesh | None) -> Experts:
-    """How experts are served. ValueError for a mesh that they cannot be spread over."""
-    if mesh is None:
-        return Experts(None, settings.shared_as_routed)
-    shape = MeshConfig(**dict(mesh.shape), bucket_factor=settings.bucket_factor)
-    check("the mesh's pipe", shape.pipe, shape.pipe == 1, "1: an engine has no stages")
-    shape.check_model(model)
-    return Experts(make_exchange_plan(shape, model), settings.shared_as_routed)
-
-
 def placed(weights: Weights, mesh: Mesh | None) -> Weights:
     """On the mesh."""
     if mesh is None:
@@ -152,6 +142,8 @@ def weight_specs(weights: Weights) -> Weights:
 
     def spec(path: tuple, x: jax.Array) -> PartitionSpec:
         names = [key.name for key in path if isinstance(key, GetAttrKey)]
+        if "placement" in names:
+            return PartitionSpec()
         return weight_spec(next(name for name in reversed(names) if name not in _OF_A_VARIABLE))
 
     return jax.tree_util.tree_map_with_path(spec, weights)

@@ -1,6 +1,7 @@
 """An engine's sizes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import check, check_types
@@ -34,8 +35,10 @@ class EngineConfig:
     """The shared expert is a routed one, and each token uses one more of these (3.4.2)"""
     replicas: int = 0
     """Redundant experts of a layer on all devices together (3.4.1)"""
+    placement: Literal["global", "hierarchical"] = "global"
+    """Copies of experts anywhere, for decoding; or on their group's node, for prompts (3.4.2)"""
     rebalance_seconds: float = 600.0
-    """Time after which they are placed by the loads that were seen"""
+    """Time after which experts with copies are placed anew by the loads that were seen"""
     top_logprobs: int = 0
     """So many likeliest tokens are told of with each token"""
 
