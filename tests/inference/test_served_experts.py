@@ -19,12 +19,13 @@ from dsv3_jax.inference.served_experts import (
 )
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel.buckets import make_exchange_plan
-from dsv3_jax.parallel.mesh import EXPERT_AXES, TOKEN_AXES, make_mesh
+from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh
+from tests.inference.served import in_fp8, spread_layer
 from tests.parallel.exchanges import placed
 from tests.shapes import compiled, normal, random_part, tiny_model
 from tests.tolerances import FLOAT64, assert_close
 
-E, SHARED, K, D = 16, 2, 3, 8
+E, SHARED, K, D = 16, 2, 2, 8
 CFG = replace(
     tiny_model(num_experts=E, experts_per_token=K, num_shared_experts=SHARED, num_groups=4),
     d_model=D,
@@ -93,7 +94,7 @@ def check(y_BTD: jax.Array, load_E: jax.Array, *, shared_as_routed: bool) -> Non
     ("seed", "shared"),
     [
         (0, True),
-        (None, False),
+        pytest.param(None, False, marks=pytest.mark.slow),
         pytest.param(0, False, marks=pytest.mark.slow),
         pytest.param(None, True, marks=pytest.mark.slow),
     ],
@@ -111,17 +112,23 @@ def test_one_device_serves_the_model(x64, seed: int | None, shared: bool):
     check(y_BTD, load_E, shared_as_routed=shared)
 
 
+@pytest.mark.slow
+def test_experts_in_fp8_are_served_as_the_model_computes_them(x64):
+    """Routed shared ones too; experts of 6 columns, so each is in one block."""
+    moe = in_fp8(random_part(MoE, replace(CFG, num_shared_experts=1), jnp.float64))
+    x_BTD, valid_BT = normal(1, 2, 3, D), jnp.ones((2, 3), bool)
+    slots_P = random_slots(5, E + 1, 24)
+    served = slots_of(moe, slots_P, shared_as_routed=True)
+    placement = jax.tree.map(jnp.asarray, placement_of(slots_P, E + 1))
+
+    def both(moe, served):
+        y_BTD, _ = served_experts(served, x_BTD, valid_BT, None, placement, True)
+        return y_BTD, moe(x_BTD, valid_BT)[0]
+
+    assert_close(*compiled(both)(moe, served), FLOAT64)
+
+
 # --- a mesh ---------------------------------------------------------------------------------------
-
-
-def spread(moe: MoE, mesh: jax.sharding.Mesh) -> MoE:
-    """Experts over node and local, all else on every device."""
-    specs = jax.tree.map(lambda _: P(), moe)
-    for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"):
-        weight = getattr(moe, name)
-        here = jax.tree.map(lambda _: P(EXPERT_AXES), weight[...])
-        setattr(specs, name, weight.replace(here))
-    return placed(mesh, (specs,), (moe,))[0]
 
 
 @cache
@@ -165,17 +172,16 @@ def test_a_mesh_serves_the_model(x64, name: str, seed: int | None, shared: bool)
     slots_P = np.arange(E) if seed is None else random_slots(seed, experts, 32)
     placement = None if seed is None else placement_of(slots_P, experts)
     mesh, run = program(name, len(slots_P), shared)
-    moe = slots_of(spread(model(), mesh), slots_P, mesh, shared_as_routed=shared)
+    moe = spread_layer(slots_of(model(), slots_P, shared_as_routed=shared), mesh)
     y_BTD, load_DE = run(moe, *batch(), placement)
     check(y_BTD, load_DE.sum(0), shared_as_routed=shared)
 
 
 def test_another_placement_is_the_same_program(x64):
     mesh, run = program("2x4", 32, True)
-    logical = spread(model(), mesh)
     for seed in (0, 2, 3):
         slots_P = random_slots(seed, E + SHARED, 32)
-        moe = slots_of(logical, slots_P, mesh, shared_as_routed=True)
+        moe = spread_layer(slots_of(model(), slots_P, shared_as_routed=True), mesh)
         y_BTD, load_DE = run(moe, *batch(), placement_of(slots_P, E + SHARED))
         check(y_BTD, load_DE.sum(0), shared_as_routed=True)
 
@@ -183,39 +189,41 @@ def test_another_placement_is_the_same_program(x64):
 # --- copies, nodes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("device", [0, 5])
-def test_copies_take_turns(every: int, device: int):
+def test_copies_take_turns():
     """To one token more or less, and though all but every n-th row is padding."""
     slots_P = random_slots(4, E, 40)
-    placement = jax.tree.map(jnp.asarray, placement_of(slots_P, E))
-    valid_T = np.arange(60) % every == 0
-    experts_TK = jnp.broadcast_to(jnp.arange(E)[None], (60, E))
-    slots_TK = np.asarray(physical(experts_TK, jnp.asarray(valid_T), placement, device))
-    np.testing.assert_array_equal(slots_P[slots_TK[valid_T]], experts_TK[valid_T])
-    taken_P = np.bincount(slots_TK[valid_T].reshape(-1), minlength=40)
-    for expert in range(E):
-        taken = taken_P[slots_P == expert]
-        assert taken.max() - taken.min() <= 1
+    placement = placement_of(slots_P, E)
+    experts_TK = np.tile(np.arange(E, dtype=np.int32), (60, 1))
+    for every in (1, 2, 3):
+        valid_T = np.arange(60) % every == 0
+        slots_TK = np.asarray(turns(experts_TK, valid_T, placement, 5))
+        np.testing.assert_array_equal(slots_P[slots_TK[valid_T]], experts_TK[valid_T])
+        taken_P = np.bincount(slots_TK[valid_T].reshape(-1), minlength=40)
+        for expert in range(E):
+            taken = taken_P[slots_P == expert]
+            assert taken.max() - taken.min() <= 1
+
+
+turns = compiled(physical)
 
 
 def test_devices_begin_with_different_copies():
     """Where each has but one token, as while decoding."""
-    placement = Placement(jnp.arange(8)[None], jnp.full(1, 8))
-    one, valid_T = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, bool)
-    slots = {int(physical(one, valid_T, placement, device)[0, 0]) for device in range(8)}
+    placement = Placement(np.arange(8)[None], np.full(1, 8))
+    one, valid_T = np.zeros((1, 1), np.int32), np.ones(1, bool)
+    slots = {int(turns(one, valid_T, placement, device)[0, 0]) for device in range(8)}
     assert slots == set(range(8))
 
 
 def test_plans_have_room_for_the_nodes_that_copies_may_lie_on():
     """Kept groups bound them where a group's copies share its node, and nowhere else."""
-    mesh, cfg = MeshConfig(1, 1, 4, 2), replace(CFG, num_kept_groups=2)
+    mesh, cfg = MeshConfig(1, 1, 4, 2), replace(CFG, num_kept_groups=1)
     own = make_exchange_plan(mesh, cfg)
     assert make_serving_plan(mesh, cfg, E, grouped=True) == own
-    assert own.nodes_per_token == 2
+    assert own.nodes_per_token == 1
     assert make_serving_plan(mesh, cfg, 24) == replace(own, num_experts=24, nodes_per_token=K)
     shared = make_serving_plan(mesh, cfg, 24, shared_as_routed=True)
-    assert shared.nodes_per_token == 4  # of K + 2
+    assert shared.nodes_per_token == K + 2
     assert make_serving_plan(MeshConfig(), cfg, 19) is None
     with pytest.raises(ValueError, match=r"experts are 20; allowed: multiples of the 8 devices"):
         make_serving_plan(mesh, cfg, 20)
