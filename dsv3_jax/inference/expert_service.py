@@ -67,7 +67,8 @@ class ExpertService:
                 clock=clock,
             )
         self._where = [] if self.balancer is None else [*self.balancer.tables[0]]
-        self._moving: list[int] = []
+        self.moving: list[int] = []
+        """Layers that are placed anew and not yet moved"""
         self.last: Rebalanced | None = None
         """What the last placement changed"""
 
@@ -113,21 +114,21 @@ class ExpertService:
     @property
     def due(self) -> bool:
         """Whether loads should be looked at."""
-        return self.balancer is not None and not self._moving and self.balancer.due
+        return self.balancer is not None and not self.moving and self.balancer.due
 
     def place(self, load_LE: np.ndarray) -> None:
         """By these loads since the last time. What moves does so in the next `move`s."""
         self.balancer.add(load_LE)
         self.last = self.balancer.rebalance()
-        self._moving = np.flatnonzero(
+        self.moving = np.flatnonzero(
             (self.last.tables.physical_to_logical_LP != np.array(self._where)).any(-1)
         ).tolist()
 
     def move(self, weights: Weights) -> Weights:
         """One layer that has to, if there is any."""
-        return (
-            self._with_layer(weights, self._moving.pop(0), self._moved) if self._moving else weights
-        )
+        if not self.moving:
+            return weights
+        return self._with_layer(weights, self.moving.pop(0), self._moved)
 
     def warm_up(self, weights: Weights) -> None:
         """Compiles what `move` needs."""
