@@ -29,7 +29,10 @@ def resident() -> int:
 
 @pytest.mark.parametrize(
     "requests",
-    [pytest.param(100, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.exhaustive)],
+    [
+        pytest.param(100, marks=pytest.mark.slow),
+        pytest.param(2000, marks=[pytest.mark.exhaustive, pytest.mark.timeout(3600)]),
+    ],
 )
 def test_a_long_service_leaks_no_page_no_memory_and_compiles_nothing(requests: int):
     """One turn in five cancels a request. `play` accounts for every page after every turn."""
