@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DeepSeekV3": "dsv3_jax.model.transformer",
+    "Engine": "dsv3_jax.inference.engine",
+    "EngineConfig": "dsv3_jax.inference.settings",
     "ModelConfig": "dsv3_jax.config",
+    "Request": "dsv3_jax.inference.requests",
     "RunConfig": "dsv3_jax.config",
     "load_pretrained": "dsv3_jax.checkpoint.hf",
     "save_pretrained": "dsv3_jax.checkpoint.hf",
@@ -18,7 +21,10 @@ _HOMES = {
 
 __all__ = [
     "DeepSeekV3",
+    "Engine",
+    "EngineConfig",
     "ModelConfig",
+    "Request",
     "RunConfig",
     "__version__",
     "load_pretrained",

@@ -24,7 +24,8 @@ from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.step import MOST_STEPS, Chunk, Lease
-from dsv3_jax.inference.weights import Weights
+from dsv3_jax.inference.weights import Weights, lay_out
+from dsv3_jax.model.transformer import DeepSeekV3
 
 # One call makes as many steps as it can in this time: a new request should not wait for longer.
 PATIENCE = 0.05
@@ -60,6 +61,19 @@ class Engine:
         self._width_buckets = buckets(widest, min(NARROWEST, widest))
         self._ids, self._steps = ids(), 1
         self._texts: dict[int, Text] = {}
+
+    @classmethod
+    def of(
+        cls,
+        model: DeepSeekV3,
+        settings: EngineConfig | None = None,
+        mesh: Mesh | None = None,
+        *,
+        consume: bool = False,
+    ) -> "Engine":
+        """Over a model's weights, laid out for decoding; `consume` as of `lay_out`."""
+        drafts = settings.drafts if settings else 0
+        return cls(lay_out(model, consume=consume, drafts=drafts), settings, mesh)
 
     # --- requests --------------------------------------------------------------------------------
 
