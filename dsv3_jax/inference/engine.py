@@ -89,7 +89,7 @@ class Engine:
                 f"a text of {limit} tokens, prompt and answer; allowed: at most the "
                 f"{pool.count * pool.page_slots} that the cache has room for"
             )
-        text = Text(next(self._ids), request, limit, list(request.prompt))
+        text = Text(next(self._ids), request, limit, [int(i) for i in request.prompt])
         self._texts[text.id] = text
         self.scheduler.waiting.append(text)
         return text.id
@@ -214,11 +214,13 @@ class Engine:
     # --- steps -----------------------------------------------------------------------------------
 
     def _go_on(self) -> list[Answer]:
-        steps = self._steps if not self._somebody_waits() else 1
-        steps = min(
-            steps, max((t.limit - len(t.tokens) for t in self.scheduler.goers()), default=0)
-        )
-        texts = self.scheduler.make_room(steps * (len(self.weights.depths) + 1))
+        goers = self.scheduler.goers()
+        steps = 1 if self._somebody_waits() else self._steps
+        steps = min(steps, max((text.limit - len(text.tokens) for text in goers), default=0))
+        a_step = 1 + len(self.weights.depths)
+        while steps > 1 and not self.scheduler.has_room(steps * a_step):
+            steps //= 2
+        texts = self.scheduler.make_room(steps * a_step)
         if not texts:
             return []
         rows = bucket(1 + max(text.row for text in texts), self._row_buckets)

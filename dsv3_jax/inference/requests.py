@@ -1,5 +1,6 @@
 """What is asked of an engine, and what it answers."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,19 +29,26 @@ class Request:
 
     def check(self, vocab_size: int, longest: int) -> None:
         """ValueError, one line, for what cannot be done."""
-        if not self.prompt:
+        if not len(self.prompt):
             raise ValueError("the prompt is empty; allowed: 1 token or more")
-        wrong = next((i for i in (*self.prompt, *self.end_ids) if not 0 <= i < vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"token id {wrong}; allowed: 0 to {vocab_size - 1}")
+        for token in (*self.prompt, *self.end_ids):
+            if not (_is_whole(token) and 0 <= token < vocab_size):
+                raise ValueError(f"token id {token}; allowed: 0 to {vocab_size - 1}")
         if len(self.prompt) >= longest:
             raise ValueError(
                 f"the prompt has {len(self.prompt)} tokens; allowed: below {longest}, the longest "
                 "text here"
             )
-        if self.max_tokens < 1:
+        if not (_is_whole(self.max_tokens) and self.max_tokens >= 1):
             raise ValueError(f"max_tokens is {self.max_tokens}; allowed: 1 or more")
+        if not _is_whole(self.seed):
+            raise ValueError(f"seed is {self.seed}; allowed: 0 to 2^32 - 1")
         check_sampling(self.seed, self.temperature, self.top_p)
+
+
+def _is_whole(number: object) -> bool:
+    """Python's or NumPy's."""
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Answer:
     ended: Ended | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """A request on its way."""
 

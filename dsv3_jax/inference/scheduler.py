@@ -73,6 +73,13 @@ class Scheduler:
         """Those that have all read."""
         return [text for text in self.running if not text.unread]
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether `make_room` takes no text's pages away."""
+        missing = [0] * len(self.pages)
+        for text in self.goers():
+            missing[text.shard] += self._missing(text, tokens)
+        return all(n <= pool.free for n, pool in zip(missing, self.pages, strict=True))
+
     def make_room(self, tokens: int) -> list[Text]:
         """Pages for so many more tokens of each text that goes on. -> who still does."""
         for text in self.goers():
@@ -84,13 +91,15 @@ class Scheduler:
         return (text for text in self.rows[shard] if text is not None)
 
     def _grown(self, text: Text, tokens: int) -> bool:
-        pool = self.pages[text.shard]
-        missing = pool.needed(min(len(text.tokens) + tokens, text.limit)) - len(text.pages)
-        more = pool.lend(max(missing, 0))
+        more = self.pages[text.shard].lend(self._missing(text, tokens))
         if more is None:
             return False
         text.pages += more
         return True
+
+    def _missing(self, text: Text, tokens: int) -> int:
+        needed = self.pages[text.shard].needed(min(len(text.tokens) + tokens, text.limit))
+        return max(needed - len(text.pages), 0)
 
     def _give_up(self, text: Text) -> None:
         self.statistics.gave_up += 1

@@ -88,6 +88,10 @@ def test_warmed_up_an_engine_compiles_nothing_more(with_drafts):
         (Request([1], 5, temperature=-1.0), "temperature is -1.0; allowed: from 0"),
         (Request([1], 5, top_p=0.0), "top-p is 0.0; allowed: above 0"),
         (Request([1], 5, seed=-1), "seed is -1; allowed: 0 to"),
+        (Request([1.5], 5), "token id 1.5; allowed: 0 to 63"),
+        (Request([True], 5), "token id True; allowed: 0 to 63"),
+        (Request([1], 2.5), "max_tokens is 2.5; allowed: 1 or more"),
+        (Request([1], 5, seed=0.5), "seed is 0.5; allowed: 0 to"),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_the_engine_goes_on(with_drafts, request_, said):

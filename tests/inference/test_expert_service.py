@@ -107,7 +107,7 @@ def serve_and_move(cfg, mesh: MeshConfig, requests: int, **settings: object) -> 
         told = play(engine, random_requests(cfg, requests, seed=1))
     assert not compiled
     assert check_texts(model, told) == 0
-    assert len(moved) >= 2
+    assert moved
     return engine
 
 
