@@ -11,15 +11,26 @@ from dsv3_jax.plan.layer_time import (
     forward_time,
     input_gradient_parts,
     input_gradient_time,
+    product_part,
     weight_gradient_parts,
     weight_gradient_time,
 )
 from dsv3_jax.plan.prediction import Prediction
 from dsv3_jax.plan.products import Item, items_of
+from dsv3_jax.plan.promotion import (
+    BITS,
+    INTERVAL,
+    Promotion,
+    bits_without,
+    longest_sum,
+    most_of,
+)
 from dsv3_jax.plan.traffic import Exchange, exchange_of, message_bytes
 
 COUNTED = "2 FLOPs a multiplication, backward twice forward; recomputation is not counted"
 OURS = "this plan"
+OUTCOME = "what it comes to"
+ERRORS = "errors: experiments/accumulation_precision"
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,7 @@ def derivation(prediction: Prediction) -> list[Line]:
         *_step(prediction),
         *_outcome(prediction),
         *_links(prediction),
+        *_promotion(prediction),
     ]
 
 
@@ -204,7 +216,7 @@ def _bubble(p: Prediction, section: str) -> Iterator[Line]:
 
 
 def _outcome(p: Prediction) -> Iterator[Line]:
-    section = "what it comes to"
+    section = OUTCOME
     devices = f"{p.cfg.mesh.size:,} devices"
     tokens = f"{p.tokens_per_step:,} tokens / step / {devices}"
     yield Line(section, "tokens/s of a device", tokens, p.tokens_per_second, "1/s")
@@ -269,3 +281,51 @@ def _links(p: Prediction) -> Iterator[Line]:
         yield Line(
             section, "experts a token, same cost", nodes, total, "", "the report: 13 (3.2.2)"
         )
+
+
+def _promotion(p: Prediction) -> Iterator[Line]:
+    """Bounds of what other sums in FP8 would save (3.3.2, 3.5.2)."""
+    if not p.unhidden:
+        return
+    section, promotion = "FP8 sums, what if", p.unhidden.job.promotion
+    formula = f"{INTERVAL} × 2^({promotion.bits} − {BITS}): as much error as {BITS} bits in 128"
+    label = f"a sum without promotion, {promotion.bits} bits"
+    yield Line(section, label, formula, promotion.allowed, "products", ERRORS)
+    if promotion.asked:
+        yield Line(section, "between promotions", "asked for", promotion.asked, "products")
+    name, longest = longest_sum(p.cfg)
+    formula = f"{BITS} + log2({longest:,} / {INTERVAL}): {name}"
+    bits = bits_without(longest)
+    yield Line(section, "bits that promote no sum", formula, bits, "bits", ERRORS)
+    if promotion.group:
+        label, hint = "between scales", "CUDA cores multiply them all the same"
+        formula = f"{hint}: --what-if.group-scales takes that from them"
+        yield Line(section, label, formula, promotion.group, "products", "report 3.5.2")
+    yield from _fmas(p, section, promotion)
+    fastest = (
+        ("hidden", "as above: two warpgroups take turns", p.step.seconds, "report 3.3.2"),
+        ("not hidden", "products without the FMAs saved", p.unhidden_seconds, OURS),
+    )
+    for word, formula, seconds, source in fastest:
+        yield Line(section, f"step, promotion {word}", formula, seconds, "s", source)
+    for word, _, seconds, _ in fastest:
+        hours = p.hours_per_trillion * seconds / p.step.seconds
+        label = f"device-hours per 1T tokens, {word}"
+        yield Line(section, label, "step × devices / tokens", hours, "h")
+
+
+def _fmas(p: Prediction, section: str, promotion: Promotion) -> Iterator[Line]:
+    """Their share of products' time, as measured and as asked for, if nothing hides them."""
+    fp32, most = promotion.fp32, most_of(p.cfg)
+    now = product_part(p.stepper.job, most)
+    peak = p.hardware.fp8.value
+    rates = [("an FP8 product at its peak", peak)]
+    if now.unit == "FLOPs":
+        rates.append((f"{most.name}, as measured", now.rate))
+    for name, rate in rates:
+        formula = f"{rate / 1e12:,.5g} T / ({INTERVAL} × {fp32.value / 1e12:g} T) of FP32"
+        part = 100 * rate / (INTERVAL * fp32.value)
+        yield Line(section, f"FMAs beside {name}", formula, part, "%", fp32.source)
+    before, after = -(-most.inner // INTERVAL), promotion.operations(most.inner)
+    formula = f"an output of {most.name}: {before} as it is, {after} asked for"
+    yield Line(section, "FMAs that are saved", formula, before - after, "")

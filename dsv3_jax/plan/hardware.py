@@ -65,6 +65,8 @@ class Hardware:
     """Of the exchange while decoding"""
     gemm_float32: Figure | None = None
     """Achieved by float32 products, where that is known"""
+    fp32: Figure | None = None
+    """Peak of FP32 outside of tensor cores, to which FP8 sums are promoted, where they are"""
     price: Figure | None = None
     """US dollars per device-hour"""
     assumed: tuple[str, ...] = ()
@@ -80,8 +82,8 @@ class Hardware:
 class WhatIf:
     """Other hardware than there is (report 3.5). None and False leave a figure as it is.
 
-    The report also asks for more accumulator bits; what its promotion to FP32 every 128 products
-    costs is unpublished, and DeepGEMM's rates contain it, so there is no field for it.
+    What is asked about promotion to FP32 gives bounds (`plan/promotion.py`): DeepGEMM's rates
+    contain it, and how much of it is seen is unpublished.
     """
 
     comm_sms: int | None = None
@@ -92,6 +94,22 @@ class WhatIf:
     """GB/s one way, per device"""
     ib: float | None = None
     """GB/s one way, per device"""
+    accumulator_bits: int | None = None
+    """Of FP8 tensor cores' sums: 14 in the report; each one more doubles the sum that needs no
+    promotion to FP32"""
+    promotion_interval: int | None = None
+    """Products between promotions: 128 in the report; default: as many as accumulator bits allow"""
+    group_scales: bool = False
+    """Tensor cores multiply the scales of groups of 128, which CUDA cores do at each group's end
+    otherwise, promotion or not"""
+
+    @property
+    def about_promotion(self) -> str | None:
+        """The first option that asks about the promotion of FP8 sums, if any does."""
+        for name in ("accumulator_bits", "promotion_interval", "group_scales"):
+            if (asked := getattr(self, name)) is not None and asked is not False:
+                return f"--what-if.{name.replace('_', '-')}"
+        return None
 
 
 def hardware_named(name: str) -> Hardware:
@@ -171,6 +189,7 @@ H800 = Hardware(
     attention=Figure(580e12, f"{FLASH_MLA}, compute-bound"),
     exchange=DEEPEP,
     low_latency=DEEPEP_LOW_LATENCY,
+    fp32=Figure(66.9e12, f"the H100's, of one chip: {H100_SHEET}"),
     price=Figure(2.0, "report, Table 1"),
     assumed=(
         "BF16 products run at FlashMLA's 580 TFLOPS: no sourced BF16 GEMM",
@@ -191,6 +210,7 @@ H100 = replace(
     nvlink=Figure(360e9, f"assumed: 40% of 900 GB/s; {H100_SHEET}"),
     ib=Figure(50e9, "assumed: DeepSeek's cluster"),
     sms=Figure(132, H100_SHEET),
+    fp32=Figure(66.9e12, H100_SHEET),
     exchange=tuple(_faster(r, 2.25 if r.link == "nvlink" else 1.0) for r in DEEPEP),
     price=None,
     assumed=(*H800.assumed, _SAME_CHIP, _EFFECTIVE, _CLUSTER),

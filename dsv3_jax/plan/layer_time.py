@@ -11,6 +11,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.plan.hardware import Hardware
 from dsv3_jax.plan.kernel_rates import nearest_gemm, nearest_link
 from dsv3_jax.plan.products import Item, Product, scores_flops
+from dsv3_jax.plan.promotion import Promotion
 from dsv3_jax.plan.traffic import ITEM_BYTES, exchange_of, tokens_of_microbatch
 
 NOT_COUNTED = (
@@ -61,6 +62,8 @@ class Job:
     cfg: RunConfig
     hardware: Hardware
     fused_cast: bool = False
+    promotion: Promotion | None = None
+    """Of FP8 sums, where another one is asked for, and none of the measured one was hidden"""
 
     @property
     def tokens(self) -> int:
@@ -155,6 +158,9 @@ def product_part(job: Job, product: Product) -> Part:
             hardware.gemm_fp8, rows / held, product.inner, product.columns, product.routed
         )
         computed = Part(product.name, flops, rate.flops, str(rate))
+        if job.promotion:
+            seconds = computed.seconds - job.promotion.saved(flops, product.inner)
+            computed = replace(computed, rate=flops / seconds)
     else:
         wide = job.cfg.train.dtype != "bfloat16"
         figure = hardware.gemm_float32 if wide else hardware.gemm_bf16

@@ -126,6 +126,9 @@ def check(options: PlanOptions) -> None:
     for alone, given in (("--serve", options.serve), ("--search", options.search)):
         if given and options.skew != 1:
             raise ValueError(f"--skew and {alone}; allowed: one of them")
+        if given and options.what_if.about_promotion:  # whose answer is of a run's own step
+            asked = options.what_if.about_promotion
+            raise ValueError(f"{asked} and {alone}; allowed: one of them")
     if not options.search:
         for name, value in (("--devices", options.devices), ("--top", options.top)):
             if value is not None:

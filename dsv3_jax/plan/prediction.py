@@ -1,6 +1,6 @@
 """What a run comes to: throughput, MFU, device-hours and money (report Table 1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dsv3_jax.config import RunConfig
@@ -10,6 +10,7 @@ from dsv3_jax.plan.cost import train_flops_per_token
 from dsv3_jax.plan.hardware import Hardware, WhatIf, changed
 from dsv3_jax.plan.kernel_rates import Figure
 from dsv3_jax.plan.layer_time import Job, Time
+from dsv3_jax.plan.promotion import promotion_of
 from dsv3_jax.plan.step_time import Stepper, StepTime
 
 TRILLION = 10**12
@@ -26,6 +27,8 @@ class Prediction:
     """US dollars per device-hour"""
     plain: bool
     """Whether hardware and overlap are as they are, and nothing is asked what if"""
+    unhidden: Stepper | None = None
+    """With FP8 sums promoted as is asked for, if nothing hides what their promotion takes"""
 
     @property
     def cfg(self) -> RunConfig:
@@ -67,6 +70,11 @@ class Prediction:
     def hours_per_trillion(self) -> float:
         """Device-hours, at the full batch."""
         return TRILLION / self.tokens_per_second / 3600
+
+    @cached_property
+    def unhidden_seconds(self) -> float:
+        """Of a step at the full batch, by `unhidden`."""
+        return self.unhidden.step(self.cfg.train.rows).seconds
 
     def mfu(self, causal: bool, mtp: bool = True) -> float:
         """Share of the BF16 peak that the counted FLOPs take."""
@@ -115,7 +123,9 @@ def predict(
     what_if = what_if or WhatIf()
     job = Job(cfg, changed(hardware, what_if), what_if.fused_cast)
     plain = overlap and what_if == WhatIf()
-    return Prediction(Stepper(job, overlap), price_of(hardware, price), plain)
+    promotion = promotion_of(cfg, hardware, what_if)
+    unhidden = Stepper(replace(job, promotion=promotion), overlap) if promotion else None
+    return Prediction(Stepper(job, overlap), price_of(hardware, price), plain, unhidden)
 
 
 def price_of(hardware: Hardware, asked: float | None) -> Figure | None:

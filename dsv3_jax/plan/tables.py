@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.plan.cells import new_table, number
-from dsv3_jax.plan.derivation import Line, derivation
+from dsv3_jax.plan.derivation import OUTCOME, Line, derivation
 from dsv3_jax.plan.hardware import Hardware
 from dsv3_jax.plan.layer_time import NOT_COUNTED
 from dsv3_jax.plan.prediction import Prediction
@@ -50,7 +50,8 @@ def plan_tables(prediction: Prediction) -> list["Table"]:
     steps = new_table("steps of the run", *STEP_KEYS)
     for rows, count, schedule, seconds in _step_rows(prediction):
         steps.add_row(f"{rows:,}", f"{count:,}", schedule, number(seconds))
-    return [*lines[:-2], stages, steps, *lines[-2:]]
+    place = [table.title for table in lines].index(OUTCOME)
+    return [*lines[:place], stages, steps, *lines[place:]]
 
 
 def serving_tables(serving: Serving) -> list["Table"]:

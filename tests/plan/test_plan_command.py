@@ -44,7 +44,11 @@ def test_help_lists_both_kinds_of_plan_and_loads_no_jax():
         assert flag in text
 
 
-@pytest.mark.parametrize("args", [DUAL, [*V3, "--serve"]], ids=["train", "serve"])
+@pytest.mark.parametrize(
+    "args",
+    [DUAL, [*V3, "--serve"], [*DUAL, "--what-if.accumulator-bits", "16"]],
+    ids=["train", "serve", "promotion"],
+)
 def test_json_holds_what_the_tables_show(capsys, args):
     table = out_of(capsys, *args)
     told = json.loads(out_of(capsys, *args, "--json"))
@@ -174,6 +178,18 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
         ([*V3, "--what-if.ib", "nan"], "--what-if.ib is nan; allowed: 0.001 to 1,000,000"),
         ([*V3, "--json", "--what-if.ib", "1e-300"], "--what-if.ib is 1e-300; allowed: 0.001 to"),
         ([*V3, "--what-if.nvlink", "1e308"], "--what-if.nvlink is 1e+308; allowed: 0.001 to"),
+        (
+            [*V3, "--what-if.accumulator-bits", "40"],
+            "--what-if.accumulator-bits is 40; allowed: 12",
+        ),
+        (
+            [*V3, "--what-if.accumulator-bits", "16", "--search"],
+            "--what-if.accumulator-bits and --search; allowed: one of them",
+        ),
+        (
+            [*V3, "--what-if.group-scales", "--serve"],
+            "--what-if.group-scales and --serve; allowed: one of them",
+        ),
         ([*V3, "--price", "-2"], "--price is -2; allowed: 0 to 1,000,000"),
         ([*V3, "--json", "--price", "1e308"], "--price is 1e+308; allowed: 0 to 1,000,000"),
         ([*V3, "--serve", "--price", "nan"], "--price is nan; allowed: 0 to 1,000,000"),
