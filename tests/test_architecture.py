@@ -33,7 +33,8 @@ FLOORS = {
     "plan": 5,  # closed form
     "train": 6,
     "evaluate": 7,
-    "plan.compile": 7,  # compiles the step of `train`
+    "plan.compile": 7,  # compiles the programs of `train`
+    "plan.compile_step": 7,
     "posttrain": 8,
 }
 COMMAND_FLOOR = 9  # modules at the root and every __main__

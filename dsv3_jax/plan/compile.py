@@ -6,10 +6,7 @@ are those of one device, read out of the compiled programs' own arguments and re
 needs beside them is told apart: it expands FP8 to float32 and merges little.
 """
 
-import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import cached_property, partial
@@ -23,9 +20,11 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import Schedule, make
 from dsv3_jax.parallel.stages import Cut
+from dsv3_jax.plan.compile_step import compile_step
 from dsv3_jax.plan.compiled import CompiledPlan, CompiledRank, Program
 from dsv3_jax.plan.cuts import cuts_of, layer_counts, schedule_name
 from dsv3_jax.plan.kept import Kept
+from dsv3_jax.plan.lowered import QUICK, Say, compiled_with_time, device_bytes, program_of
 from dsv3_jax.plan.memory import fullest, memory_of
 from dsv3_jax.train.machine import peak_memory
 from dsv3_jax.train.pipeline_layout import Layout
@@ -34,23 +33,12 @@ from dsv3_jax.train.rank_programs import RankPrograms
 from dsv3_jax.train.sharding import WHOLE
 from dsv3_jax.train.step import Coefficients
 
-# A third of the time; what programs take and give is the same.
-QUICK = {"xla_backend_optimization_level": 0}
-COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
-Say = Callable[[str], None]
-
 
 def compile_run(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
-    """Compiles all programs of a run's full-batch step. ValueError if devices are lacking, or for a
-    run without a pipeline, whose step is a single program.
-    """
-    start = time.monotonic()
+    """Compiles all programs of a run's full-batch step. ValueError if devices are lacking."""
     if cfg.mesh.pipe == 1:
-        raise ValueError(
-            "mesh.pipe is 1, and a step without a pipeline is one program whose residuals cannot "
-            "be told apart; allowed: 2 or more. --mesh.pipe 2 compiles the same layers in stages, "
-            "and without --compile the plan is made all the same"
-        )
+        return compile_step(cfg, say)
+    start = time.monotonic()
     run = _Run(cfg)
     compiled = run.compile(say)
     return CompiledPlan(
@@ -117,9 +105,9 @@ class _Run:
                     if key not in jobs:
                         lowered = lower()
                         say(f"{key[0]:8} {stages}")
-                        jobs[key] = stages, lowered, threads.submit(_compiled, lowered)
+                        jobs[key] = stages, lowered, threads.submit(compiled_with_time, lowered)
             return {
-                key: (lowered, _program(key[0], stages, *job.result(), say))
+                key: (lowered, program_of(key[0], stages, *job.result(), say))
                 for key, (stages, lowered, job) in jobs.items()
             }
 
@@ -206,31 +194,3 @@ def _around(programs: RankPrograms) -> tuple[dict[str, Called], dict[int, Called
         stage: (programs.update(stage), (state, grads, tally, coefficients))
         for stage, state in states.items()
     }
-
-
-def _compiled(lowered: Any) -> tuple[Any, float]:
-    start = time.monotonic()
-    return lowered.compile(), time.monotonic() - start
-
-
-def _program(name: str, stages: str, compiled: Any, seconds: float, say: Say) -> Program:
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
-    say(f"{name:8} {stages}: {seconds:.0f} s")
-    return Program(
-        name,
-        stages,
-        seconds,
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.temp_size_in_bytes,
-        float(costs.get("flops", 0.0)),
-        dict(Counter(found)),
-    )
-
-
-def device_bytes(tree: Any) -> int:
-    """Of arrays, or shapes, that know where they lie: on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )

@@ -47,6 +47,14 @@ def _program_table(compiled: CompiledPlan) -> "Table":
 
 def compiled_line(compiled: CompiledPlan) -> str:
     """What it took."""
+    if compiled.plan.cfg.mesh.pipe == 1:
+        (program,) = compiled.programs
+        return (
+            f"a step without a pipeline is one program, compiled in {compiled.seconds:.0f} s: "
+            "weights, gradients and live are read where it is traced, and lie in its "
+            f"{gigabytes(program.temporary)} GB of temporary memory; this process held "
+            f"{compiled.peak_bytes / GB:.1f} GB at most"
+        )
     return (
         f"{len(compiled.programs)} programs compiled in {compiled.seconds / 60:.1f} minutes; this "
         f"process held {compiled.peak_bytes / GB:.1f} GB at most"

@@ -73,6 +73,9 @@ class Kept:
         # The head keeps its gradient for h beside the final norm's input. A module has a head, and
         # keeps what it takes: hidden states, embedding and, computed again or not, their sum.
         found["head"] += (2 * cut.head + modules) * self._stream
+        if self.cfg.mesh.pipe == 1:  # stages add the head's gradient, float32, up in F
+            gradient = 4 * self.model.d_model * self.model.vocab_size
+            found["head's gradients"] += (cut.head + modules) * gradient
         more = {"none": 5, "report": 1, "full": 1}[self.cfg.train.remat]
         found["MTP's input"] += modules * more * self._stream
         angles = self.rows.tokens * self.model.rope_dim * 4

@@ -169,15 +169,26 @@ class _Ranks:
             yield RankMemory(
                 rank,
                 tuple(map(str, cuts)),
-                self.parameters.weights(cuts),
+                self._weights(cuts),
                 sum(state["masters"] for state in owned),
                 sum(state["moments"] for state in owned),
-                self.parameters.gradients(cuts),
+                self._sums * self.parameters.gradients(cuts),
                 sum(count * sizes[0][chunk] for chunk, count in live.residuals.items()),
                 sum(count * sizes[1][chunk] for chunk, count in live.tapes.items()),
                 live,
                 max(map(self._workspace, cuts), key=lambda terms: sum(terms.values())),
             )
+
+    def _weights(self, cuts: tuple[Cut, ...]) -> int:
+        plain = self.cfg.mesh.pipe == 1
+        return self.parameters.gathered(cuts) if plain else self.parameters.weights(cuts)
+
+    @property
+    def _sums(self) -> int:
+        """Of gradients. A plain step's micro-batch makes its own, which are then added to those of
+        all before it; what stages make is added up linear by linear.
+        """
+        return 2 if self.cfg.mesh.pipe == 1 and self.cfg.train.microbatches > 1 else 1
 
     def _workspace(self, cut: Cut) -> Mapping[str, int]:
         """Of one layer's backward pass, or of the head; an estimate for compilers that keep no

@@ -114,6 +114,12 @@ class Parameters:
         """
         return self._on_rank(cuts, self._weights)
 
+    def gathered(self, cuts: tuple[Cut, ...]) -> int:
+        """What a step without a pipeline computes with beside the masters that lie here: those that
+        it gathers, float32, and linears in the recipe's format. On one device blocks alone.
+        """
+        return self._on_rank(cuts, self._gathered)
+
     def gradients(self, cuts: tuple[Cut, ...]) -> int:
         """Each device's own sums over micro-batches, float32."""
         return self._on_rank(cuts, self._gradients)
@@ -138,6 +144,10 @@ class Parameters:
         return {p.name: self._computed(p) for p in self.all}
 
     @cached_property
+    def _gathered(self) -> Mapping[str, int]:
+        return {p.name: self._copied(p) + self._blocks(p) for p in self.all}
+
+    @cached_property
     def _gradients(self) -> Mapping[str, int]:
         return {p.name: GRADIENT_BYTES * math.prod(self._local(p)) for p in self.all}
 
@@ -158,11 +168,21 @@ class Parameters:
         )
 
     def _computed(self, parameter: Parameter) -> int:
+        numbers = math.prod(self._local(parameter))
+        if not is_linear(parameter.name):
+            return MASTER_BYTES * numbers
+        return self._blocks(parameter) or ITEM_BYTES[self.cfg.train.dtype] * numbers
+
+    def _blocks(self, parameter: Parameter) -> int:
+        """In the recipe's format; 0 of what it has no rule for."""
         shape, name = self._local(parameter), parameter.name
-        if not is_linear(name):
-            return MASTER_BYTES * math.prod(shape)
-        rule = RECIPES[self.cfg.quant.recipe].get(class_of(name))
+        rule = RECIPES[self.cfg.quant.recipe].get(class_of(name)) if is_linear(name) else None
         if rule is None:
-            return ITEM_BYTES[self.cfg.train.dtype] * math.prod(shape)
+            return 0
         rounded = replace(rule.weight, scale="float32")  # scales of a `Blocked` are, in any recipe
         return math.prod(shape[:-2]) * stored(rounded, *shape[-2:])
+
+    def _copied(self, parameter: Parameter) -> int:
+        """A gathered master; 0 if all that the device computes with lies there anyway."""
+        numbers = math.prod(self._local(parameter))
+        return MASTER_BYTES * numbers if numbers > self._stored[parameter.name] else 0

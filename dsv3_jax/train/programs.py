@@ -68,8 +68,12 @@ class StepPrograms:
         return self.programs[rows].result()
 
     def _compiled(self, rows: int) -> Callable:
+        return self.step.lower(*self.arguments(rows)).compile()
+
+    def arguments(self, rows: int) -> tuple[TrainState, Batch, Coefficients]:
+        """Of the step of so many rows, their shapes."""
         shape = rows, self.cfg.data.length
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.row_placement)
         batch = Batch(array, array, array if self.cfg.data.isolate else None)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
-        return self.step.lower(self.shapes, batch, coefficients).compile()
+        return self.shapes, batch, coefficients

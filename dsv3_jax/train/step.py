@@ -4,7 +4,7 @@ shards, and the routers' bias update (report 2.1.2, 3.2, 4.2).
 A step whose loss or gradient is not finite, or whose loss is above a limit, changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import is_stacked, parameter_name
+from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.loss import LossParts, loss
@@ -209,9 +210,60 @@ def gradients(
 
     Of several devices, each has its rows, and of the gradients its shards.
     """
+    ready = prepared(graphdef, state, batch, mtp_weight, cfg, sharding)
+    count = len(ready.micros.labels_BT)
+
+    def value_and_grad(micro):
+        slot_B = jnp.zeros(len(micro.labels_BT), wide(jnp.dtype(cfg.train.dtype)))
+        value, (grads, dslot_B) = jax.value_and_grad(ready.loss, (0, 1), has_aux=True)(
+            ready.params, sharding.differing(slot_B), micro
+        )
+        return sharding.differing((*value, grads)), jnp.isfinite(dslot_B)
+
+    def of_all_devices(sums, row_is_finite):
+        total, parts, grads = sums
+        traffic = step_traffic(parts.traffic, sharding)
+        total, parts = sharding.sum((total, parts._replace(traffic=None)))
+        return total, sharding.reduce(grads), parts, row_is_finite.reshape(-1), traffic
+
+    first = jax.tree.map(lambda x: x[0], ready.micros)
+    if count == 1:
+        return of_all_devices(*value_and_grad(first))
+
+    def accumulate(carry, micro):
+        sums, row_is_finite_B = value_and_grad(micro)
+        return jax.tree.map(jnp.add, carry, sums), row_is_finite_B
+
+    shapes, _ = jax.eval_shape(value_and_grad, first)
+    zeros = sharding.differing(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return of_all_devices(*lax.scan(accumulate, zeros, ready.micros))
+
+
+class Prepared(NamedTuple):
+    """What the micro-batches of a step have in common, on one device."""
+
+    params: nnx.State
+    """Masters as they are computed with"""
+    blocks: Mapping[str, Blocked]
+    """Of weights that the recipe quantises"""
+    micros: Batch
+    """Stacked"""
+    loss: Callable
+    """Of params, slots of a micro-batch's rows [B], micro-batch: (its loss, parts)"""
+
+
+def prepared(
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+    batch: Batch,
+    mtp_weight: jax.Array,
+    cfg: RunConfig,
+    sharding: RunSharding = ONE_DEVICE,
+) -> Prepared:
+    """Once a step: weights gathered and quantised, and the loss that each micro-batch takes."""
     count = len(batch.labels_BT) * sharding.token_shards * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum(sharding.sum((batch.labels_BT >= 0).sum()), 1)
-    parts_of = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
+    micros = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     params = sharding.gather(state.params)
     recipe = recipe_of(cfg.quant)
     blocks = quantize_weights(params, recipe)
@@ -226,30 +278,7 @@ def gradients(
             model, micro, valid_tokens, mtp_weight, cfg.train, row_share, slot_B, sharding.plan
         )
 
-    def value_and_grad(micro):
-        slot_B = jnp.zeros(len(micro.labels_BT), wide(jnp.dtype(cfg.train.dtype)))
-        value, (grads, dslot_B) = jax.value_and_grad(one, (0, 1), has_aux=True)(
-            params, sharding.differing(slot_B), micro
-        )
-        return sharding.differing((*value, grads)), jnp.isfinite(dslot_B)
-
-    def of_all_devices(sums, row_is_finite):
-        total, parts, grads = sums
-        traffic = step_traffic(parts.traffic, sharding)
-        total, parts = sharding.sum((total, parts._replace(traffic=None)))
-        return total, sharding.reduce(grads), parts, row_is_finite.reshape(-1), traffic
-
-    first = jax.tree.map(lambda x: x[0], parts_of)
-    if count == 1:
-        return of_all_devices(*value_and_grad(first))
-
-    def accumulate(carry, micro):
-        sums, row_is_finite_B = value_and_grad(micro)
-        return jax.tree.map(jnp.add, carry, sums), row_is_finite_B
-
-    shapes, _ = jax.eval_shape(value_and_grad, first)
-    zeros = sharding.differing(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    return of_all_devices(*lax.scan(accumulate, zeros, parts_of))
+    return Prepared(params, blocks, micros, one)
 
 
 def step_traffic(traffic: Traffic | None, sharding: RunSharding) -> StepTraffic | None:

@@ -12,8 +12,16 @@ import pytest
 from dsv3_jax.config import MeshConfig, PipelineConfig, QuantConfig, RunConfig
 from dsv3_jax.config.presets import dsv3_671b, tiny_run
 from dsv3_jax.plan.compile import compile_run
+from dsv3_jax.plan.compile_step import traced_sizes
 from dsv3_jax.plan.compiled_tables import compiled_json, compiled_line, compiled_tables
+from dsv3_jax.plan.lowered import device_bytes
+from dsv3_jax.plan.memory import memory_of
+from dsv3_jax.train.programs import StepPrograms
+from dsv3_jax.train.sharding import make_sharding
+from dsv3_jax.train.step import abstract_state
+from tests.shapes import tiny_model
 
+ONE = MeshConfig()
 ROOT = Path(__file__).parents[2]
 V3 = ROOT / "configs" / "dsv3_671b.py"
 
@@ -84,9 +92,80 @@ def test_a_shortened_job_compiles_to_what_is_planned(layers: int):
     assert compiled_line(compiled).startswith(f"{len(names)} programs compiled in ")
 
 
-def test_a_step_that_is_one_program_is_refused():
-    with pytest.raises(ValueError, match=r"allowed: 2 or more\. --mesh.pipe 2 compiles"):
-        compile_run(tiny_run())
+def plain(
+    mesh: MeshConfig = ONE, recipe: str = "bf16", remat: str = "none", parts: int = 1, **model: int
+) -> RunConfig:
+    """A run without a pipeline, of tests' model."""
+    run = tiny_run()
+    return replace(
+        run,
+        model=tiny_model(**model),
+        data=replace(run.data, length=32),
+        quant=QuantConfig(recipe),
+        mesh=mesh,
+        train=replace(
+            run.train, rows=2 * parts * mesh.token_shards, microbatches=parts, remat=remat
+        ),
+    )
+
+
+PLAIN = [
+    plain(MeshConfig(node=2, local=2)),
+    plain(parts=2),
+    plain(recipe="fp8", remat="report", parts=2),
+    plain(recipe="f32", remat="full", num_layers=10),
+    plain(MeshConfig(data=2, local=2), "fp8", parts=2, mtp_depth=2, tied_head=True),
+]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [*PLAIN[:2], *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in PLAIN[2:])],
+    ids=range(len(PLAIN)),
+)
+def test_a_step_without_a_pipeline_holds_what_is_planned(cfg: RunConfig):
+    """Weights and gradients to the byte; what a micro-batch keeps but for flags and indices."""
+    graphdef, shapes = abstract_state(cfg)
+    programs = StepPrograms(cfg, graphdef, shapes, make_sharding(cfg, shapes.params))
+    found, (planned,) = traced_sizes(programs), memory_of(cfg).ranks
+    assert planned.weights == found.weights
+    assert planned.gradients == cfg.train.microbatches * found.gradients  # of 1 or 2
+    assert planned.residuals == pytest.approx(found.residuals, rel=0.08)
+    routers = cfg.model.num_moe_layers + cfg.model.mtp_depth
+    state = device_bytes(programs.shapes) - planned.masters - planned.moments
+    assert 0 <= state <= 4 * (routers * cfg.model.num_experts + 8)
+    assert planned.tapes == 0
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        pytest.param(plain(parts=2, num_layers=2, mtp_depth=0), marks=pytest.mark.slow),
+        pytest.param(PLAIN[0], marks=pytest.mark.exhaustive),
+    ],
+    ids=["one", "ep4"],
+)
+def test_a_step_without_a_pipeline_compiles_to_what_is_planned(cfg: RunConfig):
+    said: list[str] = []
+    compiled = compile_run(cfg, said.append)
+    (rank,), (program,) = compiled.ranks, compiled.programs
+    planned = rank.planned
+    assert rank.state == pytest.approx(planned.masters + planned.moments, rel=0.02)
+    assert rank.live == pytest.approx(planned.live.size, rel=0.1)
+    assert rank.total == pytest.approx(planned.total, rel=0.05)
+    rows = cfg.train.rows // cfg.mesh.token_shards
+    around = program.arguments - rank.state - 2 * 4 * rows * cfg.data.length
+    assert 0 <= around <= 64  # scalars that schedules decide
+    # The compiler's temporary memory has the other three in it, and more.
+    assert program.temporary > rank.weights + rank.gradients + rank.live
+    crossing = {"all-to-all", "all-gather", "reduce-scatter", "all-reduce"}
+    assert set(program.collectives) == (crossing if cfg.mesh.size > 1 else set())
+    assert program.flops > 0
+    assert len(said) == 2
+    told = compiled_json(compiled)
+    assert told["ranks"][0]["total"] == rank.total
+    assert len(list(compiled_tables(compiled, 80e9))) == 3
+    assert "lie in its " in compiled_line(compiled)
 
 
 @pytest.mark.exhaustive

@@ -10,9 +10,9 @@ from dsv3_jax.config import MeshConfig, PipelineConfig, QuantConfig, RunConfig
 from dsv3_jax.config.presets import dsv3_671b, tiny_run
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import NAMES, make, simulate
-from dsv3_jax.plan.compile import device_bytes
 from dsv3_jax.plan.cuts import cuts_of
 from dsv3_jax.plan.kept import Kept, rows_of
+from dsv3_jax.plan.lowered import device_bytes
 from dsv3_jax.plan.memory import changes_of, fullest, memory_of
 from dsv3_jax.plan.parameters import Parameters
 from dsv3_jax.train.pipeline_layout import Layout

@@ -13,8 +13,8 @@ import pytest
 
 from dsv3_jax.model.precision import is_linear
 from dsv3_jax.parallel.mesh import EXPERT_AXES, is_stacked, weight_spec
-from dsv3_jax.plan.compile import device_bytes
 from dsv3_jax.plan.kept import Kept
+from dsv3_jax.plan.lowered import device_bytes
 from dsv3_jax.train.pipeline_programs import PassPrograms
 from tests.train.lowered import count, operations, result_shape, result_size
 from tests.train.pipelines import Case, pipeline_of
