@@ -3,7 +3,6 @@ what serving a model does (3.4), and what a pipeline schedule alone does (Table 
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +54,8 @@ def main(args: Sequence[str]) -> int | None:
             "nothing to plan; allowed: --config FILE for a run, --schedule NAME for a schedule",
             hint=f"{PROG} --help lists all options",
         )
+    if not path:
+        fail("--config is ''; allowed: a Python file with config()")
     with user_errors():
         default = PlanOptions(run=load_config(Path(path)))
         show_plan(parse(PlanOptions, default, prog=PROG, description=DESCRIPTION, args=args))
@@ -84,6 +85,7 @@ def show_plan(options: PlanOptions) -> None:
     if options.serve:
         _show_serving(options, hardware)
         return
+    from dsv3_jax.plan.cells import print_json
     from dsv3_jax.plan.compiled_tables import compiled_json, compiled_line, compiled_tables
     from dsv3_jax.plan.memory import memory_of
     from dsv3_jax.plan.memory_tables import draw_memory, memory_json, memory_lines, memory_table
@@ -108,7 +110,7 @@ def show_plan(options: PlanOptions) -> None:
         told = {"memory": memory_json(memory, capacity)} | plan_json(prediction)
         if compiled:
             told["compiled"] = compiled_json(compiled)
-        print(json.dumps(told, indent=2))
+        print_json(told)
         return
     mesh = options.run.mesh
     sizes = f"pipe {mesh.pipe} × data {mesh.data} × node {mesh.node} × local {mesh.local}"
@@ -131,6 +133,7 @@ def _compiled(options: PlanOptions) -> "CompiledPlan":
 
 
 def _show_search(options: PlanOptions, hardware: Hardware, devices: int) -> None:
+    from dsv3_jax.plan.cells import print_json
     from dsv3_jax.plan.search import Ask, search
     from dsv3_jax.plan.search_tables import search_json, search_lines, search_table
 
@@ -139,7 +142,7 @@ def _show_search(options: PlanOptions, hardware: Hardware, devices: int) -> None
     with _progress() as told:
         answer = search(options.run, ask, told)
     if options.json:
-        print(json.dumps(search_json(answer), indent=2))
+        print_json(search_json(answer))
         return
     tables = [search_table(answer)] if answer.fastest else []
     _print(f"{devices:,} × {hardware.name}", [*tables, *search_lines(answer)], hardware)
@@ -163,6 +166,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _show_serving(options: PlanOptions, hardware: Hardware) -> None:
+    from dsv3_jax.plan.cells import print_json
     from dsv3_jax.plan.hardware import changed
     from dsv3_jax.plan.prediction import price_of
     from dsv3_jax.plan.serving import Serving
@@ -177,7 +181,7 @@ def _show_serving(options: PlanOptions, hardware: Hardware) -> None:
         options.what_if.fused_cast,
     )
     if options.json:
-        print(json.dumps(serving_json(serving), indent=2))
+        print_json(serving_json(serving))
         return
     units = f"units of {options.serving.prefill_devices} and {options.serving.decode_devices}"
     _print(f"serving on {hardware.name}: {units}", serving_tables(serving), hardware)
@@ -200,10 +204,8 @@ def _print(title: str, parts: Sequence["Table | str"], hardware: Hardware) -> No
     from dsv3_jax.plan.layer_time import NOT_COUNTED
     from dsv3_jax.train.console import RunConsole
 
-    console = RunConsole()
-    console.print(title, end="\n\n")
     assumed = (f"assumed: {line}" for line in hardware.assumed)
-    print_parts(console, (*parts, *assumed, f"not counted: {NOT_COUNTED}"))
+    print_parts(RunConsole(), (title, "", *parts, *assumed, f"not counted: {NOT_COUNTED}"))
 
 
 def show(options: Options) -> None:

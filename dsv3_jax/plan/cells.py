@@ -1,9 +1,11 @@
 """How a plan's tables look: columns, and numbers in their cells."""
 
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,10 +27,26 @@ def new_table(title: str | None, *columns: str, words: Collection[str] = WORDS) 
     return table
 
 
+def print_json(told: Any) -> None:
+    """OSError that names stdout, where that cannot be written."""
+    with _naming_stdout():
+        print(json.dumps(told, indent=2), flush=True)
+
+
+@contextlib.contextmanager
+def _naming_stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # its reader left
+        raise
+    except OSError as error:
+        raise OSError(f"stdout: {error.strerror}") from error
+
+
 def print_parts(console: "Console", parts: Sequence["Table | str"]) -> None:
     """Texts, and tables whose figures are whole at any width: headings and words give way, and the
     terminal breaks what is wider still. Where nobody said how wide a file is, it is as wide as the
-    widest table.
+    widest table. OSError that names stdout, where that cannot be written.
     """
     tables = [part for part in parts if not isinstance(part, str)]
     for table in tables:
@@ -40,8 +58,9 @@ def print_parts(console: "Console", parts: Sequence["Table | str"]) -> None:
     for table, width in zip(tables, widths, strict=True):
         if width > console.width:
             table.collapse_padding = True
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str), crop=False)
+    with _naming_stdout():
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str), crop=False)
 
 
 def _keep_figures(table: "Table") -> None:

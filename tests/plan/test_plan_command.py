@@ -138,6 +138,16 @@ def test_a_reader_that_leaves_is_no_mistake():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_full_disk_behind_stdout_is_one_line(more):
+    command = [sys.executable, "-m", "dsv3_jax.plan", *TINY, *more]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=CONFIGS.parent)
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: stdout: No space left on device\n"
+
+
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_alone_is_told_as_much():
     """In another process: the encoding is the interpreter's."""
     command = [sys.executable, "-m", "dsv3_jax.plan", *TINY]
@@ -197,6 +207,7 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
         ([*V3, "--serve", "--serving.batch", "900"], "259.7 GB more than h800 has"),
         ([*V3, "--serve", "--timeline", "a.png"], "--timeline and --serve"),
         ([*V3, "--timeline", "a.jpg"], "--timeline is a.jpg; allowed: a file that ends in"),
+        (["--config", ""], "--config is ''; allowed: a Python file with config()"),
         (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
         ([*TINY, "--serving.speed", "3"], "Unrecognized options: --serving.speed"),
         (["--ranks", "4"], "nothing to plan; allowed: --config FILE for a run, --schedule NAME"),
