@@ -15,7 +15,7 @@ from dsv3_jax.plan.layer_time import (
     weight_gradient_parts,
     weight_gradient_time,
 )
-from dsv3_jax.plan.prediction import Prediction
+from dsv3_jax.plan.prediction import REPORT_MFU, Prediction
 from dsv3_jax.plan.products import Item, items_of
 from dsv3_jax.plan.promotion import (
     BITS,
@@ -25,11 +25,13 @@ from dsv3_jax.plan.promotion import (
     longest_sum,
     most_of,
 )
+from dsv3_jax.plan.terms import terms_of
 from dsv3_jax.plan.traffic import Exchange, exchange_of, message_bytes
 
 COUNTED = "2 FLOPs a multiplication, backward twice forward; recomputation is not counted"
 OURS = "this plan"
 OUTCOME = "what it comes to"
+NOT_HERE = "what is not counted, and rates that are not reached"
 ERRORS = "errors: experiments/accumulation_precision"
 
 
@@ -54,6 +56,7 @@ def derivation(prediction: Prediction) -> list[Line]:
         *_items(prediction),
         *_step(prediction),
         *_outcome(prediction),
+        *_hours(prediction),
         *_links(prediction),
         *_promotion(prediction),
     ]
@@ -249,6 +252,23 @@ def _outcome(p: Prediction) -> Iterator[Line]:
     yield from _priced(p, section, "of the run", p.run_hours)
     days = p.run_hours / p.cfg.mesh.size / 24
     yield Line(section, "days of the run", f"device-hours / {devices} / 24", days, "d")
+
+
+def _hours(p: Prediction) -> Iterator[Line]:
+    """What device-hours go to, largest first, and what the published ones have beyond them."""
+    section, seconds = "where the hours of 1T tokens go", p.step.seconds
+    for name, spent in terms_of(p).items():
+        formula = f"{spent:.4g} s of the step's {seconds:.4g}, mean of ranks"
+        yield Line(
+            section, f"spent on {name}", formula, p.hours_per_trillion * spent / seconds, "h"
+        )
+    if p.reported and p.plain:
+        rest = p.reported.value - p.hours_per_trillion
+        yield Line(section, "published beyond these", "published - predicted", rest, "h", NOT_HERE)
+        source, mfu = REPORT_MFU.source, 100 * REPORT_MFU.value
+        yield Line(section, "MFU, published", "causal, without MTP", mfu, "%", source)
+        mfu = 100 * p.mfu(causal=True, mtp=False)
+        yield Line(section, "MFU, predicted", "causal, without MTP", mfu, "%")
 
 
 def _priced(p: Prediction, section: str, label: str, hours: float) -> Iterator[Line]:

@@ -12,6 +12,7 @@ from dsv3_jax.config.stairs import stairs
 from dsv3_jax.plan.derivation import derivation
 from dsv3_jax.plan.hardware import H100, H800, WhatIf
 from dsv3_jax.plan.prediction import Prediction, predict
+from dsv3_jax.plan.terms import terms_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,26 @@ def test_lines_multiply_to_the_device_hours(lines, report):
         assert lines[f"MFU, {counting}"] == pytest.approx(100 * mfu)
     assert lines["the report's"] == 180e3
     assert lines["fitted factor"] == pytest.approx(180e3 / hours)
+
+
+def test_the_hours_are_their_terms_largest_first(report, lines):
+    terms = terms_of(report)
+    assert list(terms.values()) == sorted(terms.values(), reverse=True)
+    assert min(terms.values()) >= 0
+    assert sum(terms.values()) == pytest.approx(report.step.seconds)
+    assert next(iter(terms)) == "matrix products"
+    hours = sum(lines[f"spent on {name}"] for name in terms)
+    assert hours == pytest.approx(lines["device-hours per 1T tokens"])
+    assert hours + lines["published beyond these"] == pytest.approx(180e3)
+    # 2,048 devices, 250.456 GFLOPs a token: the day's tokens as MFU.
+    assert lines["MFU, published"] == pytest.approx(
+        100 * 272.8e9 / 86400 / 2048 * 250.456e9 / 989.5e12, rel=0.003
+    )
+    assert lines["MFU, predicted"] == lines["MFU, causal"]
+    seconds = sum(time.compute for s in report.stepper.stages for time in (s.forward, s.backward))
+    kinds = {"matrix products", "core attention", "recomputation", "quantisation in device memory"}
+    computed = sum(terms[kind] for kind in kinds) + terms["rows of the embedding"]
+    assert computed == pytest.approx(seconds * 120 / 16)
 
 
 def test_operations_are_the_stages_times_over_all_micro_batches(lines, report):
