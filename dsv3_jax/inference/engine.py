@@ -8,6 +8,7 @@ buckets alone, so nothing is compiled once all of them were met.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import count as ids
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax.inference.expert_service import ExpertService
+from dsv3_jax.inference.handover import Handover, form_of
+from dsv3_jax.inference.mover import Mover
 from dsv3_jax.inference.programs import Programs, placed
 from dsv3_jax.inference.requests import Answer, Request, Text
 from dsv3_jax.inference.sampling import RowSampling
@@ -55,6 +58,7 @@ class Engine:
         self.statistics = Statistics(offered=none[:], accepted=none[:])
         self.scheduler = Scheduler(settings, self.programs.shards, pages, self.statistics)
         self.state = self.programs.empty_state(weights, settings, pages)
+        self.mover = Mover(self.programs, self.scheduler)
         self._row_buckets = buckets(settings.rows)
         self._chunk_buckets = buckets(settings.chunk, min(SHORTEST_CHUNK, settings.chunk))
         widest = min(pages, -(-self.longest // settings.page_slots))
@@ -113,13 +117,19 @@ class Engine:
 
     def turn(self) -> list[Answer]:
         """Goes on for a moment. New tokens of each request that has some."""
+        return self.read_prompts() + self._go_on()
+
+    def read_prompts(self) -> list[Answer]:
+        """A turn in which nobody goes on, all that an engine for prompts does: the first tokens of
+        requests that are read. Until they are handed over or cancelled they keep rows and pages.
+        """
         if self.service.due:
             self.service.place(self.take_loads())
         self.weights = self.service.move(self.weights)
         self.scheduler.admit()
+        self.state = self.mover.take_in(self.weights, self.state)
         readers = self.scheduler.readers()
-        answers = self._read(readers) if any(readers) else []
-        return answers + self._go_on()
+        return self._read(readers) if any(readers) else []
 
     def warm_up(self, told: Callable[[int, int], None] = lambda done, all_: None) -> None:
         """Compiles a program for every size that can occur, with rows in which nobody is. `told` is
@@ -142,6 +152,7 @@ class Engine:
         for done, (rows, width) in enumerate(goes, start=len(reads)):
             told(done, len(reads) + len(goes))
             self._run_go_on([None] * (shards * rows), width, 0)
+        self.state = self.mover.warm_up(self.weights, self.state)
         told(len(reads) + len(goes), len(reads) + len(goes))
 
     def take_loads(self) -> np.ndarray:
@@ -151,6 +162,39 @@ class Engine:
         load_XE = np.asarray(self.state.load_LE, np.int64)
         self.state = self.state._replace(load_LE=self.programs.no_loads(self.state))
         return load_XE.reshape(self.programs.shards, -1, load_XE.shape[1]).sum(0)
+
+    # --- hand-over -------------------------------------------------------------------------------
+
+    @cached_property
+    def form(self) -> dict[str, Any]:
+        """What another engine must have too, to hand texts over or take them."""
+        return form_of(self.weights, self.settings)
+
+    def hand_over(self, request_id: int) -> Handover:
+        """A text that is read, for another engine to go on with; it leaves this one (report 3.4).
+
+        ValueError, one line, for a request that is not here or not read, and nothing has changed.
+        """
+        text = self._texts.get(request_id)
+        if text is None or not text.answered or text.unread:
+            state = "is not here" if text is None else f"has {text.unread} tokens to be read"
+            raise ValueError(f"request {request_id} {state}; allowed: one with a first token")
+        self.state, handover = self.mover.take_out(self.weights, self.state, text, self.form)
+        del self._texts[request_id]
+        self._leave(text)
+        return handover
+
+    def take_over(self, handover: Handover) -> int:
+        """The id here of a request that another engine has read. It waits its turn as any other;
+        answers go on behind the hand-over's tokens.
+
+        ValueError, one line, for one of another model, other drafts or another cache.
+        """
+        handover.check(self.form, self.state.pools)
+        text = self._texts[self.submit(handover.request)]
+        text.tokens, text.logprobs = list(handover.tokens), list(handover.logprobs)
+        text.handover = handover
+        return text.id
 
     # --- prompts ---------------------------------------------------------------------------------
 
@@ -315,6 +359,7 @@ class Engine:
             answer.top.append(list(zip(tokens_n.tolist(), logprobs_n.tolist(), strict=True)))
 
     def _told(self, text: Text, answer: Answer) -> Answer:
+        text.logprobs += answer.logprobs
         text.read = len(text.tokens) - 1
         self.statistics.written += len(answer.tokens)
         if answer.ended:

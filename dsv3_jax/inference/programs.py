@@ -17,6 +17,7 @@ from jax.tree_util import GetAttrKey
 
 from dsv3_jax.inference.cache import empty_pool
 from dsv3_jax.inference.forward import Experts
+from dsv3_jax.inference.moved_pages import Contents, Places, read_pages, write_pages
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.step import Chunk, Lease, State, empty_rows, go_on, read_chunks
@@ -29,7 +30,7 @@ _OF_A_VARIABLE = ("value", "values", "scales")  # its one array, or the two of a
 
 
 class Programs:
-    """`read` and `go_on`; `compiled` counts what was compiled."""
+    """`read` and `go_on`, `read_pages` and `write_pages`; `compiled` counts what was compiled."""
 
     def __init__(self, experts: Experts, mesh: Mesh | None, top: int) -> None:
         self.experts, self.mesh, self.top = experts, mesh, top
@@ -88,6 +89,18 @@ class Programs:
         specs = (_SHARDED, _SHARDED, PartitionSpec()), (_SHARDED, _STEPS)
         return self._run("go_on", body, *specs, weights, state, lease, active_B, np.int32(count))
 
+    def read_pages(self, weights: Weights, state: State, places: Places) -> tuple[State, Contents]:
+        """`moved_pages.read_pages`, of places in NumPy; the state is used up."""
+        specs = (_SHARDED,), (_SHARDED, _SHARDED)
+        return self._run("read pages", _without_weights(read_pages), *specs, weights, state, places)
+
+    def write_pages(
+        self, weights: Weights, state: State, places: Places, contents: Contents
+    ) -> State:
+        """`moved_pages.write_pages`, of places and contents in NumPy; the state is used up."""
+        specs, body = ((_SHARDED, _SHARDED), _SHARDED), _without_weights(write_pages)
+        return self._run("write pages", body, *specs, weights, state, places, contents)
+
     def _run(
         self,
         name: Any,
@@ -126,6 +139,11 @@ class Programs:
                 out_specs=out_specs,
             )
         return jax.jit(body, donate_argnums=1).lower(weights, state, *args).compile()
+
+
+def _without_weights(body: Callable) -> Callable:
+    """For programs that look at none."""
+    return lambda weights, *args: body(*args)
 
 
 def placed(weights: Weights, mesh: Mesh | None) -> Weights:

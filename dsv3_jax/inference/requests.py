@@ -3,9 +3,12 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsv3_jax.inference.sampling import check_sampling
+
+if TYPE_CHECKING:
+    from dsv3_jax.inference.handover import Handover
 
 Ended = Literal["stop", "length", "cancelled"]
 
@@ -84,6 +87,10 @@ class Text:
     """Tokens whose latents are in its pages"""
     began: bool = False
     """Whether a chunk was read since it has its row"""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the answer's tokens"""
+    handover: "Handover | None" = None
+    """What another engine has read of it, until it has a row here"""
 
     @property
     def answered(self) -> int:

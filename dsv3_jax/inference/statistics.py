@@ -8,7 +8,7 @@ class Statistics:
     """Counts and seconds since the engine began."""
 
     requests: int = 0
-    """That have ended, cancelled ones included"""
+    """That have ended, those cancelled or handed over included"""
     read: int = 0
     """Tokens of prompts read, those read again for texts that gave up their pages included"""
     borrowed: int = 0

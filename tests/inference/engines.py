@@ -5,17 +5,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.model.transformer import DeepSeekV3
-from tests.shapes import TINY, compiled
+from tests.shapes import TINY, compiled, random_model
 
 # One MoE layer and two MTP modules: to compile an engine's programs takes a second for each layer.
 MODEL = replace(TINY, num_layers=1, num_dense_layers=0, mtp_depth=2)
 LARGER = replace(TINY, mtp_depth=2)
+# Small layers: what comes next depends on the newest token most of all, which modules can learn.
+DRAFTING = replace(MODEL, init_std=0.05)
 # Of the two likeliest logits: nearer ones may change places between two float32 programs.
 CLEAR = 1e-4
 
@@ -45,6 +48,24 @@ def random_requests(
         end = frozenset([int(rng.integers(cfg.vocab_size))])
         requests.append(Request(prompt, int(rng.integers(1, most_new)), end_ids=end))
     return requests
+
+
+def prompts_of(cfg: ModelConfig, lengths: Sequence[int], most_new: int) -> list[Request]:
+    """Greedy requests with random prompts of these lengths."""
+    rng = np.random.default_rng(list(lengths))
+    return [Request(rng.integers(0, cfg.vocab_size, n).tolist(), most_new) for n in lengths]
+
+
+def drafting_model() -> DeepSeekV3:
+    """Its MTP modules see the token before them better than all else: of two drafts 0, 1 or 2 are
+    the model's own.
+    """
+    model = random_model(DRAFTING)
+    for module in model.mtp:
+        w_DD_D = 0.5 * module.w_proj_DD_D[...]
+        w_DD_D = w_DD_D.at[: DRAFTING.d_model].add(jnp.eye(DRAFTING.d_model))
+        module.w_proj_DD_D = module.w_proj_DD_D.replace(w_DD_D)
+    return model
 
 
 def play(
