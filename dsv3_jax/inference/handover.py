@@ -8,6 +8,7 @@ mesh are in it. How the bytes travel is left to whoever has two engines: a pipe,
 
 import json
 import math
+import operator
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -93,9 +94,9 @@ class Handover:
 
     def to_bytes(self) -> bytes:
         """A line that says what it is, two lengths, a header in JSON, and the arrays' bytes."""
-        request = asdict(self.request)
-        request |= {"prompt": [int(i) for i in self.request.prompt]}
-        request |= {"end_ids": sorted(self.request.end_ids)}
+        fields = asdict(self.request)
+        request = asdict(_request(fields))
+        request |= {"end_ids": sorted(request["end_ids"])}
         arrays = [np.ascontiguousarray(x) for x in (*self.latents, self.hidden_WD)]
         header = {
             "request": request,
@@ -156,6 +157,5 @@ def _arrays(described: Sequence[Sequence[Any]], data: memoryview) -> list[np.nda
 
 
 def _ints(numbers: Sequence[Any]) -> list[int]:
-    if any(type(number) is not int for number in numbers):
-        raise TypeError("not whole numbers")
-    return list(numbers)
+    """NumPy's become Python's; TypeError for what is no whole number."""
+    return [int(operator.index(number)) for number in numbers]

@@ -22,7 +22,8 @@ def made_up(slots: int = 3) -> Handover:
         np.frombuffer(rng.bytes(slots * width * np.dtype(kind).itemsize), kind).reshape(slots, -1)
         for kind, width in ARRAYS
     ]
-    request = Request(np.arange(slots), 9, 0.7, 0.9, seed=2**32 - 1, end_ids=frozenset([3, 1]))
+    prompt, seed, end_ids = np.arange(slots), np.uint32(2**32 - 1), frozenset(np.array([3, 1]))
+    request = Request(prompt, 9, np.float32(0.7), 0.9, seed, end_ids)
     tokens = [*range(slots), 63]
     form = {"model.yarn": {"factor": 1e-7}, "model.q_latent": None, "engine.drafts": 2}
     return Handover(request, tokens, [-1 / 3], form, tuple(arrays), arrays[0][:0])
