@@ -1,8 +1,10 @@
 """Files that are never seen half-written, and that survive a power loss; where the cache lies."""
 
+import contextlib
 import ctypes
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
@@ -34,6 +36,40 @@ def replace_file(path: str | Path, data: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_lines(path: str | Path) -> Iterator[Callable[[str], None]]:
+    """Yields what writes a line, its end included, to a new file: whole lines are all that it ever
+    holds, whenever the block ends. If that is before the first one, the file goes.
+
+    ValueError for a file that holds something already; a device or a pipe is written to. OSError,
+    which names the file, where that is not possible.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size:
+        raise ValueError(f"{path} holds something already; allowed: a new or an empty file")
+    with path.open("wb", buffering=0) as file:
+        size, is_file = 0, path.is_file()
+
+        def write(line: str) -> None:
+            nonlocal size
+            left = memoryview(line.encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                size += len(line.encode())
+            except OSError as error:
+                error.filename = str(path)
+                raise
+
+        try:
+            yield write
+        finally:
+            if is_file:
+                file.truncate(size)  # what a full disk, or ^C, has left of a line
+                if not size:
+                    path.unlink(missing_ok=True)
 
 
 def exchange(one: Path, other: Path) -> bool:

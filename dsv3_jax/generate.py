@@ -1,10 +1,12 @@
-"""`python -m dsv3_jax.generate`: a model of ours, or a Hugging Face folder's, continues a text."""
+"""`python -m dsv3_jax.generate`: a model of ours, or a Hugging Face folder's, continues texts."""
 
 import io
 import os
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,21 +14,36 @@ import tyro
 
 from dsv3_jax import process
 from dsv3_jax.cli import clean_on_signals, parse, run, to_stderr, user_errors
+from dsv3_jax.files import whole_lines
+from dsv3_jax.inference.options import EngineOptions, own_names
 from dsv3_jax.train.console import printable
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from dsv3_jax.checkpoint.model_folder import OpenedModel
-    from dsv3_jax.inference.generate import Clock
-    from dsv3_jax.inference.sampling import Sampling
+    from dsv3_jax.inference.answers import Ask
+    from dsv3_jax.inference.engine import Engine
+    from dsv3_jax.inference.prompt_file import Wishes
+    from dsv3_jax.inference.requests import Request
+    from dsv3_jax.inference.tally import Tally
     from dsv3_jax.inference.text import TextStream
     from dsv3_jax.inference.weights import Weights
 
 PROG = "python -m dsv3_jax.generate"
-DESCRIPTION = """Continue a text.
+DESCRIPTION = """Continue a text, or many.
 
 What the model writes, without the prompt, goes to stdout as it comes, everything else to stderr.
 The same options and seed give the same text. Ctrl-C or SIGTERM leaves.
+
+--prompts FILE continues many at the same time. A file named .jsonl has an object a line: "prompt",
+and as far as wished "max_tokens", "temperature", "top_p", "seed", "stop" (a string or a list) and
+an "id" of any kind; of any other file each line is a prompt. Each answer is a line of JSON, in the
+order of the file: "index" (from 0), the "id", "text", "prompt_tokens", "tokens", and "ended" by
+"end" (of the text), "stop", "max_tokens" or "max_length"; or an "error", and the others go on. The
+options from --rows on, for one prompt too, are those of the engine that does it.
 """
+_ONE_OF = "one of --prompt, --prompt-file and --prompts is needed, and no two"
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,12 @@ class Options:
     """The text to continue, after a begin-of-sentence token; '-' reads stdin, '' is none"""
     prompt_file: Path | None = None
     """A UTF-8 file to continue"""
+    prompts: Path | None = None
+    """A UTF-8 file of many: JSON Lines if it is named .jsonl, else one a line"""
+    out: Path | None = None
+    """A new file for the answers to --prompts; default: stdout"""
+    logprobs: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With answers to --prompts "logprobs", of each token at temperature 1, and their sum"""
     max_tokens: int = 200
     """Most tokens to write; model.max_length may end the text earlier"""
     temperature: float = 0.0
@@ -46,7 +69,7 @@ class Options:
     top_p: float = 1.0
     """Draw from the likeliest tokens of this total probability alone; 1: from all"""
     seed: int = 0
-    """Of what is drawn"""
+    """Of what is drawn; of --prompts each has one more than the one before"""
     stop: tuple[str, ...] = ()
     """Strings before which the text ends"""
     step: int | None = None
@@ -55,6 +78,7 @@ class Options:
     """Take the run's moving average of the weights"""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of the weights; default: bfloat16 for a run, as stored for a Hugging Face folder"""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
 
 def main(args: Sequence[str]) -> int | None:
@@ -64,41 +88,66 @@ def main(args: Sequence[str]) -> int | None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have every character
         sys.stdout.reconfigure(errors="replace")
     with clean_on_signals():
-        _generate(options)
+        if options.prompts is None:
+            _continue_one(options)
+        else:
+            _continue_many(options, options.prompts)
 
 
-def _generate(options: Options) -> None:
+def _wishes(options: Options) -> "Wishes":
+    """How every text goes on. ValueError for what cannot be.
+
+    JAX comes in here, not before --help.
+    """
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens is {options.max_tokens}; allowed: 1 or more")
+    options.engine.check()
+    process.emulate(options.engine.devices)
+    from dsv3_jax.inference.prompt_file import Wishes
+
+    wishes = Wishes(
+        options.max_tokens, options.temperature, options.top_p, options.seed, options.stop
+    )
+    wishes.check()
+    return wishes
+
+
+# --- one -----------------------------------------------------------------------------------------
+
+
+def _continue_one(options: Options) -> None:
     with user_errors():
-        if options.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {options.max_tokens}; allowed: 1 or more")
-        prompt = _prompt(options)
-        # JAX comes in here, not before --help.
-        from dsv3_jax.inference.generate import Clock
-        from dsv3_jax.inference.sampling import sampling
+        prompt, wishes = _prompt(options), _wishes(options)
         from dsv3_jax.inference.text import TextStream
 
-        how = sampling(options.seed, options.temperature, options.top_p)
-        TextStream((), options.stop)
-        weights, opened = _load(options)
-        cfg, tokenizer = opened.cfg, opened.tokenizer
-        ids = [cfg.bos_id, *tokenizer.encode(prompt).tolist()]
-        if len(ids) >= cfg.max_length:
+        mesh = _mesh(options.engine)
+        weights, opened = _load(options, mesh)
+        longest, request = opened.cfg.max_length, _request(prompt, wishes, opened)
+        length = len(request.prompt)
+        if length >= longest:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens, begin of sentence included; "
-                f"allowed: below model.max_length = {cfg.max_length}"
+                f"the prompt has {length} tokens, begin of sentence included; "
+                f"allowed: below model.max_length = {longest}"
             )
+        tokens, tally = _tokens(options.engine, weights, mesh, request)
     if sys.stderr.isatty():
         to_stderr("compiling takes some seconds, longer the first time")
-    text, clock = TextStream(tokenizer.token_bytes, options.stop), Clock()
+    text = TextStream(opened.tokenizer.token_bytes, wishes.stop)
     with user_errors((OSError,)):  # stdout's disk may be full
-        written, ended = _write(weights, ids, options.max_tokens, how, text, clock, opened.end_ids)
-    print(_summary(len(ids), written, clock, ended), file=sys.stderr)
+        written, ended = _write(tokens, text, opened.end_ids)
+    if ended is None:
+        ended = "--max-tokens" if written == wishes.max_tokens else "model.max_length"
+    speed = length / tally.prefill
+    said = f"prompt {length:,} tokens, {speed:,.0f} tokens/s; written {written:,}{_speed(tally)}"
+    print(f"{said}; ended by {ended}", file=sys.stderr)
 
 
 def _prompt(options: Options) -> str:
     """ValueError or OSError if there is not exactly one text, in UTF-8."""
     if (options.prompt is None) == (options.prompt_file is None):
-        raise ValueError("one of --prompt and --prompt-file is needed, and not both")
+        raise ValueError(_ONE_OF)
+    if options.out is not None or options.logprobs:
+        raise ValueError("--out and --logprobs go with the answers to --prompts")
     if options.prompt_file is not None:
         name, content = str(options.prompt_file), options.prompt_file.read_bytes()
     elif options.prompt == "-":
@@ -115,45 +164,42 @@ def _prompt(options: Options) -> str:
         ) from None
 
 
-def _load(options: Options) -> tuple["Weights", "OpenedModel"]:
-    """The model's weights laid out, and what was opened without its model."""
-    from dsv3_jax.checkpoint.model_folder import open_model
-    from dsv3_jax.inference.weights import lay_out
-
-    opened = open_model(
-        options.checkpoint, dtype=options.dtype, step=options.step, average=options.ema
-    )
-    step = "" if opened.step is None else f", step {opened.step:,}"
-    to_stderr(f"{options.checkpoint}{step}")
-    return lay_out(opened.model, consume=True), opened._replace(model=None)
-
-
-def _write(
-    weights: "Weights",
-    ids: list[int],
-    max_tokens: int,
-    how: "Sampling",
-    text: "TextStream",
-    clock: "Clock",
-    end_ids: Collection[int],
-) -> tuple[int, str]:
-    """Writes the text to stdout as it comes, up to one of `end_ids`. Returns the number of
-    its tokens, and what ended it.
+def _tokens(
+    options: EngineOptions, weights: "Weights", mesh: "Mesh | None", request: "Request"
+) -> tuple[Iterator[int], "Tally"]:
+    """The tokens that follow, and what tells how long they took. One text alone comes faster
+    without an engine, and does unless an option speaks of one.
     """
     import numpy as np
 
-    from dsv3_jax.inference.generate import continued
+    from dsv3_jax.inference import generate
+    from dsv3_jax.inference.answers import tokens_of
+    from dsv3_jax.inference.sampling import sampling
+    from dsv3_jax.inference.tally import Tally
 
-    cfg, ended = weights.rest.cfg, "--max-tokens"
-    written, room = 0, cfg.max_length - len(ids)
-    if room < max_tokens:
-        max_tokens, ended = room, "model.max_length"
-    for token_B in continued(weights, np.array([ids]), max_tokens, how, clock):
-        if int(token_B[0]) in end_ids:
+    if options != EngineOptions():
+        engine, tally = _engine(options, weights, mesh, [request])
+        return tokens_of(engine, request), tally
+    tally, prompt_BT = Tally(), np.array([request.prompt])
+    how = sampling(request.seed, request.temperature, request.top_p)
+    count = min(request.max_tokens, weights.rest.cfg.max_length - len(request.prompt))
+    steps = generate.continued(weights, prompt_BT, count, how, tally)
+    return (int(token_B[0]) for token_B in steps), tally
+
+
+def _write(
+    tokens: Iterator[int], text: "TextStream", end_ids: Collection[int]
+) -> tuple[int, str | None]:
+    """Writes the text to stdout as it comes, up to one of `end_ids`. Returns the number of its
+    tokens, and what ended it before its length did.
+    """
+    written, ended = 0, None
+    for token in tokens:
+        if token in end_ids:
             ended = "the end of the text"
             break
         written += 1
-        print(_shown(text.add(int(token_B[0]))), end="", flush=True)
+        print(_shown(text.add(token)), end="", flush=True)
         if text.stopped:
             break
     print(_shown(text.finish()), flush=True)
@@ -165,12 +211,134 @@ def _shown(text: str) -> str:
     return printable(text, sys.stdout.encoding) if sys.stdout.isatty() else text
 
 
-def _summary(prompt: int, written: int, clock: "Clock", ended: str) -> str:
-    """One line: tokens and tokens/s of prefill and decoding, seconds of compilation, the end."""
-    line = f"prompt {prompt:,} tokens, {prompt / clock.prefill:,.0f} tokens/s; written {written:,}"
-    if clock.decoded:
-        line += f", {clock.decoded / clock.decoding:,.0f} tokens/s"
-    return f"{line}; compiled in {clock.compiling:,.1f} s; ended by {ended}"
+# --- many ----------------------------------------------------------------------------------------
+
+
+def _continue_many(options: Options, file: Path) -> None:
+    with ExitStack() as until_the_end:
+        with user_errors():
+            if options.prompt is not None or options.prompt_file is not None:
+                raise ValueError(_ONE_OF)
+            wishes = _wishes(options)
+            from dsv3_jax.inference.prompt_file import read_prompts
+
+            prompts, write = read_prompts(file, wishes), _print
+            if options.out is not None:
+                write = until_the_end.enter_context(whole_lines(options.out))
+            mesh = _mesh(options.engine)
+            weights, opened = _load(options, mesh)
+            requests = [_request(prompt.text, prompt.wishes, opened) for prompt in prompts]
+            engine, tally = _engine(options.engine, weights, mesh, requests)
+            asks = list(zip(prompts, requests, strict=True))
+        with user_errors((OSError,)):  # a disk may be full
+            counts = _answer(options, asks, engine, tally, opened.tokenizer.token_bytes, write)
+    said = f"{len(prompts):,} prompts"
+    if failed := counts["failed"]:
+        said += f", {failed:,} of them failed"
+    if tally.read:
+        said += f"; read {tally.read:,} tokens, {tally.read / tally.prefill:,.0f} tokens/s"
+    print(f"{said}; written {counts['written']:,}{_speed(tally)}", file=sys.stderr)
+
+
+def _answer(
+    options: Options,
+    asks: "Sequence[Ask]",
+    engine: "Engine",
+    tally: "Tally",
+    token_bytes: Sequence[bytes],
+    write: Callable[[str], None],
+) -> Counter[str]:
+    """Writes a line for each, in their order. Returns how many tokens were written, and how many
+    prompts failed.
+    """
+    from dsv3_jax.inference.answers import line_of, texts_of
+    from dsv3_jax.inference.progress import progress
+
+    # Lines on the same terminal are progress enough.
+    shown = sys.stderr.isatty() and not (write is _print and sys.stdout.isatty())
+    counts = Counter()
+    with progress(len(asks), lambda: _speed(tally).strip(",; "), shown=shown) as told:
+        texts = texts_of(engine, asks, token_bytes, told)
+        for number, (ask, text) in enumerate(zip(asks, texts, strict=True)):
+            if isinstance(text, ValueError):
+                counts["failed"] += 1
+            else:
+                counts["written"] += len(text.logprobs)
+            write(line_of(number, ask, text, options.logprobs))
+    return counts
+
+
+def _print(line: str) -> None:
+    print(line, end="", flush=True)
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def _mesh(options: EngineOptions) -> "Mesh | None":
+    """None for one device. ValueError if there are too few."""
+    process.check_devices()
+    from dsv3_jax.parallel.mesh import make_mesh
+
+    cfg = options.mesh_config()
+    idle = (options.devices or 0) - cfg.size
+    if idle > 0:
+        to_stderr(f"warning: {idle} of {options.devices} devices are idle: see --mesh")
+    return make_mesh(cfg) if cfg.size > 1 else None
+
+
+def _load(options: Options, mesh: "Mesh | None") -> tuple["Weights", "OpenedModel"]:
+    """The model's weights laid out, and what was opened without its model."""
+    from dsv3_jax.checkpoint.model_folder import open_model
+    from dsv3_jax.inference.weights import lay_out
+
+    drafts = options.engine.drafts
+    opened = open_model(
+        options.checkpoint,
+        dtype=options.dtype,
+        step=options.step,
+        average=options.ema,
+        drafts=drafts,
+        mesh=mesh,
+    )
+    options.engine.mesh_config().check_model(opened.cfg)
+    step = "" if opened.step is None else f", step {opened.step:,}"
+    to_stderr(f"{options.checkpoint}{step}")
+    weights = lay_out(opened.model, consume=True, drafts=drafts)
+    return weights, opened._replace(model=None)
+
+
+def _request(prompt: str, wishes: "Wishes", opened: "OpenedModel") -> "Request":
+    from dsv3_jax.inference.requests import Request
+
+    return Request(
+        [opened.cfg.bos_id, *opened.tokenizer.encode(prompt).tolist()],
+        wishes.max_tokens,
+        wishes.temperature,
+        wishes.top_p,
+        wishes.seed,
+        opened.end_ids,
+    )
+
+
+def _engine(
+    options: EngineOptions, weights: "Weights", mesh: "Mesh | None", requests: "Sequence[Request]"
+) -> tuple["Engine", "Tally"]:
+    """An engine of the sizes that these requests need."""
+    from dsv3_jax.inference.tally import counted_engine
+
+    longest = weights.rest.cfg.max_length
+    lengths = [min(len(one.prompt) + one.max_tokens, longest) for one in requests]
+    with own_names():
+        return counted_engine(weights, options.settings(lengths), mesh)
+
+
+def _speed(tally: "Tally") -> str:
+    """Tokens/s of decoding, drafts that were accepted, seconds of compilation."""
+    line = f", {tally.decoded / tally.decoding:,.0f} tokens/s" if tally.decoded else ""
+    if tally.accepted is not None:
+        line += f", {tally.accepted:.2f} of {tally.drafts} drafts a step accepted"
+    return f"{line}; compiled in {tally.compiling:,.1f} s"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all."""
+"""A file is replaced whole or not at all; one of lines holds whole ones."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.files import replace_file
+from dsv3_jax.files import replace_file, whole_lines
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
@@ -36,3 +36,46 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(
         replace_file(tmp_path / "file", b"new")
     assert str(error.value) == f"[Errno 28] No space left on device: '{tmp_path / 'file'}'"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_lines_holds_whole_ones_whatever_ends_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def interrupted() -> None:
+        with whole_lines(path) as write:
+            write("one €\n")
+            assert path.read_text() == "one €\n"
+            write("two\n")
+            with path.open("ab") as file:
+                file.write(b"thr")  # as a disk that fills up leaves it
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "one €\ntwo\n"
+
+
+def test_a_file_without_a_line_goes_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), whole_lines(tmp_path / "file"):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_replace_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with whole_lines(path) as write:
+        write("one\n")
+    with pytest.raises(ValueError, match="holds something already; allowed: a new or an empty"):
+        whole_lines(path).__enter__()
+    assert path.read_text() == "one\n"
+    with pytest.raises(OSError, match="No such file or directory: "):
+        whole_lines(tmp_path / "gone" / "file").__enter__()
+
+
+def test_a_full_disk_of_lines_is_told_with_the_name_of_the_file() -> None:
+    with (
+        whole_lines("/dev/full") as write,
+        pytest.raises(OSError, match=r"No space left on device: '/dev/full'"),
+    ):
+        write("one\n")

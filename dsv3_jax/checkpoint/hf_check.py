@@ -53,9 +53,14 @@ def differences(
     return Differences(missing, leftover(filled, known | scales))
 
 
+def lacks_mtp(folder: HFFolder, cfg: ModelConfig) -> bool:
+    """Whether the configuration has MTP modules, and the folder not one tensor of them."""
+    return bool(cfg.mtp_depth) and not any(is_mtp(n, cfg.num_layers) for n in folder.tensors)
+
+
 def lack_of_mtp(folder: HFFolder, cfg: ModelConfig) -> str:
     """What to do where not one tensor of the MTP modules is there; empty where some are."""
-    if not cfg.mtp_depth or any(is_mtp(name, cfg.num_layers) for name in folder.tensors):
+    if not lacks_mtp(folder, cfg):
         return ""
     return (
         f"config.json has num_nextn_predict_layers {cfg.mtp_depth}, but there is no tensor "

@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dsv3_jax.checkpoint.folder_tokenizer import check_ids, open_tokenizer
 from dsv3_jax.checkpoint.hf import load_pretrained
+from dsv3_jax.checkpoint.hf_check import lacks_mtp
+from dsv3_jax.checkpoint.hf_folder import open_folder
 from dsv3_jax.checkpoint.run_model import read_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import shown
@@ -49,16 +52,25 @@ class Place(NamedTuple):
 
 
 def open_model(
-    path: str | Path, *, dtype: Any = None, step: int | None = None, average: bool = False
+    path: str | Path,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+    average: bool = False,
+    drafts: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> OpenedModel:
     """The model of a run's folder, of its `checkpoints` or of one `step_...` in it, or of a Hugging
-    Face folder (without its MTP modules).
+    Face folder.
 
     Args:
         dtype: of the weights; None is bfloat16 for a run's float32 masters, and what is stored for
             a Hugging Face folder. FP8 stays FP8 in a run's folder, and is expanded in the other.
         step: of a run; None takes the newest that is undamaged.
         average: take the run's moving average of the weights.
+        drafts: MTP modules that are needed; if none are, those of a Hugging Face folder are not
+            read.
+        mesh: as of `load_pretrained`, for a Hugging Face folder; a run's model comes on one device.
 
     ValueError or OSError, one line, for what is missing, damaged, or not to be had together.
     """
@@ -67,9 +79,11 @@ def open_model(
     if place.is_hf:
         if step is not None or average:
             raise ValueError(f"{place.folder}: a Hugging Face folder has no steps and no average")
-        opened = OpenedModel(*_pretrained(place.folder, dtype, tokenizer), None)
+        _check_drafts(place.folder, drafts, _held_mtp(place.folder) if drafts else 0)
+        opened = OpenedModel(*_pretrained(place.folder, dtype, tokenizer, drafts, mesh), None)
     else:
         opened = _of_run(place, tokenizer, dtype, step, average)
+        _check_drafts(place.folder, drafts, opened.cfg.mtp_depth)
     check_ids(tokenizer, opened.cfg.vocab_size)
     return opened._replace(end_ids=_end_ids(place.folder, opened))
 
@@ -114,8 +128,25 @@ def _is_hf(config: Path) -> bool:
         raise ValueError(f"{config} is not JSON: {error}") from None
 
 
-def _pretrained(folder: Path, dtype: Any, tokenizer: Tokenizer) -> tuple:
-    model = load_pretrained(folder, dtype, skip_mtp=True, progress=sys.stderr.isatty())
+def _held_mtp(folder: Path) -> int:
+    """MTP modules of a Hugging Face folder; none where config.json alone speaks of them."""
+    found = open_folder(folder)
+    cfg = found.model_config()
+    return 0 if lacks_mtp(found, cfg) else cfg.mtp_depth
+
+
+def _check_drafts(folder: Path, drafts: int, modules: int) -> None:
+    if drafts > modules:
+        raise ValueError(
+            f"{drafts} drafts a step; allowed: 0 to {modules}, the MTP modules in {folder}"
+        )
+
+
+def _pretrained(
+    folder: Path, dtype: Any, tokenizer: Tokenizer, drafts: int, mesh: jax.sharding.Mesh | None
+) -> tuple:
+    shown = sys.stderr.isatty()
+    model = load_pretrained(folder, dtype, mesh, skip_mtp=not drafts, progress=shown)
     stated = read_json(folder / "config.json")
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     ids = {name: i for name, i in ids.items() if stated.get(f"{name[:3]}_token_id") is None}

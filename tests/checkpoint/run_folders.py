@@ -20,11 +20,12 @@ CFG = RunConfig(
 )
 
 
-def write_run(path: Path, *steps: int, average: bool = False) -> Path:
+def write_run(path: Path, *steps: int, average: bool = False, mtp_depth: int = 0) -> Path:
     """A run with checkpoints of these steps; a step's weights are those of `random_model` with
     the step as its seed, their average is twice that.
     """
-    cfg = replace(CFG, optimizer=OptimizerConfig(ema_decay=0.5 if average else 0))
+    model = replace(CFG.model, mtp_depth=mtp_depth)
+    cfg = replace(CFG, model=model, optimizer=OptimizerConfig(ema_decay=0.5 if average else 0))
     path.mkdir()
     (path / "config.json").write_text(cfg.to_json())
     train_tokenizer(["some text"], 262).save(path / "tokenizer.json")

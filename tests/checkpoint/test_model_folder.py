@@ -93,6 +93,18 @@ def test_a_hugging_face_folder_is_opened_as_stored_and_without_mtp(hf: Path):
             open_model(hf, **how)
 
 
+def test_mtp_modules_are_read_where_drafts_are_asked_for(hf: Path, run: Path, tmp_path: Path):
+    opened = open_model(hf, drafts=1)
+    assert (opened.cfg.mtp_depth, len(opened.model.mtp)) == (1, 1)
+    without = {n: x for n, x in random_tensors(HF, fp8=False).items() if "layers.1." not in n}
+    promised = write_folder(tmp_path / "promised", HF, without)
+    shutil.copy(hf / "tokenizer.json", promised)
+    for folder, drafts, modules in ((hf, 2, 1), (promised, 1, 0), (run, 1, 0)):
+        said = f"{drafts} drafts a step; allowed: 0 to {modules}, the MTP modules in {folder}"
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            open_model(folder, drafts=drafts)
+
+
 @pytest.mark.parametrize(
     ("content", "more"),
     [("{}", set()), ('{"eos_token_id": null}', set()), ('{"eos_token_id": [9, 17]}', {9, 17})],
