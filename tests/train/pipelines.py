@@ -32,8 +32,9 @@ from dsv3_jax.train.loss import loss
 from dsv3_jax.train.pipeline import Pipeline
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_state import by_stage, from_whole, joined, to_whole
-from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState, gradients, make_step
-from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
+from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState
+from tests.shapes import FAST_COMPILATION, random_tokens, tiny_model
+from tests.train.telling_step import make_telling_step
 from tests.train.test_step import coefficients, state_of
 
 CLIP = 0.05
@@ -223,25 +224,19 @@ def _joined(layout: Layout, stage: int, name: str, shape: tuple, grad: jax.Array
 
 
 @cache
-def plain_step(cfg: RunConfig, masters: jnp.dtype) -> tuple[Callable, Callable]:
-    """Programs for gradients and for the step."""
-    graphdef, _ = state_of(cfg, masters)
-
-    def grads(state: TrainState, batch: Batch, mtp_weight: jax.Array) -> nnx.State:
-        return gradients(graphdef, state, batch, mtp_weight, cfg)[1]
-
-    step = make_step(graphdef, cfg)
-    return compiled(grads), lambda *args: step.lower(*args).compile(FAST_COMPILATION)(*args)
+def plain_step(cfg: RunConfig, masters: jnp.dtype) -> Callable:
+    """The step's program, with its gradients."""
+    step = make_telling_step(state_of(cfg, masters)[0], cfg)
+    return lambda *args: step.lower(*args).compile(FAST_COMPILATION)(*args)
 
 
 @cache
 def expected(plain: Case) -> Outcome:
     """One device's."""
     batch = jax.tree.map(jnp.asarray, batch_of(plain))
-    grads, step = plain_step(plain.config, plain.masters)
-    found = jax.device_get(grads(state_for(plain)[1], batch, numbers().mtp_weight))
-    after, metrics = jax.device_get(step(state_for(plain)[1], batch, numbers()))
-    return Outcome(found, after, metrics)
+    step = plain_step(plain.config, plain.masters)
+    (after, metrics), grads = jax.device_get(step(state_for(plain)[1], batch, numbers()))
+    return Outcome(grads, after, metrics)
 
 
 def without_traffic(outcome: Outcome) -> Any:

@@ -36,11 +36,11 @@ from dsv3_jax.train.step import (
     StepTraffic,
     TrainState,
     gradients,
-    make_step,
     step_traffic,
 )
 from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.train.telling_step import make_telling_step
 from tests.train.test_step import coefficients, state_of
 
 T, ROWS_OF_A_STEP = 5, 16
@@ -80,15 +80,18 @@ class Outcome(NamedTuple):
     metrics: StepMetrics | None = None
 
 
+Step = Callable[[TrainState, Batch], tuple[tuple[TrainState, StepMetrics], nnx.State]]
+
+
 @cache
-def step_program(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The compiled step on the mesh; it puts its arguments in their places."""
+def step_program(cfg: RunConfig) -> Step:
+    """The compiled step on the mesh, with its gradients; it puts its arguments in their places."""
     graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
     sharding = make_sharding(cfg, state.params)
     places = sharding.placements(sharding.state_specs(state))
     numbers = coefficients(0.01, 0.003)
     arguments = sharding.placed_shapes(state), sharding.put_rows(batch_of(cfg)), numbers
-    step = make_step(graphdef, cfg, sharding).lower(*arguments).compile(FAST_COMPILATION)
+    step = make_telling_step(graphdef, cfg, sharding).lower(*arguments).compile(FAST_COMPILATION)
     return lambda state, batch: step(
         jax.device_put(state, places), sharding.put_rows(batch), numbers
     )
@@ -96,21 +99,19 @@ def step_program(cfg: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainSta
 
 def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
     graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
+    if whole:
+        (after, metrics), grads = step_program(cfg)(state, batch_of(cfg))
+        return Outcome(metrics.loss, grads, after, metrics)
     sharding = make_sharding(cfg, state.params)
     state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
     batch = sharding.put_rows(batch_of(cfg))
-    numbers = coefficients(0.01, 0.003)
 
     def grads(state, batch, mtp_weight):
         return gradients(graphdef, state, batch, mtp_weight, cfg, sharding)[:2]
 
     specs = sharding.state_specs(state)
     body = sharding.per_device(grads, (specs, ROWS, WHOLE), (WHOLE, specs.params))
-    found = Outcome(*compiled(body)(state, batch, numbers.mtp_weight))
-    if not whole:
-        return found
-    after, metrics = step_program(cfg)(state_of(cfg, jnp.dtype(cfg.train.dtype))[1], batch_of(cfg))
-    return found._replace(state=after, metrics=metrics)
+    return Outcome(*compiled(body)(state, batch, coefficients(0.01, 0.003).mtp_weight))
 
 
 @cache
@@ -204,7 +205,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, stepped):
     state.params["embed_VD"] = embed_VD.replace(embed_VD[...].at[63].set(jnp.nan))
     tokens_BT, labels_BT, _ = batch_of(cfg)
     tokens_BT, before = (tokens_BT % 63).at[11, 0].set(63), jax.tree.map(np.array, state)
-    after, metrics = step_program(cfg)(state, Batch(tokens_BT, labels_BT.at[11].set(1)))
+    (after, metrics), _ = step_program(cfg)(state, Batch(tokens_BT, labels_BT.at[11].set(1)))
     assert not metrics.applied
     assert np.flatnonzero(~np.asarray(metrics.row_is_finite_B)).tolist() == [11]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
