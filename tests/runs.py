@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.model.router import RouterBias
-from dsv3_jax.train import loop, programs, quant_health, run, step, validation
+from dsv3_jax.train import loop, pipeline_run, programs, quant_health, run, step, validation
 from dsv3_jax.train.__main__ import main
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.metrics import read_metrics
@@ -36,7 +38,7 @@ from dsv3_jax.train.pipeline import Pipeline
 from dsv3_jax.train.pipeline_state import from_whole
 from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import TrainState
-from tests.shapes import random_model, tiny_model
+from tests.shapes import FAST_COMPILATION, random_model, tiny_model
 
 # What no two runs have in common.
 TIMES = {"seconds", "tokens_per_second", "matmul_share", "data_wait", "peak_memory"}
@@ -102,7 +104,9 @@ class SmallRun:
             patch.setattr(run, "matmul_peak", lambda dtype: 1e9)
             patch.setattr(programs, "init_state", random_state)
             patch.setattr(Pipeline, "init_state", random_stages)
-            patch.setattr(programs, "make_step", once_per_program(step.make_step))
+            patch.setattr(quant_health, "COMPILER_OPTIONS", FAST_COMPILATION)
+            patch.setattr(pipeline_run, "Pipeline", partial(Pipeline, options=FAST_COMPILATION))
+            patch.setattr(programs, "make_step", once_per_program(make_quick_step))
             patch.setattr(programs, "make_validate", once_per_program(validation.make_validate))
             patch.setattr(loop, "make_probe", once_per_program(quant_health.make_probe))
             yield
@@ -112,7 +116,9 @@ def train_process(home: Path, *args: object) -> subprocess.Popen:
     """`python -m dsv3_jax.train ...` on its own, which compiles little and finds its programs again
     below `home`.
     """
+    flags = " ".join(f"--{name}={value}".lower() for name, value in FAST_COMPILATION.items())
     environment = os.environ | {
+        "XLA_FLAGS": flags,
         "XDG_CACHE_HOME": str(home / "cache"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(home / "programs"),
@@ -149,6 +155,16 @@ def random_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainSta
 def random_stages(pipeline: Pipeline) -> TrainState:
     """The same for a pipeline."""
     return from_whole(pipeline.layout, random_state(pipeline.cfg))
+
+
+def make_quick_step(*args: Any) -> SimpleNamespace:
+    """What `make_step` returns, to be lowered and compiled, without optimisation."""
+    made = step.make_step(*args)
+
+    def lower(*args: Any) -> SimpleNamespace:
+        return SimpleNamespace(compile=partial(made.lower(*args).compile, FAST_COMPILATION))
+
+    return SimpleNamespace(lower=lower)
 
 
 PROGRAMS: dict[tuple, Callable] = {}
