@@ -14,6 +14,7 @@ from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.data.packing import Row
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.quant.recipes import FP8, Operand
+from dsv3_jax.train import quant_health
 from dsv3_jax.train.metrics import strict_json
 from dsv3_jax.train.page import page_html
 from dsv3_jax.train.quant_health import KINDS, Health, make_probe, measure, not_finite
@@ -23,7 +24,7 @@ from dsv3_jax.train.records import quant_record
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import TrainState
 from tests.logged import CFG, RESULT, make_entries
-from tests.shapes import compiled, random_model, random_tokens, tiny_model
+from tests.shapes import FAST_COMPILATION, compiled, random_model, random_tokens, tiny_model
 
 T = 8
 
@@ -40,7 +41,9 @@ def program():
     """The one for all tests of this file, and the state it is for."""
     cfg = run_of("fp8")
     graphdef, params, biases = nnx.split(random_model(cfg.model), nnx.Param, RouterBias)
-    return make_probe(graphdef, cfg), TrainState(params, biases, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant_health, "COMPILER_OPTIONS", FAST_COMPILATION)
+        return make_probe(graphdef, cfg), TrainState(params, biases, None)
 
 
 @cache
