@@ -125,7 +125,8 @@ def test_gradients_go_to_the_masters_and_are_near_those_of_float32():
     assert max(errors) < 0.5
 
 
-@pytest.mark.parametrize("remat", ["report", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["report", "full"])
 def test_recomputation_changes_no_more_than_some_last_bits(remat: str):
     """A last bit moves a number of E4M3 now and then, so tensors agree as a whole."""
     _, expected = gradients_of(RUN)
@@ -190,7 +191,11 @@ def kept(cfg: RunConfig) -> list[tuple[str, str, int]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("preset", [dsv3_671b, bench_cpu], ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize(
+    "preset",
+    [dsv3_671b, pytest.param(bench_cpu, marks=pytest.mark.slow)],
+    ids=lambda preset: preset.__name__,
+)
 def test_fp8_keeps_at_most_55_percent_of_what_bf16_keeps(preset, capsys):
     """Of one dense and one MoE layer, bytes kept by linears and SwiGLU together."""
     model = replace(preset(), num_layers=2, num_dense_layers=1, mtp_depth=0)
