@@ -12,6 +12,24 @@ import pytest
 
 NUM_CPU_DEVICES = 8  # divides into meshes of 1, 2, 4 and 8, with 2 or 4 nodes
 
+# The files that take longest start first, however few their tests: one that starts last leaves the
+# other worker without work, a minute and more in the slow tier.
+LONGEST = (
+    "train/test_pipeline_step.py",
+    "train/test_quantized_weights.py",
+    "train/test_sharded_step.py",
+    "train/test_trouble_runs.py",
+    "train/test_mesh_runs.py",
+    "train/test_pipeline_runs.py",
+    "train/test_kills.py",
+    "train/test_process_runs.py",
+    "plan/test_compile.py",
+    "parallel/test_dispatch.py",
+    "quant/test_fp8_gemm.py",
+    "train/test_loop.py",
+    "train/test_step.py",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Settle JAX's platform, devices and strictness for the whole process."""
@@ -25,6 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # A configuration value, not XLA_FLAGS: commands started by a test see one device, as users do.
     jax.config.update("jax_num_cpu_devices", NUM_CPU_DEVICES)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others stay in order."""
+    files = {name: place for place, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        return files.get("/".join(item.path.parts[-2:]), len(files))
+
+    items.sort(key=place)
 
 
 @pytest.fixture
