@@ -26,6 +26,7 @@ from dsv3_jax.parallel.mesh import TOKEN_AXES, weight_spec
 
 _SHARDED, _STEPS = PartitionSpec(TOKEN_AXES), PartitionSpec(None, TOKEN_AXES)
 
+COMPILER_OPTIONS: dict[str, Any] = {}
 _OF_A_VARIABLE = ("value", "values", "scales")  # its one array, or the two of a `Blocked`
 
 
@@ -138,7 +139,8 @@ class Programs:
                 in_specs=(weight_specs(weights), _SHARDED, *specs),
                 out_specs=out_specs,
             )
-        return jax.jit(body, donate_argnums=1).lower(weights, state, *args).compile()
+        lowered = jax.jit(body, donate_argnums=1).lower(weights, state, *args)
+        return lowered.compile(COMPILER_OPTIONS or None)
 
 
 def _without_weights(body: Callable) -> Callable:

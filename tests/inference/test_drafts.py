@@ -1,11 +1,9 @@
 """Drafts are what the MTP modules predict over the whole text, step after step."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
@@ -13,16 +11,9 @@ from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 from tests.inference.engines import MODEL
-from tests.runs import jax_option
 from tests.shapes import compiled, random_model
 
 FEW = replace(MODEL, vocab_size=3)  # a draft is right now and then
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 def steps_of(engine: Engine) -> list[int]:

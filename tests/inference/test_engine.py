@@ -1,7 +1,5 @@
 """Texts of an engine are those of the model alone, whoever else is served."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +20,10 @@ from tests.inference.engines import (
     play,
     random_requests,
 )
-from tests.runs import jax_option
 from tests.shapes import random_model
 
 # 20 pages of 4 tokens for 4 rows of up to 64: texts run out of them, and give up their own.
 SMALL = {"rows": 4, "page_slots": 4, "pages": 20, "chunk": 16}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 @pytest.fixture(scope="module")

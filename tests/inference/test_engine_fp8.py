@@ -1,6 +1,5 @@
 """FP8 in an engine, in the cache or in the weights, is what it is in the model alone."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +15,9 @@ from dsv3_jax.model.mla import MLA
 from dsv3_jax.quant.fp8 import Blocked, quantize
 from tests.checkpoint.hf_folders import load, random_tensors, write_folder
 from tests.inference.engines import MODEL, check_texts, play, random_requests
-from tests.runs import jax_option
 from tests.shapes import random_model
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 def test_an_fp8_cache_gives_the_texts_of_a_model_whose_latents_are_rounded(monkeypatch):

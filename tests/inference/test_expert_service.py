@@ -1,6 +1,5 @@
 """Experts move while an engine serves, and no text can tell."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
@@ -21,16 +20,9 @@ from tests.inference.engines import (
     play,
     random_requests,
 )
-from tests.runs import jax_option
 from tests.shapes import random_model
 
 SHARED = replace(MODEL, num_shared_experts=2)
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 class Clock:

@@ -1,6 +1,5 @@
 """Decoding over the latent cache is the full forward pass, whatever the lengths."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +18,11 @@ from dsv3_jax.inference.weights import Weights, lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.fp8 import Blocked
 from tests.checkpoint.hf_folders import load, random_tensors, write_folder
-from tests.runs import jax_option
 from tests.shapes import TINY, TINY_YARN, compiled, random_model, random_tokens
 from tests.tolerances import BFLOAT16, FLOAT64, assert_close
 
 ROWS, LENGTH = 2, 24
 TWO = replace(TINY, num_layers=2)  # one dense, one MoE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 def read_and_decoded(

@@ -1,7 +1,6 @@
 """Requests come, go and are cancelled for a long time: nothing leaks, nothing is compiled anew."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,7 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.weights import lay_out
 from tests.inference.engines import MODEL, check_texts, count_compilations, play, random_requests
-from tests.runs import jax_option
 from tests.shapes import random_model
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with jax_option("jax_disable_most_optimizations"):
-        yield
 
 
 def resident() -> int:
