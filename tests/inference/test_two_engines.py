@@ -31,7 +31,6 @@ from tests.inference.engines import (
     drafting_model,
     prompts_of,
 )
-from tests.runs import jax_option
 from tests.shapes import random_model
 from tests.tolerances import FLOAT32, assert_close
 
@@ -42,9 +41,8 @@ DECODE = replace(PREFILL, page_slots=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """Little is optimised, and every turn makes one step."""
-    with jax_option("jax_disable_most_optimizations"), pytest.MonkeyPatch.context() as patch:
+def _one_step_a_turn() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "PATIENCE", 0.0)
         yield
 
