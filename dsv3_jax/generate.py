@@ -138,7 +138,7 @@ def _continue_one(options: Options) -> None:
     if ended is None:
         ended = "--max-tokens" if written == wishes.max_tokens else "model.max_length"
     speed = length / tally.prefill
-    said = f"prompt {length:,} tokens, {speed:,.0f} tokens/s; written {written:,}{_speed(tally)}"
+    said = f"prompt {length:,} tokens, {speed:,.0f} tokens/s; written {written:,}{_cost(tally)}"
     print(f"{said}; ended by {ended}", file=sys.stderr)
 
 
@@ -237,7 +237,7 @@ def _continue_many(options: Options, file: Path) -> None:
         said += f", {failed:,} of them failed"
     if tally.read:
         said += f"; read {tally.read:,} tokens, {tally.read / tally.prefill:,.0f} tokens/s"
-    print(f"{said}; written {counts['written']:,}{_speed(tally)}", file=sys.stderr)
+    print(f"{said}; written {counts['written']:,}{_cost(tally)}", file=sys.stderr)
 
 
 def _answer(
@@ -257,7 +257,7 @@ def _answer(
     # Lines on the same terminal are progress enough.
     shown = sys.stderr.isatty() and not (write is _print and sys.stdout.isatty())
     counts = Counter()
-    with progress(len(asks), lambda: _speed(tally).strip(",; "), shown=shown) as told:
+    with progress(len(asks), lambda: _speed(tally), shown=shown) as told:
         texts = texts_of(engine, asks, token_bytes, told)
         for number, (ask, text) in enumerate(zip(asks, texts, strict=True)):
             if isinstance(text, ValueError):
@@ -333,12 +333,20 @@ def _engine(
         return counted_engine(weights, options.settings(lengths), mesh)
 
 
+def _cost(tally: "Tally") -> str:
+    """What goes on after a number of tokens: their speed, seconds of compilation."""
+    speed = f", {_speed(tally)}" if tally.decoded else ""
+    return f"{speed}; compiled in {tally.compiling:,.1f} s"
+
+
 def _speed(tally: "Tally") -> str:
-    """Tokens/s of decoding, drafts that were accepted, seconds of compilation."""
-    line = f", {tally.decoded / tally.decoding:,.0f} tokens/s" if tally.decoded else ""
-    if tally.accepted is not None:
-        line += f", {tally.accepted:.2f} of {tally.drafts} drafts a step accepted"
-    return f"{line}; compiled in {tally.compiling:,.1f} s"
+    """Of decoding, and drafts that were accepted; empty before there is any."""
+    if not tally.decoded:
+        return ""
+    speed = f"{tally.decoded / tally.decoding:,.0f} tokens/s"
+    if tally.accepted is None:
+        return speed
+    return f"{speed}, {tally.accepted:.2f} of {tally.drafts} drafts accepted"
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_drafts_change_no_text_and_are_told(run, capsys):
     drafted, said = write(capsys, run, *args)
     assert drafted == text
     assert "; written 20, " in said
-    assert " of 1 drafts a step accepted; compiled in " in said
+    assert " of 1 drafts accepted; compiled in " in said
     assert said.endswith("; ended by --max-tokens")
 
 
@@ -295,7 +295,7 @@ def test_a_hugging_face_folder_on_a_mesh_writes_with_drafts_what_it_does_without
     (plain, _), (meshed, said) = (many(capsys, *args, *more) for more in ((), mesh))
     assert meshed == plain
     assert {one["tokens"] for one in plain} == {20}
-    assert " of 1 drafts a step accepted; " in said
+    assert " of 1 drafts accepted; " in said
 
 
 def test_help_loads_no_jax():
