@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dsv3_jax.inference.engine import Engine
     from dsv3_jax.inference.prompt_file import Wishes
     from dsv3_jax.inference.requests import Request
-    from dsv3_jax.inference.tally import Tally
+    from dsv3_jax.inference.statistics import Statistics
     from dsv3_jax.inference.text import TextStream
     from dsv3_jax.inference.weights import Weights
 
@@ -129,7 +129,7 @@ def _continue_one(options: Options) -> None:
                 f"the prompt has {length} tokens, begin of sentence included; "
                 f"allowed: below model.max_length = {longest}"
             )
-        tokens, tally = _tokens(options.engine, weights, mesh, request)
+        tokens, statistics = _tokens(options.engine, weights, mesh, request)
     if sys.stderr.isatty():
         to_stderr("compiling takes some seconds, longer the first time")
     text = TextStream(opened.tokenizer.token_bytes, wishes.stop)
@@ -137,8 +137,10 @@ def _continue_one(options: Options) -> None:
         written, ended = _write(tokens, text, opened.end_ids)
     if ended is None:
         ended = "--max-tokens" if written == wishes.max_tokens else "model.max_length"
-    speed = length / tally.prefill
-    said = f"prompt {length:,} tokens, {speed:,.0f} tokens/s; written {written:,}{_cost(tally)}"
+    speed = length / statistics.reading
+    said = (
+        f"prompt {length:,} tokens, {speed:,.0f} tokens/s; written {written:,}{_cost(statistics)}"
+    )
     print(f"{said}; ended by {ended}", file=sys.stderr)
 
 
@@ -166,25 +168,36 @@ def _prompt(options: Options) -> str:
 
 def _tokens(
     options: EngineOptions, weights: "Weights", mesh: "Mesh | None", request: "Request"
-) -> tuple[Iterator[int], "Tally"]:
+) -> tuple[Iterator[int], "Statistics"]:
     """The tokens that follow, and what tells how long they took. One text alone comes faster
     without an engine, and does unless an option speaks of one.
     """
-    import numpy as np
-
-    from dsv3_jax.inference import generate
     from dsv3_jax.inference.answers import tokens_of
-    from dsv3_jax.inference.sampling import sampling
-    from dsv3_jax.inference.tally import Tally
+    from dsv3_jax.inference.statistics import Statistics
 
     if options != EngineOptions():
-        engine, tally = _engine(options, weights, mesh, [request])
-        return tokens_of(engine, request), tally
-    tally, prompt_BT = Tally(), np.array([request.prompt])
+        engine = _engine(options, weights, mesh, [request])
+        return tokens_of(engine, request), engine.statistics
+    statistics = Statistics()
+    return _plain_tokens(weights, request, statistics), statistics
+
+
+def _plain_tokens(
+    weights: "Weights", request: "Request", statistics: "Statistics"
+) -> Iterator[int]:
+    """Those of `inference.generate`, whose clock is read at each."""
+    import numpy as np
+
+    from dsv3_jax.inference.generate import Clock, continued
+    from dsv3_jax.inference.sampling import sampling
+
+    clock, prompt_BT = Clock(), np.array([request.prompt])
     how = sampling(request.seed, request.temperature, request.top_p)
     count = min(request.max_tokens, weights.rest.cfg.max_length - len(request.prompt))
-    steps = generate.continued(weights, prompt_BT, count, how, tally)
-    return (int(token_B[0]) for token_B in steps), tally
+    for token_B in continued(weights, prompt_BT, count, how, clock):
+        statistics.reading, statistics.going_on = clock.prefill, clock.decoding
+        statistics.compiling, statistics.stepped = clock.compiling, clock.decoded
+        yield int(token_B[0])
 
 
 def _write(
@@ -228,23 +241,24 @@ def _continue_many(options: Options, file: Path) -> None:
             mesh = _mesh(options.engine)
             weights, opened = _load(options, mesh)
             requests = [_request(prompt.text, prompt.wishes, opened) for prompt in prompts]
-            engine, tally = _engine(options.engine, weights, mesh, requests)
+            engine = _engine(options.engine, weights, mesh, requests)
             asks = list(zip(prompts, requests, strict=True))
         with user_errors((OSError,)):  # a disk may be full
-            counts = _answer(options, asks, engine, tally, opened.tokenizer.token_bytes, write)
+            counts = _answer(options, asks, engine, opened.tokenizer.token_bytes, write)
+    statistics = engine.statistics
     said = f"{len(prompts):,} prompts"
     if failed := counts["failed"]:
         said += f", {failed:,} of them failed"
-    if tally.read:
-        said += f"; read {tally.read:,} tokens, {tally.read / tally.prefill:,.0f} tokens/s"
-    print(f"{said}; written {counts['written']:,}{_cost(tally)}", file=sys.stderr)
+    if statistics.read:
+        speed = statistics.read / statistics.reading
+        said += f"; read {statistics.read:,} tokens, {speed:,.0f} tokens/s"
+    print(f"{said}; written {counts['written']:,}{_cost(statistics)}", file=sys.stderr)
 
 
 def _answer(
     options: Options,
     asks: "Sequence[Ask]",
     engine: "Engine",
-    tally: "Tally",
     token_bytes: Sequence[bytes],
     write: Callable[[str], None],
 ) -> Counter[str]:
@@ -257,7 +271,7 @@ def _answer(
     # Lines on the same terminal are progress enough.
     shown = sys.stderr.isatty() and not (write is _print and sys.stdout.isatty())
     counts = Counter()
-    with progress(len(asks), lambda: _speed(tally), shown=shown) as told:
+    with progress(len(asks), lambda: _speed(engine.statistics), shown=shown) as told:
         texts = texts_of(engine, asks, token_bytes, told)
         for number, (ask, text) in enumerate(zip(asks, texts, strict=True)):
             if isinstance(text, ValueError):
@@ -323,30 +337,31 @@ def _request(prompt: str, wishes: "Wishes", opened: "OpenedModel") -> "Request":
 
 def _engine(
     options: EngineOptions, weights: "Weights", mesh: "Mesh | None", requests: "Sequence[Request]"
-) -> tuple["Engine", "Tally"]:
+) -> "Engine":
     """An engine of the sizes that these requests need."""
-    from dsv3_jax.inference.tally import counted_engine
+    from dsv3_jax.inference.engine import Engine
 
     longest = weights.rest.cfg.max_length
     lengths = [min(len(one.prompt) + one.max_tokens, longest) for one in requests]
     with own_names():
-        return counted_engine(weights, options.settings(lengths), mesh)
+        return Engine(weights, options.settings(lengths), mesh)
 
 
-def _cost(tally: "Tally") -> str:
+def _cost(statistics: "Statistics") -> str:
     """What goes on after a number of tokens: their speed, seconds of compilation."""
-    speed = f", {_speed(tally)}" if tally.decoded else ""
-    return f"{speed}; compiled in {tally.compiling:,.1f} s"
+    speed = f", {_speed(statistics)}" if statistics.stepped else ""
+    return f"{speed}; compiled in {statistics.compiling:,.1f} s"
 
 
-def _speed(tally: "Tally") -> str:
+def _speed(statistics: "Statistics") -> str:
     """Of decoding, and drafts that were accepted; empty before there is any."""
-    if not tally.decoded:
+    if not statistics.stepped:
         return ""
-    speed = f"{tally.decoded / tally.decoding:,.0f} tokens/s"
-    if tally.accepted is None:
+    speed = f"{statistics.stepped / statistics.going_on:,.0f} tokens/s"
+    if statistics.accepted_a_step is None:
         return speed
-    return f"{speed}, {tally.accepted:.2f} of {tally.drafts} drafts accepted"
+    drafts = len(statistics.offered)
+    return f"{speed}, {statistics.accepted_a_step:.2f} of {drafts} drafts accepted"
 
 
 if __name__ == "__main__":

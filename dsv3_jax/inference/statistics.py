@@ -17,6 +17,8 @@ class Statistics:
     """Tokens of answers"""
     steps: int = 0
     """Steps of texts: two texts that go on by one make two"""
+    stepped: int = 0
+    """Tokens that steps brought; the first one of an answer comes from reading its prompt"""
     gave_up: int = 0
     """Times that a text had to give up its pages and wait again"""
     offered: list[int] = field(default_factory=list)
@@ -33,9 +35,15 @@ class Statistics:
     def step(self, allowed: int, taken: int) -> None:
         """One text's, which could take so many drafts and took `taken` tokens."""
         self.steps += 1
+        self.stepped += taken
         for k in range(min(allowed, taken)):
             self.offered[k] += 1
             self.accepted[k] += taken > k + 1
+
+    @property
+    def accepted_a_step(self) -> float | None:
+        """Drafts that stayed in a step of a text, on the average; None where there are none."""
+        return sum(self.accepted) / self.steps if self.offered and self.steps else None
 
     @property
     def acceptance(self) -> list[float | None]:

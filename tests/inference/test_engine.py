@@ -1,5 +1,7 @@
 """Texts of an engine are those of the model alone, whoever else is served."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,17 @@ def test_greedy_texts_with_two_drafts_are_the_models_own(model, with_drafts):
     told = play(with_drafts, random_requests(MODEL, 24, seed=1))
     assert check_texts(model, told) == 0
     assert {one.ended for one in told.values()} == {"stop", "length", "cancelled"}
+
+
+def test_what_an_engine_has_done_is_counted(model, with_drafts):
+    before = copy.deepcopy(with_drafts.statistics)
+    told = play(with_drafts, random_requests(MODEL, 8, seed=9), cancels=0)
+    done = with_drafts.statistics
+    assert done.requests - before.requests == 8
+    assert done.written - before.written == sum(len(one.tokens) for one in told.values())
+    assert done.stepped == done.steps + sum(done.accepted)
+    assert done.offered[1] <= done.accepted[0] <= done.offered[0] <= done.steps
+    assert done.acceptance[0] == done.accepted[0] / done.offered[0]
 
 
 def test_warmed_up_an_engine_compiles_nothing_more(with_drafts):
