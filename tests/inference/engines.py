@@ -135,6 +135,31 @@ def check_end(one: Told, longest: int) -> None:
             raise AssertionError(f"{one} has not ended")
 
 
+def expected_steps(model: DeepSeekV3, text: list[int], prompt: int) -> list[int]:
+    """From one full forward pass over the finished text, in which every token is known.
+
+    A first draft has seen true tokens alone. A second one has seen the first, which is the true
+    token wherever the second is looked at.
+    """
+
+    @compiled
+    def predictions(text_1T):
+        h_BTD, _ = model.hidden(text_1T)
+        return [model.logits(h)[0].argmax(-1) for h, _ in model.mtp_hidden(h_BTD, text_1T)]
+
+    depths = [np.asarray(tokens_T) for tokens_T in predictions(jnp.asarray([text]))]
+    newest, steps = prompt, []
+    while newest + 1 < len(text):
+        accepted = 0
+        for k, tokens_T in enumerate(depths, start=1):
+            if newest + k + 1 >= len(text) or tokens_T[newest - 1] != text[newest + k]:
+                break
+            accepted += 1
+        steps.append(accepted + 1)
+        newest += accepted + 1
+    return steps
+
+
 @contextlib.contextmanager
 def count_compilations() -> Iterator[list[str]]:
     """A list that grows with whatever XLA compiles within the block, whoever asked for it."""

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.weights import lay_out
-from dsv3_jax.model.transformer import DeepSeekV3
-from tests.inference.engines import MODEL
-from tests.shapes import compiled, random_model
+from tests.inference.engines import MODEL, expected_steps
+from tests.shapes import random_model
 
 FEW = replace(MODEL, vocab_size=3)  # a draft is right now and then
 
@@ -29,31 +29,7 @@ def steps_of(engine: Engine) -> list[int]:
     return taken
 
 
-def expected_steps(model: DeepSeekV3, text: list[int], prompt: int) -> list[int]:
-    """From one full forward pass over the finished text, in which every token is known.
-
-    A first draft has seen true tokens alone. A second one has seen the first, which is the true
-    token wherever the second is looked at.
-    """
-
-    @compiled
-    def predictions(text_1T):
-        h_BTD, _ = model.hidden(text_1T)
-        return [model.logits(h)[0].argmax(-1) for h, _ in model.mtp_hidden(h_BTD, text_1T)]
-
-    depths = [np.asarray(tokens_T) for tokens_T in predictions(jnp.asarray([text]))]
-    newest, steps = prompt, []
-    while newest + 1 < len(text):
-        accepted = 0
-        for k, tokens_T in enumerate(depths, start=1):
-            if newest + k + 1 >= len(text) or tokens_T[newest - 1] != text[newest + k]:
-                break
-            accepted += 1
-        steps.append(accepted + 1)
-        newest += accepted + 1
-    return steps
-
-
+@pytest.mark.slow
 def test_steps_take_as_many_drafts_as_full_forward_passes_say(x64: None):
     """Behind a prompt of one token, and one of three chunks."""
     model, seen = random_model(FEW, jnp.float64, seed=3), set()

@@ -29,6 +29,7 @@ from tests.inference.engines import (
     check_texts,
     count_compilations,
     drafting_model,
+    expected_steps,
     prompts_of,
 )
 from tests.shapes import random_model
@@ -108,6 +109,18 @@ def go_on_alike(prefill: Engine, decode: Engine, requests: Sequence[Request]) ->
     for engine in (prefill, decode):
         assert not engine.pending
         assert all(pages.free == pages.count for pages in engine.scheduler.pages)
+
+
+def test_steps_take_as_many_drafts_as_full_forward_passes_say(model, decode):
+    """Or greedy texts would be the same, and come slowly."""
+    requests, seen = prompts_of(DRAFTING, (1, 13), most_new=40), set()
+    steps = steps_of(decode, [decode.submit(request) for request in requests])
+    for request, (first, *others) in zip(requests, steps, strict=True):
+        text = [*request.prompt, *first[0], *(token for tokens, _ in others for token in tokens)]
+        expected = expected_steps(model, text, len(request.prompt))
+        assert [len(tokens) for tokens, _ in others] == expected
+        seen |= set(expected)
+    assert seen == {1, 2, 3}
 
 
 def test_a_text_handed_over_again_holds_what_it_would_have_held_here(prefill, decode):
