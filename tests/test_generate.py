@@ -283,7 +283,7 @@ def test_answers_that_a_disk_has_no_room_for_are_one_line(run, capsys, tmp_path)
     assert said == "error: [Errno 28] No space left on device: '/dev/full'"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_hugging_face_folder_on_a_mesh_writes_with_drafts_what_it_does_without(tmp_path, capsys):
     cfg = replace(CFG.model, mtp_depth=1, init_std=0.006, yarn=YarnConfig(factor=1.0))
     cfg = replace(cfg, bos_id=0, eos_id=1)

@@ -118,7 +118,7 @@ def test_sizes_grow_by_factors_of_four():
     assert [bucket(n, buckets(20)) for n in (1, 2, 16, 17)] == [1, 4, 16, 20]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_texts_on_eight_devices_are_the_models_own(model):
     """Experts over 2 x 2 devices, twice; chunks of two prompts in one program."""
     engine = engine_of(model, 1, MeshConfig(data=2, node=2, local=2), rows=2, prompt_microbatches=2)

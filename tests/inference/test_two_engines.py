@@ -255,12 +255,12 @@ def long_prefill(two_rows) -> Engine:
     return twin(two_rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_long_prompts_go_on_as_if_they_had_been_read_here(long_prefill, two_rows):
     go_on_alike(long_prefill, two_rows, prompts_of(DRAFTING, (1, 32, 17, 31), most_new=20))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pages_that_are_known_are_borrowed_and_none_of_them_is_written(
     model, long_prefill, two_rows
 ):
@@ -278,7 +278,7 @@ def test_pages_that_are_known_are_borrowed_and_none_of_them_is_written(
     assert check_texts(model, told) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_text_that_gives_up_its_pages_reads_them_again(long_prefill, two_rows):
     """By itself, for what was handed over is no longer held."""
     requests = prompts_of(DRAFTING, (10, 11), most_new=12)
@@ -293,7 +293,7 @@ def test_a_text_that_gives_up_its_pages_reads_them_again(long_prefill, two_rows)
         assert [*chain(*(t for t, _ in theirs))] == [*chain(*(t for t, _ in ours[1:]))]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_fp8_cache_is_handed_over_as_it_is(model):
     settings = {"rows": 1, "drafts": 1, "fp8_cache": True}
     weights = lay_out(model, drafts=1)
