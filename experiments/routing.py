@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     cfg: RunConfig
     tokenizer: Tokenizer
     held_out: Rows
+    step: int
 
 
 class Balance(NamedTuple):
@@ -44,7 +45,7 @@ def trained(run: Path) -> Trained:
     corpus = build_corpus(
         data, found.cfg.model.vocab_size, seed, lambda line: None, tokenizer=tokenizer
     )
-    return Trained(found.model, found.cfg, tokenizer, corpus.validation)
+    return Trained(found.model, found.cfg, tokenizer, corpus.validation, found.step)
 
 
 def some(rows: Rows, wanted: int) -> list[Row]:

@@ -7,7 +7,6 @@ this file. Minutes on two CPU cores beside the training.
 """
 
 import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,24 +17,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from balancing import BALANCING, RUNS, first_seeds, trained_runs
 from curves import command
+from kinds_of_text import KINDS, rows_of
 from routing import Trained, choices, relative, some, trained
 
 from dsv3_jax.cli import run
-from dsv3_jax.data.documents import Document
-from dsv3_jax.data.packing import Row, Rows
-from dsv3_jax.data.tokenised import tokenize
+from dsv3_jax.data.packing import Row
 from dsv3_jax.drawing import new_figure
 
 ROWS = 128  # of each kind, and of each part of the source
 BRIGHTEST = 3.0  # times the mean; more is drawn alike
 
-# None is trained on: the corpus is .py without tests and IDLE. Tests in Python; change logs and
-# notes in English; operands and results of arithmetic.
-KINDS = {
-    "source": "test/test_[ab]*.py",
-    "prose": "idlelib/*.txt",
-    "numbers": "test/decimaltestdata/dd*.decTest",
-}
 PARTS = 3  # of the source, as many as kinds: they differ by chance alone
 
 
@@ -73,22 +64,6 @@ def outcome(of: Trained) -> Outcome:
     source = some(rows["source"], PARTS * ROWS)
     parts = [load(source[start::PARTS]) for start in range(PARTS)]
     return Outcome({kind: load(some(of_kind, ROWS)) for kind, of_kind in rows.items()}, parts)
-
-
-def rows_of(pattern: str, of: Trained) -> Rows:
-    """Files below the standard library as rows of a run's tokens.
-
-    ValueError if there are none: some distributions leave them out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documents = [
-        Document(path.relative_to(root).as_posix(), path.read_text("utf-8", "replace"))
-        for path in sorted(root.glob(pattern))
-    ]
-    if not documents:
-        raise ValueError(f"no {pattern} in {root}; allowed: a Python with its whole library")
-    corpus = tokenize(documents, of.tokenizer, of.cfg.model.vocab_size)
-    return Rows(corpus, of.cfg.data.length)
 
 
 def deviation(loads: Sequence[np.ndarray]) -> float:
