@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def answer(work: Callable[[], None], *, warm_up: int, **facts) -> None:
+def answer(work: Callable[[], dict[str, float] | None], *, warm_up: int, **facts) -> None:
     """Warms up, tells `facts`, and then for every line on stdin runs `work` once and prints its
-    seconds and the highest resident memory since the warm-up, a line of JSON each.
+    seconds, the highest resident memory since the warm-up, and what figures it returns, a line of
+    JSON each.
     """
     begun = time.perf_counter()
     for i in range(warm_up):
@@ -26,9 +27,9 @@ def answer(work: Callable[[], None], *, warm_up: int, **facts) -> None:
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        work()
+        more = work() or {}
         seconds = time.perf_counter() - begun
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory(), **more}), flush=True)
 
 
 def give_memory_back() -> None:

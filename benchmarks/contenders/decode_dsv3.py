@@ -6,31 +6,23 @@ timed goes from the prompt on the host to the last token on the host.
 
 import json
 import sys
-from dataclasses import replace
 
 import jax
 import numpy as np
 from answering import answer
-from flax import nnx
+from dsv3_model import model_of
 
-from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.config.presets import tiny_run
-from dsv3_jax.config.run import from_dict
 from dsv3_jax.inference.generate import Clock, continued
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import lay_out
-from dsv3_jax.train.step import abstract_state, init_state
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    cfg = replace(tiny_run(), model=from_dict(ModelConfig, options["model"]))
-    state = init_state(cfg)
-    graphdef, _ = abstract_state(cfg)
-    weights = lay_out(nnx.merge(graphdef, state.params, state.biases))
-    del state
+    weights = lay_out(model_of(options), consume=True)
     size = options["rows"], options["prompt"]
-    prompt_BT = np.random.default_rng(0).integers(0, cfg.model.vocab_size, size, np.int32)
+    vocab_size = options["model"]["vocab_size"]
+    prompt_BT = np.random.default_rng(0).integers(0, vocab_size, size, np.int32)
     how = sampling(0)
 
     def work() -> None:

@@ -65,6 +65,8 @@ class Contender:
     """Seconds of turns in the qualifying rounds"""
     seconds: list[float] = field(default_factory=list)
     """Seconds of turns after them"""
+    waits: list[float] = field(default_factory=list)
+    """Mean seconds that a request took in each turn, where requests are served"""
     peak_bytes: int = 0
     """Highest resident memory over all turns"""
     is_baseline: bool = False
@@ -96,6 +98,7 @@ class Contender:
         if answer is None:
             return False
         self.seconds.append(answer["seconds"])
+        self.waits += [answer["wait"]] if "wait" in answer else []
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
         return True
 

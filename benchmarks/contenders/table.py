@@ -63,12 +63,14 @@ def table(
     found = {kind: baselines(contenders, kind) for kind in kinds}
     found = {kind: by_group for kind, by_group in found.items() if by_group}
     headings = [*HEADINGS]
+    serves = any(c.waits for c in contenders)
+    headings += ["seconds a request"] if serves else []
     for kind in found:
         headings += [f"× {kind}, of rounds", "of medians"]
     headings += ["of matmul peak"] if peak else []
     groups = list(dict.fromkeys(c.group for c in contenders))
     rows = [
-        _row(c, [by_group.get(c.group) for by_group in found.values()], peak)
+        _row(c, [by_group.get(c.group) for by_group in found.values()], peak, serves)
         for group in groups
         for c in contenders
         if c.group == group
@@ -77,7 +79,7 @@ def table(
 
 
 def _row(
-    contender: Contender, references: Sequence[Contender | None], peak: Peak | None
+    contender: Contender, references: Sequence[Contender | None], peak: Peak | None, serves: bool
 ) -> list[str]:
     values = speeds(contender)
     low, high = quartiles(values)
@@ -89,6 +91,8 @@ def _row(
         f"{low:,.0f} to {high:,.0f}",
         f"{contender.peak_bytes / 1e6:,.0f}",
     ]
+    if serves:
+        cells.append(f"{statistics.median(contender.waits):.2f}" if contender.waits else "-")
     for other in references:
         if other is None:
             cells += ["-", "-"]
@@ -170,6 +174,7 @@ def _kept(contender: Contender) -> dict[str, Any]:
         "tokens": contender.tokens,
         "qualifying_seconds": contender.qualifying,
         "seconds": contender.seconds,
+        "waits": contender.waits,
         "tokens_per_second": statistics.median(speeds(contender)),
         "peak_bytes": contender.peak_bytes,
     }

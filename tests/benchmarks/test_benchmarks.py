@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax.config.presets import bench_cpu
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
@@ -203,9 +205,10 @@ def test_rivals_are_all_variants_by_dtype():
 
 
 def test_weights_gathered_by_copy_are_left_out_where_they_are_gigabytes():
-    from decode_cpu import Options, gathered_bytes, transformers
+    from contenders.serving import gathered_bytes
+    from decode_cpu import Options, transformers
 
-    assert gathered_bytes(1) == 4 * 3 * 256 * 128 * 4
+    assert gathered_bytes(bench_cpu(), 1) == 4 * 3 * 256 * 128 * 4
     few, many = (transformers(Options(torch_python="torch"), rows) for rows in (8, 32))
     assert (len(few), len(many)) == (6, 4)
     assert not any("batched" in c.name for c in many)
