@@ -36,7 +36,7 @@ def script(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """All of them, and what they share."""
-    names = (*NAMES, "routing", "balancing", "curves")
+    names = (*NAMES, "routing", "balancing", "curves", "kinds_of_text")
     return SimpleNamespace(**{name: script(name, monkeypatch) for name in names})
 
 
@@ -203,7 +203,9 @@ def test_kinds_of_text_are_counted_apart_and_drawn(experiments, monkeypatch, tmp
     found = experiments.expert_specialisation
     (tmp_path / "idlelib").mkdir()
     (tmp_path / "idlelib" / "NEWS.txt").write_text("Some words on what is new.\n" * 20)
-    monkeypatch.setattr(found.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(
+        experiments.kinds_of_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)}
+    )
     tokenizer = train_tokenizer(["some words of prose, 0 1 2"], 280)
     cfg = SimpleNamespace(
         model=tiny_model(vocab_size=tokenizer.vocab_size),
