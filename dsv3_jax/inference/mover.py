@@ -87,11 +87,10 @@ def _collected(text: Text, form: Mapping[str, Any], pieces: Sequence[Contents]) 
         *(piece.pools for piece in pieces),
     )
     drafts = form["engine.drafts"]
-    for k, pool in enumerate(pools[len(pools) - drafts :], start=1):
-        # Module k reads position i when it knows token i + k: until then its last k slots hold what
-        # others left there. The next step writes them before anybody looks.
-        for x_SC in jax.tree.leaves(pool):
-            x_SC[slots - min(k, held) :] = 0
+    for x_SC in jax.tree.leaves(pools[len(pools) - drafts :]):
+        # Modules read these positions at the next step, before anybody looks; until then some hold
+        # what other texts left there.
+        x_SC[slots - held :] = 0
     hidden_WD = row.hidden_BWD[len(row.hidden_BWD) - held :]
     latents = tuple(jax.tree.leaves(pools))
     return Handover(text.request, text.tokens, text.logprobs, form, latents, hidden_WD)
