@@ -3,6 +3,10 @@
 Plain Python, no JAX. A page that is full of a text's beginning is known by that beginning (all the
 tokens up to its end); another text that begins so borrows it. A page that nobody holds any more
 stays known until its room is needed; the one unused for longest goes first.
+
+MTP modules look ahead: what D of them keep of a position depends on the D tokens behind it. So
+with `ahead` = D a page is known by so many tokens more than it holds, and who borrows it finds
+there what it would have written itself.
 """
 
 from collections import OrderedDict
@@ -25,8 +29,8 @@ class Known(NamedTuple):
 class Pages:
     """The pages of one device's pools, the same ones in every layer."""
 
-    def __init__(self, count: int, page_slots: int) -> None:
-        self.count, self.page_slots = count, page_slots
+    def __init__(self, count: int, page_slots: int, ahead: int = 0) -> None:
+        self.count, self.page_slots, self.ahead = count, page_slots, ahead
         self._blank = list(range(count - 1, -1, -1))  # known by no beginning, held by nobody
         self._holders = [0] * count
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, held by nobody; oldest first
@@ -75,7 +79,7 @@ class Pages:
         The last token is never in them, for a text goes on from its logits.
         """
         pages, serial = [], 0
-        for i in range((len(tokens) - 1) // self.page_slots):
+        for i in range((len(tokens) - max(self.ahead, 1)) // self.page_slots):
             known = self._known.get((serial, self._part(tokens, i)))
             if known is None:
                 break
@@ -86,12 +90,13 @@ class Pages:
         return pages
 
     def tell(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Makes the pages that these tokens fill known by them; the first to tell is borrowed from.
+        """Makes the pages that these tokens fill, with `ahead` to spare, known by them; the first
+        to tell is borrowed from.
 
         `pages` are the text's, from its beginning.
         """
         serial = 0
-        for i in range(len(tokens) // self.page_slots):
+        for i in range((len(tokens) - self.ahead) // self.page_slots):
             name = serial, self._part(tokens, i)
             if name not in self._known:
                 if pages[i] in self._name_of:  # by a beginning whose own page has gone
@@ -109,7 +114,7 @@ class Pages:
         assert set(self._idle) <= set(self._name_of)
 
     def _part(self, tokens: Sequence[int], i: int) -> tuple[int, ...]:
-        return tuple(tokens[i * self.page_slots : (i + 1) * self.page_slots])
+        return tuple(tokens[i * self.page_slots : (i + 1) * self.page_slots + self.ahead])
 
     def _forget(self, page: int) -> None:
         del self._known[self._name_of.pop(page)]

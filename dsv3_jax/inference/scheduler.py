@@ -24,7 +24,8 @@ class Scheduler:
         self.settings, self.statistics = settings, statistics
         self.waiting: deque[Text] = deque()
         self.rows: list[list[Text | None]] = [[None] * settings.rows for _ in range(shards)]
-        self.pages = [Pages(pages, settings.page_slots) for _ in range(shards)]
+        sizes = pages, settings.page_slots, settings.drafts
+        self.pages = [Pages(*sizes) for _ in range(shards)]
 
     @property
     def running(self) -> list[Text]:
@@ -117,6 +118,9 @@ class Scheduler:
         text.row, text.pages, text.borrowed, text.read = -1, [], 0, 0
 
     def tell(self, text: Text) -> None:
-        """Others may borrow the pages that it has filled."""
+        """Others may borrow the pages that it has filled, and is 2 D tokens beyond with D drafts:
+        so far back MTP modules may not have read yet, or have read drafts, and write again.
+        """
         if self.settings.share_prefixes:
-            self.pages[text.shard].tell(text.tokens[: text.read], text.pages)
+            settled = max(text.read - self.settings.drafts, 0)  # pages keep D more for themselves
+            self.pages[text.shard].tell(text.tokens[:settled], text.pages)

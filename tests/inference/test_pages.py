@@ -25,6 +25,19 @@ def test_the_last_token_is_never_borrowed():
     assert pages.borrow(list(range(9))) == own
 
 
+def test_with_modules_that_look_ahead_the_tokens_behind_a_page_must_be_alike_too():
+    pages = Pages(8, 4, ahead=2)
+    text = list(range(10))
+    pages.tell(text[:9], own := pages.lend(3))
+    assert pages.borrow(text) == own[:1]  # nobody has seen two tokens behind the second
+    pages.tell(text, own)
+    assert pages.borrow(text) == own[:2]
+    assert pages.borrow([*text[:9], 99]) == own[:1]
+    assert pages.borrow([*text[:5], 99, 98]) == []
+    assert pages.borrow(text[:5]) == []
+    pages.check()
+
+
 def test_equal_pages_behind_different_beginnings_are_different():
     pages = Pages(8, 2)
     pages.tell([1, 2, 5, 6], pages.lend(2))

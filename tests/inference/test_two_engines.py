@@ -235,6 +235,32 @@ def test_what_is_of_another_model_or_another_cache_is_refused(prefill, decode):
     assert decode.pending == 0
 
 
+# --- shared beginnings ---------------------------------------------------------------------------
+
+
+def held_after(engine: Engine, request: Request, tokens: int) -> Handover:
+    """What an engine holds of a request's text when it has so many tokens."""
+    request_id = engine.submit(request)
+    while len(engine._texts[request_id].tokens) < tokens:
+        engine.turn()
+    return engine.hand_over(request_id)
+
+
+@pytest.mark.parametrize(("alike", "borrowed"), [(17, 0), (18, 16)])
+def test_a_borrowed_page_holds_what_its_borrower_would_have_written(decode, alike, borrowed):
+    """Pages of 16 tokens. The second MTP module's last latents there look at token 17."""
+    request, other = prompts_of(DRAFTING, (22, 22), most_new=12)
+    request = replace(request, temperature=0.9, seed=2)
+    sharing = twin(decode, share_prefixes=True)
+    prompt = [*request.prompt[:alike], *(63 - token for token in request.prompt[alike:])]
+    sharing.submit(replace(other, prompt=prompt))
+    list(sharing.run())
+    alone, shared = (held_after(engine, request, 30) for engine in (decode, sharing))
+    assert sharing.statistics.borrowed == borrowed
+    assert shared.tokens == alone.tokens
+    assert_close((shared.latents, shared.hidden_WD), (alone.latents, alone.hidden_WD), FLOAT32)
+
+
 # --- two rows, prompts of several chunks ---------------------------------------------------------
 
 
@@ -267,7 +293,7 @@ def test_pages_that_are_known_are_borrowed_and_none_of_them_is_written(
     """Two texts that begin alike go on side by side, each as the model alone would have it."""
     sharing = twin(two_rows, share_prefixes=True)
     alike, *_ = prompts_of(DRAFTING, (20,), most_new=12)
-    requests = [alike, replace(alike, prompt=[*alike.prompt[:17], 5, 6])]
+    requests = [alike, replace(alike, prompt=[*alike.prompt[:18], 5, 6])]
     told = {}
     for request in requests:
         handover = handed(long_prefill, request)
