@@ -70,11 +70,12 @@ def nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     """The logits, -inf outside of the nucleus.
 
     A token is in it if all that are likelier (of equally likely ones, those of lower ids) have
-    less than `top_p` of the probability together. So the likeliest is always in it.
+    less than `top_p` of the probability together. So the likeliest is always in it; with `top_p` 1
+    all are, though sums of float32 may reach 1 before the last.
     """
     order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
     p_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
     likelier_BV = jnp.pad(jnp.cumsum(p_BV, -1)[:, :-1], ((0, 0), (1, 0)))
     rank_BV = jnp.argsort(order_BV, axis=-1)
-    inside_BV = jnp.take_along_axis(likelier_BV < top_p, rank_BV, axis=-1)
+    inside_BV = jnp.take_along_axis((likelier_BV < top_p) | (top_p >= 1), rank_BV, axis=-1)
     return jnp.where(inside_BV, logits_BV, -jnp.inf)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.inference.sampling import choose, nucleus, sampling
+from dsv3_jax.inference.sampling import choose, nucleus, sampling, tempered
 from tests.shapes import compiled, normal
 
 V = 40
@@ -69,6 +69,13 @@ def test_samples_follow_the_softmax_within_the_nucleus(temperature: float, top_p
     freedom = often_V.sum()
     assert freedom > 5
     assert error_V[often_V].sum() < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+def test_beside_a_row_with_a_nucleus_one_without_keeps_all_its_tokens():
+    """Though all but the likeliest are too rare to change a sum of float32."""
+    logits_BV = jnp.zeros((2, V)).at[:, 3].set(30.0)
+    found_BV = tempered(logits_BV, jnp.ones((2, 1)), jnp.asarray([[1.0], [0.5]]))
+    assert np.isfinite(np.asarray(found_BV)).sum(1).tolist() == [V, 1]
 
 
 def test_top_p_1_is_plain_sampling_to_the_bit():
