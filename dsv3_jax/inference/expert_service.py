@@ -133,10 +133,13 @@ class ExpertService:
         """One layer that has to, if there is any."""
         if not self.moving:
             return weights
-        return self._with_layer(weights, self.moving.pop(0), self._moved)
+        index = self.moving.pop(0)
+        weights = self._with_layer(weights, index, self._moved)
+        self._where[index] = self.balancer.tables.physical_to_logical_LP[index]
+        return weights
 
     def warm_up(self, weights: Weights) -> None:
-        """Compiles what `move` needs."""
+        """Compiles what `move` needs; nothing moves."""
         if self.balancer is not None:
             for index in range(self.loads):
                 self._with_layer(weights, index, self._moved)
@@ -148,5 +151,4 @@ class ExpertService:
         moe = block.moe
         for name, value in zip(("w_gate_EDF", "w_up_EDF", "w_down_EFD"), found, strict=True):
             setattr(moe, name, getattr(moe, name).replace(value))
-        self._where[index] = new_P
         return layer._replace(block=block, placement=self._placement(index))

@@ -51,6 +51,7 @@ def test_layers_move_one_at_a_time_and_every_slot_has_the_expert_that_its_table_
         (table_P == e).sum() for table_P, e in zip(service.last.tables[0], (5, 2), strict=True)
     ]
     assert busiest == [5, 5]  # all copies there are
+    service.warm_up(served)  # moves nothing
     seen = []
     while service.moving:
         served = service.move(served)
