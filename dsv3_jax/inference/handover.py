@@ -80,7 +80,8 @@ class Handover:
             raise ValueError(
                 "a hand-over whose tokens are not its prompt and an answer's beginning"
             )
-        if answered >= self.request.max_tokens or self.tokens[-1] in self.request.end_ids:
+        limit = min(len(prompt) + self.request.max_tokens, form["model.max_length"])
+        if len(self.tokens) >= limit or self.tokens[-1] in self.request.end_ids:
             raise ValueError("a hand-over of a text that has ended")
         slots, held = self.slots, len(self.hidden_WD)
         wanted = [((slots, x.shape[-1]), x.dtype) for x in jax.tree.leaves(pools)]

@@ -232,6 +232,9 @@ def test_what_is_of_another_model_or_another_cache_is_refused(prefill, decode):
     ended = "a hand-over of a text that has ended"
     assert said(request=replace(handover.request, max_tokens=1)) == ended
     assert said(request=replace(handover.request, end_ids=frozenset(handover.tokens[-1:]))) == ended
+    longest = [1] * (DRAFTING.max_length - 1)
+    request = replace(handover.request, prompt=longest)
+    assert said(request=request, tokens=[*longest, 1]) == ended
     assert decode.pending == 0
 
 
