@@ -8,6 +8,7 @@ buckets alone, so nothing is compiled once all of them were met.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import count as ids
 from typing import Any
@@ -45,10 +46,15 @@ class Engine:
         mesh: Mesh | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """ValueError for settings that the model or the mesh does not allow."""
+        """ValueError for settings that the model, its layout or the mesh does not allow."""
         self.settings = settings = settings or EngineConfig()
         cfg = weights.rest.cfg
         settings.check_model(cfg)
+        if len(weights.depths) != settings.drafts:
+            raise ValueError(
+                f"engine.drafts is {settings.drafts}; allowed: {len(weights.depths)}, the MTP "
+                "modules that are laid out"
+            )
         self.service = ExpertService(cfg, settings, mesh, clock)
         self.programs = Programs(self.service.experts, mesh, settings.top_logprobs)
         self.weights = placed(self.service.laid_out(weights), mesh)
@@ -60,7 +66,8 @@ class Engine:
         self.state = self.programs.empty_state(weights, settings, pages)
         self.mover = Mover(self.programs, self.scheduler)
         self._row_buckets = buckets(settings.rows)
-        self._chunk_buckets = buckets(settings.chunk, min(SHORTEST_CHUNK, settings.chunk))
+        chunk = min(settings.chunk, self.longest, pages * settings.page_slots)
+        self._chunk_buckets = buckets(chunk, min(SHORTEST_CHUNK, chunk))
         widest = min(pages, -(-self.longest // settings.page_slots))
         self._width_buckets = buckets(widest, min(NARROWEST, widest))
         self._ids, self._steps = ids(), 1
@@ -93,7 +100,10 @@ class Engine:
                 f"a text of {limit} tokens, prompt and answer; allowed: at most the "
                 f"{pool.count * pool.page_slots} that the cache has room for"
             )
-        text = Text(next(self._ids), request, limit, [int(i) for i in request.prompt])
+        prompt = [int(i) for i in request.prompt]
+        # A copy: whoever asked may go on with the list.
+        request = replace(request, prompt=tuple(prompt))
+        text = Text(next(self._ids), request, limit, prompt)
         self._texts[text.id] = text
         self.scheduler.waiting.append(text)
         return text.id
@@ -313,13 +323,13 @@ class Engine:
         return bucket(self.scheduler.pages[0].needed(slots), self._width_buckets)
 
     def _lease(self, texts: Sequence[Text | None], width: int) -> Lease:
-        def numbers(of: Callable[[Text], Any], kind: Any) -> np.ndarray:
-            return np.array([0 if text is None else of(text) for text in texts], kind)
+        def numbers(of: Callable[[Text], Any], kind: Any, nobody: int = 0) -> np.ndarray:
+            return np.array([nobody if text is None else of(text) for text in texts], kind)
 
         how = RowSampling(
             numbers(lambda text: text.request.seed, np.uint32),
             numbers(lambda text: text.request.temperature, np.float32),
-            numbers(lambda text: text.request.top_p, np.float32),
+            numbers(lambda text: text.request.top_p, np.float32, nobody=1),
         )
         table_BY = np.zeros((len(texts), width), np.int32)
         for pages, text in zip(table_BY, texts, strict=True):

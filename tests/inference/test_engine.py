@@ -105,6 +105,39 @@ def test_what_cannot_be_served_is_refused_and_the_engine_goes_on(with_drafts, re
     assert [token for answer in with_drafts.run() for token in answer.tokens if answer.id == kept]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"pages": None, "page_slots": 64, "chunk": 256}, {"pages": 3, "chunk": 256}],
+    ids=str,
+)
+def test_a_chunk_may_be_larger_than_any_text(model, monkeypatch, settings):
+    """Then there are no programs for more tokens than a text can have."""
+    engine, sizes = engine_of(model, 0, **settings), set()
+    monkeypatch.setattr(engine, "_run_read", lambda turns, counts, size, *_: sizes.add(size))
+    monkeypatch.setattr(engine, "_run_go_on", lambda *_: None)
+    monkeypatch.setattr(engine.mover, "warm_up", lambda weights, state: state)
+    engine.warm_up()
+    assert max(sizes) == min(
+        MODEL.max_length, engine.scheduler.pages[0].count * settings.get("page_slots", 4)
+    )
+
+
+def test_a_prompt_is_copied_for_who_asks_may_go_on_with_the_list(with_drafts):
+    request = Request([1, 2, 3], 4)
+    request_id = with_drafts.submit(request)
+    request.prompt.append(4)
+    assert with_drafts._texts[request_id].request.prompt == (1, 2, 3)
+    assert with_drafts.cancel(request_id)
+
+
+def test_weights_are_laid_out_for_as_many_drafts_as_the_engine_makes(model):
+    weights = lay_out(model, drafts=1)
+    for drafts in (0, 2):
+        said = f"engine.drafts is {drafts}; allowed: 1, the MTP modules that are laid out"
+        with pytest.raises(ValueError, match=said):
+            Engine(weights, EngineConfig(drafts=drafts))
+
+
 def test_a_text_that_the_cache_can_never_hold_is_refused(model):
     engine = engine_of(model, 0, pages=3)
     with pytest.raises(ValueError, match=r"a text of 20 tokens, .* at most the 12 that the cache"):
