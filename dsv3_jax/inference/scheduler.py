@@ -2,8 +2,9 @@
 
 Requests are admitted in the order of their coming, each to the device with the fewest texts (of
 those, the one with most free pages). A text gets pages for what it has to read, and more as it
-grows. Where they run out, the youngest text of the device gives up its own and waits again, first
-in the queue; what it has written is read again later, as far as it is not still known.
+grows. Where they run out, the youngest text of the device gives up its own (preemption) and waits
+again, before all that came later; what it has written is read again, as far as it is not still
+known.
 """
 
 from collections import deque
@@ -105,7 +106,8 @@ class Scheduler:
     def _give_up(self, text: Text) -> None:
         self.statistics.gave_up += 1
         self.leave(text)
-        self.waiting.appendleft(text)
+        older = sum(other.id < text.id for other in self.waiting)
+        self.waiting.insert(older, text)
 
     def leave(self, text: Text) -> None:
         """A text has ended, or waits again."""
