@@ -1,8 +1,9 @@
 """Continuous batching: requests join and leave between any two steps (report 3.4).
 
-A turn of the engine admits what has room, reads at most one chunk of prompts on every device, and
-goes on by one step, or several if nobody waits for one. What is compiled depends on sizes of a few
-buckets alone, so nothing is compiled once all of them were met.
+A turn of the engine admits what has room, reads a chunk of at most one prompt on every device, or
+of two as two micro-batches (prefill, in chunks), and goes on by one step, or several if nobody
+waits for one (decoding). What is compiled depends on sizes of a few buckets alone, so nothing is compiled
+once all of them were met. Attention is data-parallel; the report's TP4 with SP is left out.
 """
 
 import contextlib
@@ -109,7 +110,7 @@ class Engine:
         return text.id
 
     def cancel(self, request_id: int) -> bool:
-        """Whether the request was still there; nothing more will be answered to it."""
+        """Whether the request was still there; no later turn answers to it."""
         text = self._texts.pop(request_id, None)
         if text is not None:
             self._leave(text)
@@ -167,7 +168,8 @@ class Engine:
 
     def take_loads(self) -> np.ndarray:
         """Tokens of every router's experts since the last time, int64 [L, E']: those of the main
-        model's layers, then of MTP's; with the shared experts behind, if they are routed.
+        model's layers, then of MTP's; with the shared experts behind, if they are routed. Devices
+        count in int32: to be taken before any expert has had 2^31 tokens of one device.
         """
         load_XE = np.asarray(self.state.load_LE, np.int64)
         self.state = self.state._replace(load_LE=self.programs.no_loads(self.state))

@@ -1,4 +1,4 @@
-"""Which page of a pool belongs to whom: lending, sharing of prefixes, taking back.
+"""Which page of a pool belongs to whom: lending, sharing of prefixes (prefix caching), taking back.
 
 Plain Python, no JAX. A page that is full of a text's beginning is known by that beginning (all the
 tokens up to its end); another text that begins so borrows it. A page that nobody holds any more

@@ -10,7 +10,7 @@ from dsv3_jax.inference.sampling import check_sampling
 if TYPE_CHECKING:
     from dsv3_jax.inference.handover import Handover
 
-Ended = Literal["stop", "length", "cancelled"]
+Ended = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
     top_p: float = 1.0
     """Draw from the likeliest tokens of this total probability"""
     seed: int = 0
-    """With the position it decides what is drawn, whoever the neighbours are"""
+    """0 to 2^32 - 1. With the position it decides what is drawn, whoever the neighbours are"""
     end_ids: frozenset[int] = frozenset()
     """Tokens that end the text; the one that does is told, as its last"""
 
@@ -61,10 +61,11 @@ class Answer:
     id: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of each, at temperature 1"""
+    """The natural logarithm of each one's probability at temperature 1"""
     top: list[list[tuple[int, float]]] = field(default_factory=list)
-    """Beside each, the likeliest tokens and their logarithms"""
+    """Beside each, `top_logprobs` likeliest tokens and their log-probabilities, likeliest first"""
     ended: Ended | None = None
+    """By one of its `end_ids`, or by its length; None: it goes on"""
 
 
 @dataclass(eq=False)

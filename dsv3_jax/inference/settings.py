@@ -36,7 +36,7 @@ class EngineConfig:
     replicas: int = 0
     """Redundant experts of a layer on all devices together (3.4.1)"""
     placement: Literal["global", "hierarchical"] = "global"
-    """Copies of experts anywhere, for decoding; or on their group's node, for prompts (3.4.2)"""
+    """Copies of experts anywhere, for decoding; or on their group's node, for prompts (3.4)"""
     rebalance_seconds: float = 600.0
     """Time after which experts with copies are placed anew by the loads that were seen"""
     top_logprobs: int = 0

@@ -1,10 +1,14 @@
-"""The two programs of an engine: a chunk of prompts is read, and rows go on by one step or several.
+"""The two programs of an engine: a chunk of prompts is read (prefill), and rows go on by one step
+or several (decoding). Report 3.4; MTP's drafts 5.4.3.
 
 State between steps is small: what pools hold, and of every row its newest token, which no pool has
 seen yet, with the hidden states of the last positions before it. With `D` drafts a step begins
 where those are: MTP modules read the last W = 2 D positions, of which up to D + 1 are new since
 their last turn and D - 1 were read with drafts that may not have held; then the main model reads
 the newest token and the drafts in one pass, and says which of them stay.
+
+Letters: J tokens of a step, the newest and the drafts; D of `hidden` is the model's width as ever,
+of what drafts have (`draft_BD`, `logits_BDV`) their number.
 """
 
 from collections.abc import Sequence
