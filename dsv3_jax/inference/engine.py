@@ -2,11 +2,13 @@
 
 A turn of the engine admits what has room, reads a chunk of at most one prompt on every device, or
 of two as two micro-batches (prefill, in chunks), and goes on by one step, or several if nobody
-waits for one (decoding). What is compiled depends on sizes of a few buckets alone, so nothing is compiled
-once all of them were met. Attention is data-parallel; the report's TP4 with SP is left out.
+waits for one (decoding). What is compiled depends on sizes of a few buckets alone, so nothing is
+compiled once all of them were met. Attention is data-parallel; the report's TP4 with SP is left
+out.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -272,7 +274,9 @@ class Engine:
     def _go_on(self) -> list[Answer]:
         goers = self.scheduler.goers()
         steps = 1 if self._somebody_waits() else self._steps
-        steps = min(steps, max((text.limit - len(text.tokens) for text in goers), default=0))
+        left = max((text.limit - len(text.tokens) for text in goers), default=0)
+        # As many as the longest text needs, if drafts hold as they have so far.
+        steps = min(steps, math.ceil(left / (1 + (self.statistics.accepted_a_step or 0))))
         a_step = 1 + len(self.weights.depths)
         while steps > 1 and not self.scheduler.has_room(steps * a_step):
             steps //= 2
