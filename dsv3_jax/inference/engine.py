@@ -124,13 +124,23 @@ class Engine:
         return len(self._texts)
 
     def run(self) -> Iterator[Answer]:
-        """Turns until every request has ended."""
+        """Turns until every request has ended. What is cancelled or handed over between two answers
+        has no further one.
+        """
         while self.pending:
-            yield from self.turn()
+            for answer in self.turn():
+                if answer.ended or answer.id in self._texts:
+                    yield answer
 
     def turn(self) -> list[Answer]:
-        """Goes on for a moment. New tokens of each request that has some."""
-        return self.read_prompts() + self._go_on()
+        """Goes on for a moment. New tokens of each request that has some, one answer each."""
+        answers = {answer.id: answer for answer in self.read_prompts()}
+        for answer in self._go_on():
+            if answer.id in answers:
+                answers[answer.id].add(answer)
+            else:
+                answers[answer.id] = answer
+        return list(answers.values())
 
     def read_prompts(self) -> list[Answer]:
         """A turn in which nobody goes on, all that an engine for prompts does: the first tokens of

@@ -67,6 +67,13 @@ class Answer:
     ended: Ended | None = None
     """By one of its `end_ids`, or by its length; None: it goes on"""
 
+    def add(self, more: "Answer") -> None:
+        """What came after it."""
+        self.tokens += more.tokens
+        self.logprobs += more.logprobs
+        self.top += more.top
+        self.ended = more.ended
+
 
 @dataclass(eq=False)
 class Text:

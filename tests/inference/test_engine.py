@@ -53,6 +53,17 @@ def test_greedy_texts_with_two_drafts_are_the_models_own(model, with_drafts):
     assert {one.ended for one in told.values()} == {"stop", "length", "cancelled"}
 
 
+def test_whoever_cancels_while_answers_come_hears_no_more(with_drafts):
+    first, second = (with_drafts.submit(Request([7, 8, i], 9)) for i in range(2))
+    heard = []
+    for answer in with_drafts.run():
+        heard.append(answer.id)
+        if answer.id == first:
+            with_drafts.cancel(first)
+            with_drafts.cancel(second)
+    assert heard == [first]
+
+
 def test_what_an_engine_has_done_is_counted(model, with_drafts):
     before = copy.deepcopy(with_drafts.statistics)
     told = play(with_drafts, random_requests(MODEL, 8, seed=9), cancels=0)

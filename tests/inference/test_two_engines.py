@@ -66,8 +66,9 @@ def decode(model) -> Engine:
 def steps_of(engine: Engine, ids: Sequence[int]) -> list[list[tuple[list[int], list[float]]]]:
     """Tokens and their log-probabilities, answer by answer: of one step each."""
     steps = {i: [] for i in ids}
-    for answer in engine.run():
-        steps[answer.id].append((answer.tokens, answer.logprobs))
+    while engine.pending:
+        for answer in engine.read_prompts() + engine._go_on():  # a turn puts them together
+            steps[answer.id].append((answer.tokens, answer.logprobs))
     return list(steps.values())
 
 
