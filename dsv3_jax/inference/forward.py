@@ -97,6 +97,8 @@ def _through(
     block = layer.block
     normed_BTD = rms_norm(x_BTD, block.attention_norm_D[...], block.eps)
     own = as_read(Cache(*block.mla.latents(normed_BTD, rope_BTR)), pool)
+    # As in `read`: whatever a token computes that is not there, NaN would pass a weight of 0.
+    own = jax.tree.map(lambda x: jnp.where(part.live_BT[..., None], x, 0), own)
     passed.latents.append(own)
     cached = read(pool, part.table_BY, part.before_B)
     attended = normed_BTD, rope_BTR, own, cached, _seen(part, cached)

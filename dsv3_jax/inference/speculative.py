@@ -95,8 +95,9 @@ def _reject(logits_BJV, draft_BD, draft_logits_BDV, allowed_B, position_B, how):
     )
     uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=p_BD.dtype)))
     u_BD = uniform(_keys(how, position_BJ[:, :drafts], _ACCEPT))
-    beyond_BDV = jnp.maximum(p_BDV - q_BDV, 0)
-    # Where q is p but for rounding, nothing may be left to draw from.
+    # A draft from NaN is not accepted, and takes nothing from p. Where q is p but for rounding,
+    # nothing may be left to draw from.
+    beyond_BDV = jnp.maximum(p_BDV - jnp.where(jnp.isnan(q_BDV), 0, q_BDV), 0)
     beyond_BDV = jnp.log(jnp.where((beyond_BDV > 0).any(-1, keepdims=True), beyond_BDV, p_BDV))
     draw = jax.vmap(jax.vmap(jax.random.categorical))
     instead_BD = draw(_keys(how, position_BJ[:, :drafts], _INSTEAD), beyond_BDV)

@@ -37,11 +37,13 @@ def _drafted(logits_V, position, how):
     return draw_draft(jnp.tile(logits_V[None], (ROWS, 1)), jnp.full(ROWS, position), how)
 
 
-def judged(how: RowSampling, draft_BD: jax.Array, allowed: int = 2) -> Verdict:
+def judged(
+    how: RowSampling, draft_BD: jax.Array, allowed: int = 2, q_DV: jax.Array = Q_DV
+) -> Verdict:
     """Filled up to `ROWS`: one program for all tests. Two likeliest tokens are told of."""
     rows = len(draft_BD)
     how, draft_BD = jax.tree.map(lambda x: jnp.resize(x, (ROWS, *x.shape[1:])), (how, draft_BD))
-    verdict = _judged(P_JV, Q_DV, how, draft_BD, allowed)
+    verdict = _judged(P_JV, q_DV, how, draft_BD, allowed)
     return jax.tree.map(lambda x: np.asarray(x)[:rows], verdict)
 
 
@@ -78,6 +80,13 @@ def test_what_is_drawn_with_drafts_has_the_models_own_distribution(temperature, 
             expected = np.minimum(p_JV[j], q_DV[j]).sum()
             assert abs(accepted - expected) < 5 * np.sqrt(0.25 / there.sum())
     assert 0.2 < np.mean(verdict.taken_B > 1) < 0.95
+
+
+def test_drafts_from_nan_change_nothing_of_what_is_drawn():
+    how = row_sampling(ROWS, 1.0)
+    verdict = judged(how, jnp.zeros((ROWS, 2), jnp.int32), q_DV=np.nan * Q_DV)
+    assert (verdict.taken_B == 1).all()
+    assert_drawn_from(verdict.token_BJ[:, 0], np.asarray(jax.nn.softmax(P_JV[0])))
 
 
 def test_tokens_of_one_step_are_drawn_independently():
