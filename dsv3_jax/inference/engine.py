@@ -11,7 +11,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import count as ids
 from typing import Any
@@ -95,6 +94,7 @@ class Engine:
         """The request's id; its text begins as soon as there is room. ValueError, one line, for one
         that cannot be served; the engine goes on.
         """
+        request = request.copied()
         request.check(self.weights.rest.cfg.vocab_size, self.longest)
         limit = min(len(request.prompt) + request.max_tokens, self.longest)
         pool = self.scheduler.pages[0]
@@ -103,10 +103,7 @@ class Engine:
                 f"a text of {limit} tokens, prompt and answer; allowed: at most the "
                 f"{pool.count * pool.page_slots} that the cache has room for"
             )
-        prompt = [int(i) for i in request.prompt]
-        # A copy: whoever asked may go on with the list.
-        request = replace(request, prompt=tuple(prompt))
-        text = Text(next(self._ids), request, limit, prompt)
+        text = Text(next(self._ids), request, limit, [int(i) for i in request.prompt])
         self._texts[text.id] = text
         self.scheduler.waiting.append(text)
         return text.id
@@ -185,7 +182,8 @@ class Engine:
         """
         load_XE = np.asarray(self.state.load_LE, np.int64)
         self.state = self.state._replace(load_LE=self.programs.no_loads(self.state))
-        return load_XE.reshape(self.programs.shards, -1, load_XE.shape[1]).sum(0)
+        shards, (rows, experts) = self.programs.shards, load_XE.shape
+        return load_XE.reshape(shards, rows // shards, experts).sum(0)
 
     # --- hand-over -------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class ExpertService:
         self.loads = model.num_moe_layers + settings.drafts
         """Layers with routers"""
         self.balancer: Balancer | None = None
-        if slots > model.num_experts:
+        if slots > model.num_experts and self.loads:
             self.balancer = Balancer(
                 model,
                 shape,

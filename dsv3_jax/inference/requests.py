@@ -1,8 +1,8 @@
 """What is asked of an engine, and what it answers."""
 
-import numbers
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from dsv3_jax.inference.sampling import check_sampling
@@ -30,6 +30,10 @@ class Request:
     end_ids: frozenset[int] = frozenset()
     """Tokens that end the text; the one that does is told, as its last"""
 
+    def copied(self) -> "Request":
+        """The same; later changes of the caller's lists are none of it."""
+        return replace(self, prompt=tuple(self.prompt), end_ids=frozenset(self.end_ids))
+
     def check(self, vocab_size: int, longest: int) -> None:
         """ValueError, one line, for what cannot be done."""
         if not len(self.prompt):
@@ -50,8 +54,12 @@ class Request:
 
 
 def _is_whole(number: object) -> bool:
-    """Python's or NumPy's."""
-    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    """Python's, NumPy's or JAX's."""
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return not isinstance(number, bool)
 
 
 @dataclass

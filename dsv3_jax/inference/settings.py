@@ -65,6 +65,8 @@ class EngineConfig:
                 f"engine.drafts is {self.drafts}; allowed: 0 to {model.mtp_depth}, the MTP modules "
                 "of the model"
             )
+        most = min(20, model.vocab_size)
+        check("engine.top_logprobs", self.top_logprobs, self.top_logprobs <= most, f"0 to {most}")
 
     def num_pages(self, longest: int) -> int:
         """Of a device's pools, for texts of at most so many tokens."""

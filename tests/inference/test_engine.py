@@ -1,6 +1,8 @@
 """Texts of an engine are those of the model alone, whoever else is served."""
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,91 @@ def test_weights_are_laid_out_for_as_many_drafts_as_the_engine_makes(model):
         said = f"engine.drafts is {drafts}; allowed: 1, the MTP modules that are laid out"
         with pytest.raises(ValueError, match=said):
             Engine(weights, EngineConfig(drafts=drafts))
+
+
+def texts_of(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """The answers' tokens, of all requests at once."""
+    texts = {engine.submit(request): [] for request in requests}
+    for answer in engine.run():
+        texts[answer.id] += answer.tokens
+    return list(texts.values())
+
+
+def test_whole_numbers_of_any_kind_are_served_and_the_callers_list_stays_the_callers(with_drafts):
+    prompt = [1, 2, 3, 4]
+    kinds = [tuple(prompt), np.array(prompt), jnp.array(prompt), iter(prompt)]
+    (expected,) = texts_of(with_drafts, [Request(prompt, 10)])
+    assert texts_of(with_drafts, [Request(one, 10) for one in kinds]) == 4 * [expected]
+    request_id = with_drafts.submit(Request(prompt, 10))
+    found = []
+    for answer in with_drafts.run():  # a conversation that goes on in one list
+        assert answer.id == request_id
+        found += answer.tokens
+        prompt += answer.tokens
+    assert found == expected
+
+
+def test_whoever_is_cancelled_between_two_answers_has_none_any_more(with_drafts):
+    """Also when the turn that found the first of them has found the second one's too."""
+    ids = {with_drafts.submit(Request([5, i], 20)) for i in range(4)}
+    first = next(answers := with_drafts.run()).id
+    for other in ids:
+        assert with_drafts.cancel(other)
+        assert not with_drafts.cancel(other)
+    assert list(answers) == []
+    assert first in ids
+
+
+def test_what_is_drawn_does_not_depend_on_whom_a_beginning_is_borrowed_from(with_drafts):
+    """Drafts neither: an MTP module's latent of a page's end depends on the tokens behind it."""
+    apart = Engine(with_drafts.weights, replace(with_drafts.settings, share_prefixes=False))
+    apart.programs = apart.mover.programs = with_drafts.programs
+    rng = np.random.default_rng(7)
+    alike = rng.integers(0, 64, 16).tolist()
+    requests = [Request([*alike, 2 * i, i], 6, temperature=1.0, seed=i) for i in range(24)]
+    borrowed = with_drafts.statistics.borrowed
+    assert texts_of(with_drafts, requests) == texts_of(apart, requests)
+    assert with_drafts.statistics.borrowed > borrowed + 100
+
+
+def test_nan_in_one_text_changes_no_other(with_drafts):
+    """Nor does it in tokens that fill a chunk up, of id 0, or in a row that another had before."""
+    rng, weights = np.random.default_rng(3), with_drafts.weights
+    clean = [
+        Request(rng.integers(1, 64, n).tolist(), 12, temperature=n % 2, end_ids=frozenset([0]))
+        for n in (1, 2, 3, 5, 9, 17, 18, 1)
+    ]
+    broken = [replace(one, prompt=[0, *one.prompt]) for one in clean]
+    expected = texts_of(with_drafts, clean)
+    rest = jax.tree.map(lambda x: x, weights.rest)
+    rest.embed_VD = rest.embed_VD.replace(rest.embed_VD[...].at[0].set(jnp.nan))
+    with_drafts.weights = weights._replace(rest=rest)
+    alone = texts_of(with_drafts, clean)
+    mixed = texts_of(with_drafts, [one for pair in zip(broken, clean, strict=True) for one in pair])
+    with_drafts.weights = weights
+    # A text may draft the broken token itself: not all of it need be as before.
+    assert [text[0] for text in alone] == [text[0] for text in expected]
+    assert mixed[::2] == 8 * [[0]]  # what the likeliest of NaN is
+    assert mixed[1::2] == alone
+
+
+def test_whatever_is_warmed_up_can_occur(model, monkeypatch):
+    """Chunks are longer here than all that the cache has room for."""
+    engine, sizes = engine_of(model, 0, pages=3, chunk=256), []
+    monkeypatch.setattr(engine, "_run_read", lambda *args: sizes.append(args[2:]))
+    monkeypatch.setattr(engine, "_run_go_on", lambda grid, width, steps: None)
+    monkeypatch.setattr(engine.mover, "warm_up", lambda weights, state: state)
+    engine.warm_up()
+    assert sizes == [(12, 3, True), (12, 3, False)]
+
+
+def test_settings_that_the_model_does_not_allow_are_refused(model):
+    with pytest.raises(ValueError, match=r"engine.drafts is 3; allowed: 0 to 2"):
+        Engine(lay_out(model), EngineConfig(drafts=3))
+    with pytest.raises(ValueError, match=r"engine.drafts is 2; allowed: 1, the MTP"):
+        Engine(lay_out(model, drafts=1), EngineConfig(drafts=2))
+    with pytest.raises(ValueError, match=r"engine.top_logprobs is 20; allowed: 0 to 3"):
+        EngineConfig(top_logprobs=20).check_model(replace(MODEL, vocab_size=3))
 
 
 def test_a_text_that_the_cache_can_never_hold_is_refused(model):

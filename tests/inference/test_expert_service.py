@@ -62,6 +62,14 @@ def test_layers_move_one_at_a_time_and_every_slot_has_the_expert_that_its_table_
     assert seen[0] != seen[-1]
 
 
+def test_a_model_without_routers_has_no_loads_and_nothing_to_place():
+    dense = replace(MODEL, num_dense_layers=1, mtp_depth=0)
+    engine = Engine(lay_out(random_model(dense)), EngineConfig(rows=1, replicas=2))
+    assert engine.take_loads().shape == (0, MODEL.num_experts)
+    assert not engine.service.due
+    assert engine.service.balancer is None
+
+
 def routed(weights: Weights) -> list:
     return [*weights.layers, *(depth.layer for depth in weights.depths)]
 
