@@ -216,3 +216,17 @@ def test_those_who_give_up_on_several_devices_wait_in_the_order_of_their_coming(
     for pages in scheduler.pages:
         pages.check()
         assert pages.free == 1
+
+
+def test_the_oldest_text_always_goes_on():
+    scheduler = scheduler_of(10, page_slots=2, share_prefixes=False)
+    oldest, youngest = (come(scheduler, i, [1, 2, 3], limit=20) for i in range(2))
+    scheduler.admit()
+    for text in (oldest, youngest):
+        read(scheduler, text)
+    while len(oldest.tokens) < 20:
+        assert scheduler.make_room(1)[0] is oldest
+        for text in scheduler.goers():
+            text.tokens.append(5)
+            text.read = len(text.tokens) - 1
+    assert list(scheduler.waiting) == [youngest]
