@@ -154,7 +154,7 @@ def test_rows_longer_than_the_model_are_refused():
 @pytest.mark.parametrize("remat", ["none", "report"])
 def test_layers_written_out_compute_what_scanned_ones_do(x64, monkeypatch, remat: str):
     """Hidden states and gradients."""
-    model, tokens = random_model(CFG), random_tokens(CFG, B, T)
+    model, tokens = random_model(CFG, jnp.float64), random_tokens(CFG, B, T)
 
     def run(model, tokens):
         h, pull = jax.vjp(lambda m: m.hidden(tokens, None, None, remat)[0], model)
