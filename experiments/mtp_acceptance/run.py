@@ -216,7 +216,8 @@ def speeds(
 
 def speed(engine: Engine, lots: Sequence[Sequence[Request]]) -> float:
     """Tokens/s while all texts of a lot go on: in the turns after the first token of the last one
-    to have one, up to the first end. The turn of that end makes steps that no text needs.
+    to have one, up to the first end. The turn of that end makes steps that no text needs, and
+    counts only where there is no other.
     """
     tokens, seconds = 0, 0.0
     for lot in lots:
@@ -224,14 +225,17 @@ def speed(engine: Engine, lots: Sequence[Sequence[Request]]) -> float:
         begun: set[int] = set()
         while begun != going:
             begun |= {answer.id for answer in engine.turn()}
-        while True:
+        turns: list[tuple[int, float]] = []
+        ended = False
+        while not ended:
             start = time.perf_counter()
             answers = engine.turn()
             spent = time.perf_counter() - start
-            if any(answer.ended for answer in answers):
-                break
-            tokens += sum(len(answer.tokens) for answer in answers)
-            seconds += spent
+            ended = any(answer.ended for answer in answers)
+            if not (ended and turns):
+                turns.append((sum(len(answer.tokens) for answer in answers), spent))
+        tokens += sum(one for one, _ in turns)
+        seconds += sum(spent for _, spent in turns)
         for request_id in going:
             engine.cancel(request_id)
     return tokens / seconds
