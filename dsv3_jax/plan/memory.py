@@ -217,10 +217,12 @@ class _Ranks:
 
 
 def _schedules(cfg: RunConfig) -> Iterator[Key]:
-    """Of the full batch first, then of every step size of a ramp."""
+    """Of every step size, a ramp's too, the largest first: `check_pipeline` has seen that this one
+    is the run's own schedule, with all of its copies of stages.
+    """
     part = cfg.train.rows // cfg.train.microbatches
     rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
-    for count in dict.fromkeys(size // part for size in rows):
+    for count in sorted({size // part for size in rows}, reverse=True):
         yield schedule_name(cfg, count), cfg.mesh.pipe, count
 
 

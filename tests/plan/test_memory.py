@@ -6,7 +6,14 @@ from dataclasses import replace
 import jax
 import pytest
 
-from dsv3_jax.config import MeshConfig, PipelineConfig, QuantConfig, RunConfig
+from dsv3_jax.config import (
+    MeshConfig,
+    Phase,
+    PipelineConfig,
+    QuantConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from dsv3_jax.config.presets import dsv3_671b, tiny_run
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.schedules import NAMES, make, simulate
@@ -183,6 +190,16 @@ def test_what_to_change_is_listed_and_helps():
     assert {"--train.remat full", "--mesh.bucket-factor 1.0"} <= {c.text for c in changes}
     assert [c.most for c in changes] == sorted(c.most for c in changes)
     assert all(c.most < plan.most for c in changes)
+
+
+def test_a_batch_that_shrinks_below_its_schedule_holds_what_it_held_before():
+    """The last step falls back to 1F1B, which has the first copy of the stages alone."""
+    large, pipe = run_of(QUICK.mesh, schedule="dualpipe", microbatches=8), QUICK.mesh.pipe
+    ramp = ScheduleConfig(rows_phases=(Phase(0, 640, float(large.train.rows)),))
+    rows = large.train.rows // 8 * (2 * pipe - 1)
+    small = replace(large.train, rows=rows, microbatches=2 * pipe - 1)
+    shrinks = memory_of(replace(large, train=small, schedule=ramp))
+    assert shrinks.ranks == memory_of(large).ranks
 
 
 def test_changes_with_workspace_count_it():
