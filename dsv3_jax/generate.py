@@ -185,18 +185,16 @@ def _tokens(
 def _plain_tokens(
     weights: "Weights", request: "Request", statistics: "Statistics"
 ) -> Iterator[int]:
-    """Those of `inference.generate`, whose clock is read at each."""
+    """Those of `inference.generate`."""
     import numpy as np
 
-    from dsv3_jax.inference.generate import Clock, continued
+    from dsv3_jax.inference.generate import continued
     from dsv3_jax.inference.sampling import sampling
 
-    clock, prompt_BT = Clock(), np.array([request.prompt])
+    prompt_BT = np.array([request.prompt])
     how = sampling(request.seed, request.temperature, request.top_p)
     count = min(request.max_tokens, weights.rest.cfg.max_length - len(request.prompt))
-    for token_B in continued(weights, prompt_BT, count, how, clock):
-        statistics.reading, statistics.going_on = clock.prefill, clock.decoding
-        statistics.compiling, statistics.stepped = clock.compiling, clock.decoded
+    for token_B in continued(weights, prompt_BT, count, how, statistics):
         yield int(token_B[0])
 
 

@@ -81,10 +81,10 @@ def forced(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     table = train_tokenizer(["some text"], 262).token_bytes
     ids = [table.index(bytes([byte])) for byte in text.encode()]
 
-    def continued(weights, prompt_BT, num_tokens, how, clock):
-        clock.prefill = clock.decoding = 1.0
+    def continued(weights, prompt_BT, num_tokens, how, statistics):
+        statistics.reading = statistics.going_on = 1.0
         for token in [*ids, 1, *ids][:num_tokens]:
-            clock.decoded += 1
+            statistics.stepped += 1
             yield [token]
 
     monkeypatch.setattr(generate, "continued", continued)

@@ -18,8 +18,9 @@ from flax import nnx
 from dsv3_jax.config.presets import PRESETS, tiny_run
 from dsv3_jax.config.run import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.inference.generate import Clock, continued
+from dsv3_jax.inference.generate import continued
 from dsv3_jax.inference.sampling import sampling
+from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.train.step import Coefficients, abstract_state, init_state, make_step
 
@@ -82,15 +83,15 @@ def train_step(cfg: RunConfig, graphdef, state, events: Seconds) -> Seconds:
 
 def decode(model, events: Seconds) -> dict[str, Seconds]:
     """Of the program that reads the prompt, and of the one that goes on."""
-    weights, clock = lay_out(model), Clock()
+    weights, statistics = lay_out(model), Statistics()
     prompt_BT = np.ones((1, 128), np.int32)
-    made = continued(weights, prompt_BT, 4, sampling(0), clock)
+    made = continued(weights, prompt_BT, 4, sampling(0), statistics)
     parts, before = {}, 0.0
     for name in ("prefill", "decoding"):
         events.clear()
         next(made)
-        parts[name] = parts_of(clock.compiling - before, events)
-        before = clock.compiling
+        parts[name] = parts_of(statistics.compiling - before, events)
+        before = statistics.compiling
     return parts
 
 

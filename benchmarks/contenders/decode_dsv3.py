@@ -12,7 +12,7 @@ import numpy as np
 from answering import answer
 from dsv3_model import model_of
 
-from dsv3_jax.inference.generate import Clock, continued
+from dsv3_jax.inference.generate import continued
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import lay_out
 
@@ -26,7 +26,7 @@ def main() -> None:
     how = sampling(0)
 
     def work() -> None:
-        made = list(continued(weights, prompt_BT, options["tokens"], how, Clock()))
+        made = list(continued(weights, prompt_BT, options["tokens"], how))
         assert len(made) == options["tokens"], f"{len(made)} tokens instead of {options['tokens']}"
 
     answer(work, warm_up=options["warm_up"], versions=f"jax {jax.__version__}")

@@ -18,7 +18,7 @@ from arrivals import Arrival, arrivals, served_in_batches
 from dsv3_model import model_of
 
 from dsv3_jax.inference.engine import SHORTEST_CHUNK, Engine
-from dsv3_jax.inference.generate import Clock, continued
+from dsv3_jax.inference.generate import continued
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.settings import EngineConfig, buckets
@@ -105,7 +105,7 @@ def in_batches(options: dict[str, Any], found: Sequence[Arrival]) -> Callable[[]
         prompt_BT = np.zeros((rows, longest), np.int32)
         for row_T, arrival in zip(prompt_BT, batch, strict=False):
             row_T[longest - len(arrival.prompt) :] = arrival.prompt
-        for _ in continued(weights, prompt_BT, max(one.tokens for one in batch), how, Clock()):
+        for _ in continued(weights, prompt_BT, max(one.tokens for one in batch), how):
             pass
 
     return lambda: {"wait": served_in_batches(found, rows, serve)}

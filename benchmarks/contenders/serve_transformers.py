@@ -11,15 +11,12 @@ from collections.abc import Sequence
 import torch
 from answering import answer
 from arrivals import Arrival, arrivals, served_in_batches
-from torch_deepseek import facts_of, model_of
+from torch_deepseek import facts_of, generator_of
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    model = model_of(options).eval()
-    # No token ends a text, so that every row has all its tokens.
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model, generate = generator_of(options)
     found = arrivals(options)
 
     def serve(batch: Sequence[Arrival]) -> None:
@@ -30,15 +27,7 @@ def main() -> None:
         for row, arrival in enumerate(batch):
             prompt[row, length - len(arrival.prompt) :] = torch.tensor(arrival.prompt)
             seen[row, length - len(arrival.prompt) :] = 1
-        with torch.inference_mode():
-            made = model.generate(
-                prompt,
-                attention_mask=seen,
-                max_new_tokens=tokens,
-                do_sample=False,
-                use_cache=True,
-            )
-        assert made.shape[1] == length + tokens, f"{made.shape[1]} instead of {length + tokens}"
+        generate(prompt, seen, tokens)
 
     def work() -> dict[str, float]:
         return {"wait": served_in_batches(found, options["rows"], serve)}

@@ -1,5 +1,6 @@
 """transformers' `DeepseekV3ForCausalLM` as a contender has it: random weights, by its options."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ def model_of(options: dict[str, Any], **more: Any) -> DeepseekV3ForCausalLM:
             **more,
         )
     )
+
+
+def generator_of(
+    options: dict[str, Any],
+) -> tuple[DeepseekV3ForCausalLM, Callable[[torch.Tensor, torch.Tensor, int], None]]:
+    """The model, and what continues prompts greedily by so many tokens, over its cache."""
+    model = model_of(options).eval()
+    # No token ends a text, so that every row has all its tokens.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    def generate(prompt: torch.Tensor, seen: torch.Tensor, tokens: int) -> None:
+        with torch.inference_mode():
+            made = model.generate(
+                prompt, attention_mask=seen, max_new_tokens=tokens, do_sample=False, use_cache=True
+            )
+        length = prompt.shape[1] + tokens
+        assert made.shape[1] == length, f"{made.shape[1]} tokens instead of {length}"
+
+    return model, generate
 
 
 def facts_of(model: DeepseekV3ForCausalLM) -> dict[str, str]:

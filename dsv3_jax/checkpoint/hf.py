@@ -31,12 +31,13 @@ from dsv3_jax.checkpoint.hf_check import (
 from dsv3_jax.checkpoint.hf_folder import INDEX, HFFolder, open_folder
 from dsv3_jax.checkpoint.hf_pieces import Filling, check_mesh, fillings, off_any_mesh
 from dsv3_jax.checkpoint.hf_table import SCALES, Entry, abstract_model, copies, entries
-from dsv3_jax.checkpoint.hf_writing import Writing, as_bits
+from dsv3_jax.checkpoint.hf_writing import Writing
 from dsv3_jax.checkpoint.new_folder import new_folder
 from dsv3_jax.checkpoint.progress import bar
 from dsv3_jax.checkpoint.tensor_file import write_file
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
+from dsv3_jax.quant.bits import as_bits
 from dsv3_jax.quant.fp8 import Blocked, abstract_blocked
 
 TOKENIZER_FILES = (

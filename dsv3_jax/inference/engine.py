@@ -7,7 +7,6 @@ compiled once all of them were met. Attention is data-parallel; the report's TP4
 out.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +18,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dsv3_jax.inference.batch import chunk_of, lease_of
 from dsv3_jax.inference.expert_service import ExpertService
 from dsv3_jax.inference.handover import Handover, form_of
 from dsv3_jax.inference.mover import Mover
 from dsv3_jax.inference.programs import Programs, placed
 from dsv3_jax.inference.requests import Answer, Request, Text
-from dsv3_jax.inference.sampling import RowSampling
 from dsv3_jax.inference.scheduler import Scheduler
 from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.statistics import Statistics
-from dsv3_jax.inference.step import MOST_STEPS, Chunk, Lease
+from dsv3_jax.inference.step import MOST_STEPS
 from dsv3_jax.inference.weights import Weights, lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -57,13 +56,13 @@ class Engine:
                 f"engine.drafts is {settings.drafts}; allowed: {len(weights.depths)}, the MTP "
                 "modules that are laid out"
             )
+        none = [0] * settings.drafts
+        self.statistics = Statistics(offered=none[:], accepted=none[:])
         self.service = ExpertService(cfg, settings, mesh, clock)
-        self.programs = Programs(self.service.experts, mesh, settings.top_logprobs)
+        self.programs = Programs(self.service.experts, mesh, settings.top_logprobs, self.statistics)
         self.weights = placed(self.service.laid_out(weights), mesh)
         self.longest = cfg.max_length
         pages = settings.num_pages(self.longest)
-        none = [0] * settings.drafts
-        self.statistics = Statistics(offered=none[:], accepted=none[:])
         self.scheduler = Scheduler(settings, self.programs.shards, pages, self.statistics)
         self.state = self.programs.empty_state(weights, settings, pages)
         self.mover = Mover(self.programs, self.scheduler)
@@ -246,9 +245,9 @@ class Engine:
         width: int,
         fresh: bool,
     ) -> list[Verdict]:
-        chunks = [self._chunk(turn, counts, size) for turn in turns]
-        leases = [self._lease(turn, width) for turn in turns]
-        with self._timed("reading"):
+        chunks = [chunk_of(turn, counts, size, self.settings.drafts) for turn in turns]
+        leases = [lease_of(turn, width, self.settings.page_slots) for turn in turns]
+        with self.statistics.measured("reading"):
             self.state, verdicts = self.programs.read(
                 self.weights, self.state, chunks, leases, fresh
             )
@@ -259,23 +258,6 @@ class Engine:
         self.statistics.borrowed += 0 if text.began else text.read
         text.read, text.began = text.read + count, True
         self.scheduler.tell(text)
-
-    def _chunk(self, turn: Sequence[Text | None], counts: dict[int, int], size: int) -> Chunk:
-        ahead = size + len(self.weights.depths) + 1
-        chunk = Chunk(
-            *(np.zeros(len(turn), kind) for kind in (np.int32, bool)),
-            np.zeros((len(turn), ahead), np.int32),
-            *(np.zeros(len(turn), np.int32) for _ in range(3)),
-        )
-        for i, text in enumerate(turn):
-            if text is None:
-                continue
-            known = text.tokens[text.read :][: counts[text.id] + ahead - size]
-            chunk.token_Bt[i, : len(known)] = known
-            chunk.row_B[i], chunk.first_B[i] = text.row, not text.began
-            chunk.start_B[i], chunk.count_B[i] = text.read, counts[text.id]
-            chunk.known_B[i] = len(known)
-        return chunk
 
     # --- steps -----------------------------------------------------------------------------------
 
@@ -308,9 +290,10 @@ class Engine:
 
     def _run_go_on(self, grid: Sequence[Text | None], width: int, steps: int) -> Verdict:
         active_B = np.array([text is not None for text in grid])
-        with self._timed("going_on"):
+        lease = lease_of(grid, width, self.settings.page_slots)
+        with self.statistics.measured("going_on"):
             self.state, verdict = self.programs.go_on(
-                self.weights, self.state, self._lease(grid, width), active_B, steps
+                self.weights, self.state, lease, active_B, steps
             )
             return jax.tree.map(np.asarray, verdict)
 
@@ -319,15 +302,6 @@ class Engine:
 
     # --- both ------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        """Adds the block's seconds to a statistic, without those of compilation."""
-        begun, compiling = time.perf_counter(), self.programs.compiling
-        yield
-        seconds = time.perf_counter() - begun - (self.programs.compiling - compiling)
-        setattr(self.statistics, what, getattr(self.statistics, what) + seconds)
-        self.statistics.compiling = self.programs.compiling
-
     def _leave(self, text: Text) -> None:
         self.statistics.requests += 1
         self.scheduler.leave(text)
@@ -335,23 +309,6 @@ class Engine:
     def _width(self, slots: int) -> int:
         """Pages of a table that has so many slots."""
         return bucket(self.scheduler.pages[0].needed(slots), self._width_buckets)
-
-    def _lease(self, texts: Sequence[Text | None], width: int) -> Lease:
-        def numbers(of: Callable[[Text], Any], kind: Any, nobody: int = 0) -> np.ndarray:
-            return np.array([nobody if text is None else of(text) for text in texts], kind)
-
-        how = RowSampling(
-            numbers(lambda text: text.request.seed, np.uint32),
-            numbers(lambda text: text.request.temperature, np.float32),
-            numbers(lambda text: text.request.top_p, np.float32, nobody=1),
-        )
-        table_BY = np.zeros((len(texts), width), np.int32)
-        for pages, text in zip(table_BY, texts, strict=True):
-            if text is not None:
-                known = text.pages[:width]
-                pages[: len(known)] = known
-        own_from_B = numbers(lambda text: text.borrowed * self.settings.page_slots, np.int32)
-        return Lease(table_BY, own_from_B, numbers(lambda text: text.limit, np.int32), how)
 
     def _take_first(self, text: Text, verdict: Verdict, place: int) -> Answer:
         """The token behind a prompt."""

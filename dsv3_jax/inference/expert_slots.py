@@ -21,10 +21,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.checkpoint.hf_writing import as_bits
 from dsv3_jax.model.layers import FeedForward
 from dsv3_jax.model.moe import MoE, Weights
 from dsv3_jax.parallel.mesh import EXPERT_AXES
+from dsv3_jax.quant.bits import as_bits
 from dsv3_jax.quant.fp8 import Blocked
 
 SLOTS = P(EXPERT_AXES)

@@ -6,10 +6,7 @@ caches grow by doubling. What stands in slots after a row's last token is never 
 overwritten when the text comes there.
 """
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -20,6 +17,7 @@ from jax import lax
 
 from dsv3_jax.inference.cache import Cache, extended, lengthened, power_of_two, slots
 from dsv3_jax.inference.sampling import Sampling, choose
+from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.weights import Weights
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -44,30 +42,18 @@ class State(NamedTuple):
         return self.cache[0].c_kv_BSC.shape[1]
 
 
-@dataclass
-class Clock:
-    """Seconds spent in `continued`, and how many tokens of each row were decoded."""
-
-    compiling: float = 0.0
-    prefill: float = 0.0
-    decoding: float = 0.0
-    decoded: int = 0
-
-    @contextlib.contextmanager
-    def measured(self, what: str) -> Iterator[Callable[[], float]]:
-        """Adds the seconds of the block to a field; yields a function that tells them."""
-        begun = time.perf_counter()
-        yield lambda: time.perf_counter() - begun
-        setattr(self, what, getattr(self, what) + time.perf_counter() - begun)
-
-
 def continued(
-    weights: Weights, prompt_BT: np.ndarray, num_tokens: int, how: Sampling, clock: Clock
+    weights: Weights,
+    prompt_BT: np.ndarray,
+    num_tokens: int,
+    how: Sampling,
+    statistics: Statistics | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [B], `num_tokens` times.
 
-    All prompts (int32 [B, T]) have one length. ValueError if a prompt is empty, or if there is no
-    room for so many tokens after it.
+    All prompts (int32 [B, T]) have one length. `statistics` are told the seconds, and how many
+    tokens of a row steps brought. ValueError if a prompt is empty, or if there is no room for so
+    many tokens after it.
     """
     length, longest = prompt_BT.shape[1], weights.rest.cfg.max_length
     if not 1 <= length < length + num_tokens <= longest:
@@ -78,9 +64,10 @@ def continued(
     padded = min(max(SHORTEST_PROMPT, power_of_two(length)), longest)
     padded_BT = np.pad(np.asarray(prompt_BT, np.int32), ((0, 0), (0, padded - length)))
     start = weights, padded_BT, np.int32(length), how, slots(padded, longest)
-    with clock.measured("compiling"):
+    told = statistics or Statistics()
+    with told.measured("compiling"):
         _begin.lower(*start).compile()
-    with clock.measured("prefill"):
+    with told.measured("reading"):
         state = jax.block_until_ready(_begin(*start))
     yield np.asarray(state.token_B)
     position, left, count, compiled = length, num_tokens - 1, 1, 0
@@ -88,16 +75,17 @@ def continued(
         count = min(count, left)
         state = _with_room(state, position + count, longest)
         if compiled != state.length:
-            with clock.measured("compiling"):
+            with told.measured("compiling"):
                 _go_on.lower(weights, state, np.int32(count), how).compile()
             compiled = state.length
-        with clock.measured("decoding") as seconds:
+        with told.measured("going_on") as seconds:
             state, tokens_NB = _go_on(weights, state, np.int32(count), how)
             tokens_NB = np.asarray(tokens_NB)[:count]
-        clock.decoded += count
+            spent = seconds()
+        told.stepped += count
         yield from tokens_NB
         position, left = position + count, left - count
-        count = min(max(int(count * PATIENCE / seconds()), 1), MOST_STEPS)
+        count = min(max(int(count * PATIENCE / spent), 1), MOST_STEPS)
 
 
 def _with_room(state: State, tokens: int, longest: int) -> State:

@@ -4,7 +4,6 @@ On a mesh every device has rows, pages and loads of its own, the first dimension
 and experts are spread over node and local. Without one, all is on one device.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from dsv3_jax.inference.forward import Experts
 from dsv3_jax.inference.moved_pages import Contents, Places, read_pages, write_pages
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.speculative import Verdict
+from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.step import Chunk, Lease, State, empty_rows, go_on, read_chunks
 from dsv3_jax.inference.weights import Weights
 from dsv3_jax.parallel.mesh import TOKEN_AXES, weight_spec
@@ -33,12 +33,13 @@ _OF_A_VARIABLE = ("value", "values", "scales")  # its one array, or the two of a
 class Programs:
     """`read` and `go_on`, `read_pages` and `write_pages`; `compiled` counts what was compiled."""
 
-    def __init__(self, experts: Experts, mesh: Mesh | None, top: int) -> None:
+    def __init__(
+        self, experts: Experts, mesh: Mesh | None, top: int, statistics: Statistics
+    ) -> None:
         self.experts, self.mesh, self.top = experts, mesh, top
         self.shards = int(np.prod([mesh.shape[axis] for axis in TOKEN_AXES])) if mesh else 1
+        self._statistics = statistics
         self._compiled: dict[Any, Callable] = {}
-        self.compiling = 0.0
-        """Seconds"""
 
     @property
     def compiled(self) -> int:
@@ -115,9 +116,8 @@ class Programs:
         args = self._placed(args, specs)
         key = name, tuple(leaf.shape for leaf in jax.tree.leaves((args, state.load_LE)))
         if key not in self._compiled:
-            begun = time.perf_counter()
-            self._compiled[key] = self._compile(body, specs, out_specs, weights, state, args)
-            self.compiling += time.perf_counter() - begun
+            with self._statistics.measured("compiling"):
+                self._compiled[key] = self._compile(body, specs, out_specs, weights, state, args)
         return self._compiled[key](weights, state, *args)
 
     def _placed(self, args: Any, specs: Any) -> Any:

@@ -1,11 +1,14 @@
-"""What an engine has done so far."""
+"""What generation has done so far, and how long it took."""
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Statistics:
-    """Counts and seconds since the engine began."""
+    """Counts and seconds since an engine, or one text, began."""
 
     requests: int = 0
     """That have ended, those cancelled or handed over included"""
@@ -31,6 +34,19 @@ class Statistics:
     """Seconds"""
     compiling: float = 0.0
     """Seconds, in none of the others"""
+
+    @contextlib.contextmanager
+    def measured(self, what: str) -> Iterator[Callable[[], float]]:
+        """Adds the seconds of the block, without what is compiled in it, to a field; yields a
+        function that tells them.
+        """
+        begun, compiling = time.perf_counter(), self.compiling
+
+        def seconds() -> float:
+            return time.perf_counter() - begun - (self.compiling - compiling)
+
+        yield seconds
+        setattr(self, what, getattr(self, what) + seconds())
 
     def step(self, allowed: int, taken: int) -> None:
         """One text's, which could take so many drafts and took `taken` tokens."""

@@ -5,7 +5,7 @@ from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.inference.generate import Clock, continued
+from dsv3_jax.inference.generate import continued
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.train.step import TrainState
@@ -21,7 +21,7 @@ def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corp
     weights = lay_out(nnx.merge(graphdef, state.params, state.biases))
     how = sampling(cfg.train.seed, cfg.output.sample_temperature)
     written = []
-    for token_B in continued(weights, np.array([ids]), room, how, Clock()):
+    for token_B in continued(weights, np.array([ids]), room, how):
         if token_B[0] == tokenizer.eos_id:
             break
         written.append(int(token_B[0]))

@@ -12,7 +12,7 @@ from dsv3_jax.config import ModelConfig, YarnConfig
 from dsv3_jax.inference import cache as cache_module
 from dsv3_jax.inference import generate
 from dsv3_jax.inference.cache import Cache, extended, lengthened, slots
-from dsv3_jax.inference.generate import Clock, State, continued, decode, prefill
+from dsv3_jax.inference.generate import State, continued, decode, prefill
 from dsv3_jax.inference.sampling import sampling
 from dsv3_jax.inference.weights import Weights, lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -114,7 +114,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def text(weights: Weights, prompt_BT: np.ndarray, new: int, **how: float) -> np.ndarray:
     """int32 [B, new] that continues a prompt."""
     how = sampling(**({"seed": 0} | how))
-    return np.stack([*continued(weights, np.asarray(prompt_BT), new, how, Clock())], 1)
+    return np.stack([*continued(weights, np.asarray(prompt_BT), new, how)], 1)
 
 
 @pytest.fixture(scope="module")

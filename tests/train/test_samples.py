@@ -50,7 +50,7 @@ def test_a_sample_follows_bos_and_prompt_and_ends_at_the_longest_sequence(
 ):
     seen = []
 
-    def continued(weights, prompt_BT, num_tokens, how, clock):
+    def continued(weights, prompt_BT, num_tokens, how):
         seen.append((prompt_BT, num_tokens, float(how.temperature)))
         return [[token] for token in corpus.tokenizer.encode("spam")]
 
