@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dsv3_jax.checkpoint.model_folder import OpenedModel
     from dsv3_jax.inference.answers import Ask
     from dsv3_jax.inference.engine import Engine
+    from dsv3_jax.inference.opening import Opened
     from dsv3_jax.inference.prompt_file import Wishes
     from dsv3_jax.inference.requests import Request
     from dsv3_jax.inference.statistics import Statistics
@@ -120,8 +121,7 @@ def _continue_one(options: Options) -> None:
         prompt, wishes = _prompt(options), _wishes(options)
         from dsv3_jax.inference.text import TextStream
 
-        mesh = _mesh(options.engine)
-        weights, opened = _load(options, mesh)
+        weights, mesh, opened = _opened(options)
         longest, request = opened.cfg.max_length, _request(prompt, wishes, opened)
         length = len(request.prompt)
         if length >= longest:
@@ -236,8 +236,7 @@ def _continue_many(options: Options, file: Path) -> None:
             prompts, write = read_prompts(file, wishes), _print
             if options.out is not None:
                 write = until_the_end.enter_context(whole_lines(options.out))
-            mesh = _mesh(options.engine)
-            weights, opened = _load(options, mesh)
+            weights, mesh, opened = _opened(options)
             requests = [_request(prompt.text, prompt.wishes, opened) for prompt in prompts]
             engine = _engine(options.engine, weights, mesh, requests)
             asks = list(zip(prompts, requests, strict=True))
@@ -287,37 +286,16 @@ def _print(line: str) -> None:
 # --- both ----------------------------------------------------------------------------------------
 
 
-def _mesh(options: EngineOptions) -> "Mesh | None":
-    """None for one device. ValueError if there are too few."""
-    process.check_devices()
-    from dsv3_jax.parallel.mesh import make_mesh
+def _opened(options: Options) -> "Opened":
+    from dsv3_jax.inference.opening import open_weights
 
-    cfg = options.mesh_config()
-    idle = (options.devices or 0) - cfg.size
-    if idle > 0:
-        to_stderr(f"warning: {idle} of {options.devices} devices are idle: see --mesh")
-    return make_mesh(cfg) if cfg.size > 1 else None
-
-
-def _load(options: Options, mesh: "Mesh | None") -> tuple["Weights", "OpenedModel"]:
-    """The model's weights laid out, and what was opened without its model."""
-    from dsv3_jax.checkpoint.model_folder import open_model
-    from dsv3_jax.inference.weights import lay_out
-
-    drafts = options.engine.drafts
-    opened = open_model(
+    return open_weights(
         options.checkpoint,
-        dtype=options.dtype,
+        options.engine,
         step=options.step,
         average=options.ema,
-        drafts=drafts,
-        mesh=mesh,
+        dtype=options.dtype,
     )
-    options.engine.mesh_config().check_model(opened.cfg)
-    step = "" if opened.step is None else f", step {opened.step:,}"
-    to_stderr(f"{options.checkpoint}{step}")
-    weights = lay_out(opened.model, consume=True, drafts=drafts)
-    return weights, opened._replace(model=None)
 
 
 def _request(prompt: str, wishes: "Wishes", opened: "OpenedModel") -> "Request":

@@ -31,6 +31,7 @@ FLOORS = {
     "checkpoint": 4,
     "inference": 5,
     "plan": 5,  # closed form
+    "server": 6,
     "train": 6,
     "evaluate": 7,
     "plan.compile": 7,  # compiles the programs of `train`

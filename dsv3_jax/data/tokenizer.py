@@ -109,6 +109,16 @@ class Tokenizer:
         """The id of a token by its spelling, special tokens included; None if there is none."""
         return self._backend.token_to_id(token)
 
+    def spelling_of(self, token_id: int) -> str | None:
+        """How the vocabulary writes a token, special ones included; None if there is none."""
+        return self._backend.id_to_token(token_id)
+
+    @functools.cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Spelling -> id of tokens that stand for a mark in a text, special or not: turns, ends."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added}
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int32 [N], without special tokens."""
         return self.encode_batch([text])[0]

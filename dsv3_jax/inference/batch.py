@@ -19,6 +19,7 @@ def chunk_of(
         *(np.zeros(len(texts), kind) for kind in (np.int32, bool)),
         np.zeros((len(texts), size + ahead), np.int32),
         *(np.zeros(len(texts), np.int32) for _ in range(3)),
+        np.zeros(len(texts), bool),
     )
     for i, text in enumerate(texts):
         if text is None:
@@ -27,7 +28,7 @@ def chunk_of(
         chunk.token_Bt[i, : len(known)] = known
         chunk.row_B[i], chunk.first_B[i] = text.row, not text.began
         chunk.start_B[i], chunk.count_B[i] = text.read, counts[text.id]
-        chunk.known_B[i] = len(known)
+        chunk.known_B[i], chunk.scored_B[i] = len(known), text.is_scored
     return chunk
 
 

@@ -23,17 +23,18 @@ from dsv3_jax.inference.expert_service import ExpertService
 from dsv3_jax.inference.handover import Handover, form_of
 from dsv3_jax.inference.mover import Mover
 from dsv3_jax.inference.programs import Programs, placed
-from dsv3_jax.inference.requests import Answer, Request, Text
+from dsv3_jax.inference.requests import Answer, Request, Text, pairs
 from dsv3_jax.inference.scheduler import Scheduler
 from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.statistics import Statistics
-from dsv3_jax.inference.step import MOST_STEPS
+from dsv3_jax.inference.step import MOST_STEPS, ReadScores
 from dsv3_jax.inference.weights import Weights, lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 
 # One call makes as many steps as it can in this time: a new request should not wait for longer.
 PATIENCE = 0.05
+MOST_COUNTED = 2**28  # tokens that devices count in int32; a step with drafts has a few of each
 SHORTEST_CHUNK, NARROWEST = 16, 4  # the least buckets of a chunk's tokens and a table's pages
 
 
@@ -59,7 +60,7 @@ class Engine:
         none = [0] * settings.drafts
         self.statistics = Statistics(offered=none[:], accepted=none[:])
         self.service = ExpertService(cfg, settings, mesh, clock)
-        self.programs = Programs(self.service.experts, mesh, settings.top_logprobs, self.statistics)
+        self.programs = Programs(self.service.experts, mesh, settings, self.statistics)
         self.weights = placed(self.service.laid_out(weights), mesh)
         self.longest = cfg.max_length
         pages = settings.num_pages(self.longest)
@@ -73,6 +74,9 @@ class Engine:
         self._width_buckets = buckets(widest, min(NARROWEST, widest))
         self._ids, self._steps = ids(), 1
         self._texts: dict[int, Text] = {}
+        self._loads: np.ndarray | int = 0
+        self._total_loads: np.ndarray | int = 0
+        self._collected = 0
 
     @classmethod
     def of(
@@ -94,7 +98,19 @@ class Engine:
         that cannot be served; the engine goes on.
         """
         request = request.copied()
+        limit = self.check(request)
+        text = Text(next(self._ids), request, limit, [int(i) for i in request.prompt])
+        self._texts[text.id] = text
+        self.scheduler.waiting.append(text)
+        return text.id
+
+    def check(self, request: Request) -> int:
+        """Most tokens that its text can have, of prompt and answer together. ValueError as of
+        `submit`. Other threads may ask, too.
+        """
         request.check(self.weights.rest.cfg.vocab_size, self.longest)
+        if request.prompt_logprobs and not self.settings.prompt_logprobs:
+            raise ValueError("prompt_logprobs; allowed where the engine's prompt_logprobs is set")
         limit = min(len(request.prompt) + request.max_tokens, self.longest)
         pool = self.scheduler.pages[0]
         if pool.needed(limit) > pool.count:
@@ -102,10 +118,13 @@ class Engine:
                 f"a text of {limit} tokens, prompt and answer; allowed: at most the "
                 f"{pool.count * pool.page_slots} that the cache has room for"
             )
-        text = Text(next(self._ids), request, limit, [int(i) for i in request.prompt])
-        self._texts[text.id] = text
-        self.scheduler.waiting.append(text)
-        return text.id
+        return limit
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest text that can be served."""
+        pool = self.scheduler.pages[0]
+        return min(self.longest, pool.count * pool.page_slots)
 
     def cancel(self, request_id: int) -> bool:
         """Whether the request was still there; no later turn answers to it."""
@@ -142,6 +161,8 @@ class Engine:
         """A turn in which nobody goes on, all that an engine for prompts does: the first tokens of
         requests that are read. Until they are handed over or cancelled they keep rows and pages.
         """
+        if self.statistics.tokens - self._collected > MOST_COUNTED:
+            self._collect_loads()
         if self.service.due:
             self.service.place(self.take_loads())
         self.weights = self.service.move(self.weights)
@@ -176,13 +197,26 @@ class Engine:
 
     def take_loads(self) -> np.ndarray:
         """Tokens of every router's experts since the last time, int64 [L, E']: those of the main
-        model's layers, then of MTP's; with the shared experts behind, if they are routed. Devices
-        count in int32: to be taken before any expert has had 2^31 tokens of one device.
+        model's layers, then of MTP's; with the shared experts behind, if they are routed.
         """
+        self._collect_loads()
+        taken_LE, self._loads = self._loads, np.zeros_like(self._loads)
+        return taken_LE
+
+    def total_loads(self) -> np.ndarray:
+        """As `take_loads`, since the beginning; nothing is taken."""
+        self._collect_loads()
+        return self._total_loads.copy()
+
+    def _collect_loads(self) -> None:
+        """Devices count in int32, which is collected before it can be full."""
         load_XE = np.asarray(self.state.load_LE, np.int64)
         self.state = self.state._replace(load_LE=self.programs.no_loads(self.state))
         shards, (rows, experts) = self.programs.shards, load_XE.shape
-        return load_XE.reshape(shards, rows // shards, experts).sum(0)
+        load_LE = load_XE.reshape(shards, rows // shards, experts).sum(0)
+        self._loads = self._loads + load_LE
+        self._total_loads = self._total_loads + load_LE
+        self._collected = self.statistics.tokens
 
     # --- hand-over -------------------------------------------------------------------------------
 
@@ -228,10 +262,13 @@ class Engine:
         fresh = all(text.read == 0 for text in texts)
         microbatches = range(self.settings.prompt_microbatches)
         turns = [[shard[i] if i < len(shard) else None for shard in readers] for i in microbatches]
-        verdicts, answers = self._run_read(turns, counts, size, width, fresh), []
-        for turn, verdict in zip(turns, verdicts, strict=True):
+        verdicts, scores = self._run_read(turns, counts, size, width, fresh)
+        answers = []
+        for micro, (turn, verdict) in enumerate(zip(turns, verdicts, strict=True)):
             for place, text in enumerate(turn):
                 if text is not None:
+                    if text.scores:
+                        text.score(counts[text.id], scores[micro], place)
                     self._has_read(text, counts[text.id])
                     if not text.unread and not text.answered:
                         answers.append(self._take_first(text, verdict, place))
@@ -244,14 +281,16 @@ class Engine:
         size: int,
         width: int,
         fresh: bool,
-    ) -> list[Verdict]:
+    ) -> tuple[list[Verdict], list[ReadScores]]:
         chunks = [chunk_of(turn, counts, size, self.settings.drafts) for turn in turns]
         leases = [lease_of(turn, width, self.settings.page_slots) for turn in turns]
         with self.statistics.measured("reading"):
-            self.state, verdicts = self.programs.read(
+            self.state, verdicts, scores = self.programs.read(
                 self.weights, self.state, chunks, leases, fresh
             )
-            return jax.tree.map(np.asarray, verdicts)
+            if not any(chunk.scored_B.any() for chunk in chunks):
+                scores = []
+            return jax.tree.map(np.asarray, (verdicts, scores))
 
     def _has_read(self, text: Text, count: int) -> None:
         self.statistics.read += count
@@ -312,7 +351,8 @@ class Engine:
 
     def _take_first(self, text: Text, verdict: Verdict, place: int) -> Answer:
         """The token behind a prompt."""
-        answer = Answer(text.id)
+        answer = Answer(text.id, prompt=text.scores)
+        text.scores = None
         self._take(text, answer, verdict, place)
         return self._told(text, answer)
 
@@ -334,10 +374,7 @@ class Engine:
         count, answer.ended = text.take(tokens)
         answer.tokens += tokens[:count]
         answer.logprobs += verdict.logprob_BJ[place, :count].tolist()
-        for tokens_n, logprobs_n in zip(
-            verdict.top_BJn[place, :count], verdict.top_logprob_BJn[place, :count], strict=True
-        ):
-            answer.top.append(list(zip(tokens_n.tolist(), logprobs_n.tolist(), strict=True)))
+        answer.top += pairs(verdict.top_BJn[place, :count], verdict.top_logprob_BJn[place, :count])
 
     def _told(self, text: Text, answer: Answer) -> Answer:
         text.logprobs += answer.logprobs

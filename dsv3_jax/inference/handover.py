@@ -141,7 +141,7 @@ def _request(fields: Mapping[str, Any]) -> Request:
     counts = {name: _ints([fields[name]])[0] for name in ("max_tokens", "seed")}
     shares = {name: float(fields[name]) for name in ("temperature", "top_p")}
     lists = {"prompt": _ints(fields["prompt"]), "end_ids": frozenset(_ints(fields["end_ids"]))}
-    return Request(**fields | counts | shares | lists)
+    return Request(**fields | counts | shares | lists | {"prompt_logprobs": False})
 
 
 def _arrays(described: Sequence[Sequence[Any]], data: memoryview) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ to read and one to write. On a mesh every device takes part, those without a tex
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -93,7 +94,9 @@ def _collected(text: Text, form: Mapping[str, Any], pieces: Sequence[Contents]) 
         x_SC[slots - held :] = 0
     hidden_WD = row.hidden_BWD[len(row.hidden_BWD) - held :]
     latents = tuple(jax.tree.leaves(pools))
-    return Handover(text.request, text.tokens, text.logprobs, form, latents, hidden_WD)
+    # A prompt's scores are told with the first token, before it is handed over.
+    request = replace(text.request, prompt_logprobs=False)
+    return Handover(request, text.tokens, text.logprobs, form, latents, hidden_WD)
 
 
 def _in_pages(

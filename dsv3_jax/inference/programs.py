@@ -20,7 +20,15 @@ from dsv3_jax.inference.moved_pages import Contents, Places, read_pages, write_p
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.statistics import Statistics
-from dsv3_jax.inference.step import Chunk, Lease, State, empty_rows, go_on, read_chunks
+from dsv3_jax.inference.step import (
+    Chunk,
+    Lease,
+    ReadScores,
+    State,
+    empty_rows,
+    go_on,
+    read_chunks,
+)
 from dsv3_jax.inference.weights import Weights
 from dsv3_jax.parallel.mesh import TOKEN_AXES, weight_spec
 
@@ -34,9 +42,10 @@ class Programs:
     """`read` and `go_on`, `read_pages` and `write_pages`; `compiled` counts what was compiled."""
 
     def __init__(
-        self, experts: Experts, mesh: Mesh | None, top: int, statistics: Statistics
+        self, experts: Experts, mesh: Mesh | None, settings: EngineConfig, statistics: Statistics
     ) -> None:
-        self.experts, self.mesh, self.top = experts, mesh, top
+        self.experts, self.mesh, self.top = experts, mesh, settings.top_logprobs
+        self.scores = settings.prompt_logprobs
         self.shards = int(np.prod([mesh.shape[axis] for axis in TOKEN_AXES])) if mesh else 1
         self._statistics = statistics
         self._compiled: dict[Any, Callable] = {}
@@ -77,10 +86,11 @@ class Programs:
         chunks: Sequence[Chunk],
         leases: Sequence[Lease],
         fresh: bool,
-    ) -> tuple[State, list[Verdict]]:
+    ) -> tuple[State, list[Verdict], list[ReadScores]]:
         """`step.read_chunks`, of chunks and leases in NumPy; the state is used up."""
-        body = partial(read_chunks, experts=self.experts, fresh=fresh, top=self.top)
-        specs = (_SHARDED, _SHARDED), (_SHARDED, _SHARDED)
+        kind = {"fresh": fresh, "top": self.top, "scores": self.scores}
+        body = partial(read_chunks, experts=self.experts, **kind)
+        specs = (_SHARDED, _SHARDED), (_SHARDED, _SHARDED, _SHARDED)
         return self._run(("read", fresh), body, *specs, weights, state, list(chunks), list(leases))
 
     def go_on(

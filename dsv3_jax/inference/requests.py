@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from dsv3_jax.inference.sampling import check_sampling
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dsv3_jax.inference.handover import Handover
+    from dsv3_jax.inference.step import ReadScores
 
 Ended = Literal["stop", "length"]
 
@@ -29,6 +32,8 @@ class Request:
     """0 to 2^32 - 1. With the position it decides what is drawn, whoever the neighbours are"""
     end_ids: frozenset[int] = frozenset()
     """Tokens that end the text; the one that does is told, as its last"""
+    prompt_logprobs: bool = False
+    """Tell of the prompt's tokens what is told of the answer's; an engine must be set to"""
 
     def copied(self) -> "Request":
         """The same; later changes of the caller's lists are none of it."""
@@ -63,6 +68,16 @@ def _is_whole(number: object) -> bool:
 
 
 @dataclass
+class Scores:
+    """Of a prompt's tokens from the second on, given those before."""
+
+    logprobs: list[float] = field(default_factory=list)
+    """As of `Answer`"""
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """As of `Answer`"""
+
+
+@dataclass
 class Answer:
     """New tokens of one request since the last answer."""
 
@@ -74,6 +89,8 @@ class Answer:
     """Beside each, `top_logprobs` likeliest tokens and their log-probabilities, likeliest first"""
     ended: Ended | None = None
     """By one of its `end_ids`, or by its length; None: it goes on"""
+    prompt: "Scores | None" = None
+    """With the first token, if it was asked for"""
 
     def add(self, more: "Answer") -> None:
         """What came after it."""
@@ -81,6 +98,13 @@ class Answer:
         self.logprobs += more.logprobs
         self.top += more.top
         self.ended = more.ended
+        self.prompt = self.prompt or more.prompt
+
+
+def pairs(top_Tn: "np.ndarray", top_logprob_Tn: "np.ndarray") -> list[list[tuple[int, float]]]:
+    """Of every token the likeliest ones, with their log-probabilities."""
+    both = zip(top_Tn.tolist(), top_logprob_Tn.tolist(), strict=True)
+    return [list(zip(*of_token, strict=True)) for of_token in both]
 
 
 @dataclass(eq=False)
@@ -105,6 +129,8 @@ class Text:
     """Whether a chunk was read since it has its row"""
     logprobs: list[float] = field(default_factory=list)
     """Of the answer's tokens"""
+    scores: Scores | None = None
+    """Of as many of the prompt's as are read, if they are wished and still to be told"""
     handover: "Handover | None" = None
     """What another engine has read of it, until it has a row here"""
 
@@ -113,9 +139,22 @@ class Text:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether what is read of it now is told of."""
+        return self.request.prompt_logprobs and not self.answered
+
+    @property
     def unread(self) -> int:
         """Tokens to be read before it can go on; the newest of an answer is not among them."""
         return len(self.tokens) - (self.answered > 0) - self.read
+
+    def score(self, count: int, scores: "ReadScores", place: int) -> None:
+        """Each of the next `count` tokens that are read tells of the prompt's token behind it."""
+        count = min(count, len(self.request.prompt) - 1 - self.read)
+        self.scores.logprobs += scores.logprob_BT[place, :count].tolist()
+        self.scores.top += pairs(
+            scores.top_BTn[place, :count], scores.top_logprob_BTn[place, :count]
+        )
 
     def take(self, tokens: Sequence[int]) -> tuple[int, Ended | None]:
         """Adds tokens as far as the text goes: how many, and what ended it."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from dsv3_jax.inference.pages import Pages
-from dsv3_jax.inference.requests import Text
+from dsv3_jax.inference.requests import Scores, Text
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.statistics import Statistics
 
@@ -51,7 +51,9 @@ class Scheduler:
         """Whether there was room for all that it has to read, and one token more."""
         pool, row = self.pages[shard], self.rows[shard]
         to_read = text.tokens[: len(text.request.prompt) + max(text.answered - 1, 0)]
-        borrowed = pool.borrow(to_read) if self.settings.share_prefixes else []
+        # Who has its prompt told of reads all of it itself.
+        borrows = self.settings.share_prefixes and not text.is_scored
+        borrowed = pool.borrow(to_read) if borrows else []
         own = pool.lend(pool.needed(len(text.tokens) + 1) - len(borrowed))
         if own is None:
             pool.take_back(borrowed)
@@ -59,6 +61,7 @@ class Scheduler:
         text.shard, text.row = shard, row.index(None)
         text.pages, text.borrowed = borrowed + own, len(borrowed)
         text.read, text.began = len(borrowed) * pool.page_slots, False
+        text.scores = Scores() if text.is_scored else None
         row[text.row] = text
         return True
 

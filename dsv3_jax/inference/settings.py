@@ -41,6 +41,8 @@ class EngineConfig:
     """Time after which experts with copies are placed anew by the loads that were seen"""
     top_logprobs: int = 0
     """So many likeliest tokens are told of with each token"""
+    prompt_logprobs: bool = False
+    """Requests may wish to be told of their prompts' tokens"""
 
     def __post_init__(self) -> None:
         check_types("engine", self)

@@ -57,6 +57,11 @@ class Statistics:
             self.accepted[k] += taken > k + 1
 
     @property
+    def tokens(self) -> int:
+        """That have passed the model, drafts aside."""
+        return self.read + self.steps
+
+    @property
     def accepted_a_step(self) -> float | None:
         """Drafts that stayed in a step of a text, on the average; None where there are none."""
         return sum(self.accepted) / self.steps if self.offered and self.steps else None

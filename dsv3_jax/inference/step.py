@@ -66,7 +66,8 @@ class Chunk(NamedTuple):
 
     `token_Bt` has D + 1 more columns: from the chunk's `start` on `known` tokens are known, of
     which `count` are read now. If one more is known, the newest token is that; else it is chosen.
-    `first` is the first chunk that is read of a text, whose beginning may be borrowed.
+    `first` is the first chunk that is read of a text, whose beginning may be borrowed. `scored`
+    says whose prompt is told of.
     """
 
     row_B: jax.Array
@@ -75,6 +76,15 @@ class Chunk(NamedTuple):
     start_B: jax.Array
     count_B: jax.Array
     known_B: jax.Array
+    scored_B: jax.Array
+
+
+class ReadScores(NamedTuple):
+    """What a chunk's positions gave the tokens behind them, as of `Verdict`: [B, T], [B, T, n]."""
+
+    logprob_BT: jax.Array
+    top_BTn: jax.Array
+    top_logprob_BTn: jax.Array
 
 
 def empty_rows(rows: int, drafts: int, width: int, dtype: jnp.dtype) -> Rows:
@@ -95,11 +105,13 @@ def read_chunks(
     experts: Experts,
     fresh: bool = False,
     top: int = 0,
-) -> tuple[State, list[Verdict]]:
+    scores: bool = False,
+) -> tuple[State, list[Verdict], list[ReadScores]]:
     """Reads one chunk for each of some rows; several such micro-batches pass side by side.
 
     The verdict's one token is the one after each chunk, of use behind a text's last. `fresh` says
-    that all of them begin their texts: there is nothing in the pools to look at.
+    that all of them begin their texts: there is nothing in the pools to look at. There are scores,
+    where a row is scored, if the program has `scores`.
     """
     layers = len(weights.layers)
     parts = [
@@ -107,7 +119,7 @@ def read_chunks(
         for chunk, lease in zip(chunks, leases, strict=True)
     ]
     passed = forward(weights, state.pools[:layers], parts, experts)
-    verdicts, writes, rows = [], [], state.rows
+    verdicts, writes, rows, told = [], [], state.rows, []
     for chunk, lease, part, way in zip(chunks, leases, parts, passed, strict=True):
         last_B11 = jnp.maximum(chunk.count_B - 1, 0)[:, None, None]
         last_B1D = jnp.take_along_axis(way.hidden_BTD, last_B11, axis=1)
@@ -119,10 +131,27 @@ def read_chunks(
             logits_B1V, nothing_BD, nothing_BDV, position_B * 0, position_B, lease.how, top
         )
         verdicts.append(verdict)
+        if scores:
+            told.append(_scores(weights, chunk, way.hidden_BTD, top))
         way = _through_known_depths(weights, state, chunk, part, way, experts)
         writes.append(Write(part, lease, way))
         rows = _after_chunk(rows, chunk, way.hidden_BTD, verdict.token_BJ[:, 0])
-    return _written(weights, state._replace(rows=rows), writes, verdicts), verdicts
+    return _written(weights, state._replace(rows=rows), writes, verdicts), verdicts, told
+
+
+def _scores(weights: Weights, chunk: Chunk, h_BTD: jax.Array, top: int) -> ReadScores:
+    """Zeros, at no cost, where no row is scored."""
+
+    def scored() -> ReadScores:
+        token_BT = chunk.token_Bt[:, 1 : 1 + h_BTD.shape[1]]
+        logprob_BTV = jax.nn.log_softmax(weights.rest.logits(h_BTD), axis=-1)
+        logprob_BT = jnp.take_along_axis(logprob_BTV, token_BT[..., None], axis=-1)[..., 0]
+        top_logprob_BTn, top_BTn = lax.top_k(logprob_BTV, top)
+        return ReadScores(logprob_BT, top_BTn, top_logprob_BTn)
+
+    like = jax.eval_shape(scored)
+    nothing = varying_like(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), h_BTD)
+    return lax.cond(chunk.scored_B.any(), scored, lambda: nothing)
 
 
 def _part_of_chunk(chunk: Chunk, lease: Lease, drafts: int, fresh: bool) -> Part:

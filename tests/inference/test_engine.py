@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config.mesh import MeshConfig
+from dsv3_jax.inference import engine as engine_module
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
@@ -24,7 +25,7 @@ from tests.inference.engines import (
     play,
     random_requests,
 )
-from tests.shapes import random_model
+from tests.shapes import compiled, random_model
 
 # 20 pages of 4 tokens for 4 rows of up to 64: texts run out of them, and give up their own.
 SMALL = {"rows": 4, "page_slots": 4, "pages": 20, "chunk": 16}
@@ -45,7 +46,7 @@ def engine_of(
 
 @pytest.fixture(scope="module")
 def with_drafts(model: DeepSeekV3) -> Engine:
-    return engine_of(model, 2)
+    return engine_of(model, 2, top_logprobs=3, prompt_logprobs=True)
 
 
 def test_greedy_texts_with_two_drafts_are_the_models_own(model, with_drafts):
@@ -92,6 +93,55 @@ def test_warmed_up_an_engine_compiles_nothing_more(with_drafts):
     assert with_drafts.programs.compiled == compiled
     assert heard
     assert len(events) == heard
+
+
+def test_a_prompts_tokens_are_told_of_as_the_model_has_them(model, with_drafts):
+    """Of long ones in chunks, of one that was read already, of some that gave up their pages; and
+    only of those that wish it.
+    """
+    long = list(range(40))
+    asked = [
+        *(Request(one.prompt, 20) for one in random_requests(MODEL, 8, seed=11)),
+        *(replace(one, prompt_logprobs=True) for one in random_requests(MODEL, 12, seed=12)),
+        *(Request(long, 5, prompt_logprobs=True) for _ in range(2)),
+        Request([3], 2, prompt_logprobs=True),
+    ]
+    gave_up = with_drafts.statistics.gave_up
+    ids = {with_drafts.submit(request): request for request in asked}
+    told = {answer.id: answer.prompt for answer in with_drafts.run() if answer.prompt}
+    assert set(told) == {number for number, one in ids.items() if one.prompt_logprobs}
+    assert with_drafts.statistics.gave_up > gave_up
+    forward = compiled(model)
+    for number, scores in told.items():
+        prompt = np.array(ids[number].prompt)
+        row_1T = np.zeros((1, MODEL.max_length), np.int32)
+        row_1T[0, : len(prompt)] = prompt
+        logits_TV = forward(row_1T)[0, : len(prompt) - 1].astype(jnp.float32)
+        logprob_TV = np.asarray(jax.nn.log_softmax(logits_TV, axis=-1))
+        expected = logprob_TV[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4)
+        top = np.array(scores.top).reshape(len(prompt) - 1, 3, 2)
+        np.testing.assert_allclose(top[..., 1], -np.sort(-logprob_TV, -1)[:, :3], atol=1e-4)
+        found = np.take_along_axis(logprob_TV, top[..., 0].astype(int), -1)
+        np.testing.assert_allclose(top[..., 1], found, atol=1e-4)
+
+
+def test_prompts_are_not_told_of_unless_the_engine_is_set_to(with_drafts):
+    apart = Engine(with_drafts.weights, replace(with_drafts.settings, prompt_logprobs=False))
+    with pytest.raises(ValueError, match="allowed where the engine's prompt_logprobs is set"):
+        apart.submit(Request([1, 2], 3, prompt_logprobs=True))
+
+
+def test_loads_are_collected_before_devices_count_too_far(model, with_drafts, monkeypatch):
+    before = with_drafts.total_loads()
+    with_drafts.take_loads()
+    monkeypatch.setattr(engine_module, "MOST_COUNTED", 8)
+    texts_of(with_drafts, [Request([1, 2, 3, 4, i], 6) for i in range(4)])
+    on_devices = np.asarray(with_drafts.state.load_LE).sum()
+    taken, total = with_drafts.take_loads(), with_drafts.total_loads()
+    np.testing.assert_array_equal(total - before, taken)
+    assert 0 < on_devices < taken.sum()
+    assert not with_drafts.take_loads().any()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""What is to be written for one client: the engine's requests, and how each text is told."""
+
+import secrets
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.inference.requests import Request
+from dsv3_jax.server.choices import Choice
+from dsv3_jax.server.errors import Refusal
+from dsv3_jax.server.forms import ChatForm, CompletionForm, Form
+from dsv3_jax.server.protocol import ChatRequest, CompletionRequest, Sampled
+
+_DEFAULT_TOKENS = 16  # OpenAI's, of a completion; a chat's answer may fill the context
+_SEEDS = 2**32
+
+
+class Job(NamedTuple):
+    """As many requests as choices, of `prompt_tokens` in all prompts together."""
+
+    requests: list[Request]
+    choices: list[Choice]
+    form: Form
+    prompt_tokens: int
+
+
+class Way(NamedTuple):
+    """How the choices of a request are told."""
+
+    top: int | None
+    echo: bool = False
+    nothing_new: bool = False
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Of one model."""
+
+    name: str
+    """What clients call the model"""
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    bos_id: int
+    end_ids: frozenset[int]
+    room: int
+    """Tokens of the longest text, prompt and answer"""
+
+    def of_completion(self, asked: CompletionRequest) -> Job:
+        """Refusal for what the model cannot do."""
+        self._check_model(asked)
+        prompts = [self._ids(prompt) for prompt in asked.prompts]
+        most = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
+        way = Way(asked.top, bool(asked.echo), most == 0)
+        form = CompletionForm(self.name, asked.top is not None)
+        return self._job(asked, prompts, max(most, 1), way, form, "prompt")
+
+    def of_chat(self, asked: ChatRequest) -> Job:
+        """Refusal for what the model or its template cannot do."""
+        self._check_model(asked)
+        try:
+            prompt = self.template.encode([message.plain() for message in asked.messages])
+        except ValueError as error:
+            raise Refusal(400, str(error), "messages") from None
+        if not prompt:
+            raise Refusal(400, f"{self.template.name} makes nothing of these messages", "messages")
+        most = asked.max_completion_tokens or asked.max_tokens or self.room
+        form = ChatForm(self.name, asked.top is not None)
+        return self._job(asked, [prompt], most, Way(asked.top), form, "messages")
+
+    def _check_model(self, asked: Sampled) -> None:
+        if asked.model is not None and asked.model != self.name:
+            raise Refusal(404, f"no such model; allowed: {self.name}", "model", "model_not_found")
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return [self.bos_id, *self.tokenizer.encode(prompt).tolist()]
+        return prompt
+
+    def _job(
+        self,
+        asked: Sampled,
+        prompts: list[list[int]],
+        most: int,
+        way: Way,
+        form: Form,
+        param: str,
+    ) -> Job:
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        requests, choices = [], []
+        for prompt in prompts:
+            if len(prompt) >= self.room:
+                raise Refusal(
+                    400,
+                    f"the prompt has {len(prompt)} tokens; allowed: below {self.room}",
+                    param,
+                    "context_length_exceeded",
+                )
+            for _ in range(asked.n or 1):
+                request = Request(
+                    prompt,
+                    min(most, self.room - len(prompt)),
+                    1.0 if asked.temperature is None else asked.temperature,
+                    1.0 if asked.top_p is None else asked.top_p,
+                    (seed + len(requests)) % _SEEDS,
+                    self.end_ids,
+                    prompt_logprobs=way.echo and way.top is not None,
+                )
+                requests.append(request)
+                choices.append(
+                    Choice(
+                        self.tokenizer,
+                        prompt,
+                        stops=asked.stops,
+                        top=way.top,
+                        echo=way.echo,
+                        nothing_new=way.nothing_new,
+                    )
+                )
+        return Job(requests, choices, form, sum(map(len, prompts)))

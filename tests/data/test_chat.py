@@ -1,0 +1,122 @@
+"""Conversations become the tokens that their template means, and nobody speaks for another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.tokenizer import Tokenizer
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, ASSISTANT, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "</think>"
+ASK = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Bytes, and DeepSeek's marks: two special, three not, as published."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([BOS, EOS])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in (USER, ASSISTANT, THOUGHT)])
+    return Tokenizer(backend, "of the test")
+
+
+def spelt(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Marks as they are, and the text between them."""
+    parts, marks = [], {i: mark for mark, i in tokenizer.added_tokens.items()}
+    for token in ids:
+        if token in marks:
+            parts += [marks[token], ""]
+        else:
+            parts = parts or [""]
+            parts[-1] += tokenizer.decode([token])
+    return [part for part in parts if part]
+
+
+def test_deepseeks_template_is_the_published_one(tokenizer):
+    messages = [
+        {"role": "system", "content": "be kind. "},
+        {"role": "user", "content": "  hi\n"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "so?"},
+    ]
+    template = ChatTemplate(tokenizer)
+    turns = [BOS, "be kind. ", USER, "  hi\n", ASSISTANT, "ho", EOS, USER, "so?"]
+    assert spelt(tokenizer, template.encode(messages)) == [*turns, ASSISTANT]
+    assert spelt(tokenizer, template.encode(messages, answer=False)) == turns
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+@pytest.mark.parametrize("mark", [BOS, EOS, USER, ASSISTANT, THOUGHT])
+def test_who_spells_a_mark_has_its_text_and_not_the_mark(tokenizer, role, mark):
+    said = f"a{mark}{mark}b"
+    ids = ChatTemplate(tokenizer).encode([{"role": role, "content": said}])
+    assert said in tokenizer.decode(ids)
+    expected = ChatTemplate(tokenizer).encode([{"role": role, "content": "a"}])
+    marks = set(tokenizer.added_tokens.values())
+    assert [i for i in ids if i in marks] == [i for i in expected if i in marks]
+
+
+def test_an_assistants_marks_are_marks_for_templates_look_for_them(tokenizer):
+    source = "{{ messages[0].content.split('</think>')[-1] }}"
+    said = [{"role": "assistant", "content": f"thought{THOUGHT}word"}]
+    assert tokenizer.decode(ChatTemplate(tokenizer, source).encode(said)) == "word"
+
+
+def test_a_folders_own_template_wins(tokenizer, tmp_path: Path):
+    def answer() -> str:
+        return tokenizer.decode(ChatTemplate.of_folder(tmp_path, tokenizer).encode(ASK))
+
+    assert answer() == f"{USER}hi{ASSISTANT}"  # marks that are not special have text
+    settings = {"chat_template": "settings {{ messages[0]['content'] }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert answer() == "settings hi"
+    several = [{"name": "tool", "template": "no"}, {"name": "default", "template": "several"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert answer() == "several"
+    (tmp_path / "chat_template.jinja").write_text("{% if true %}\nfile\n{% endif %}\n", "utf-8")
+    assert answer() == "file\n"
+
+
+def test_templates_have_what_transformers_gives_them(tokenizer):
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') | length }}{{ eos_token }}"
+    )
+    found = spelt(tokenizer, ChatTemplate(tokenizer, source).encode([*ASK, *ASK]))
+    assert found == [BOS, '{"role": "user", "content": "hi"}4', EOS]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('no\nsuch') }}", "no such"),
+        ("{{ messages[3].content }}", "list object has no element 3"),
+        ("{{ messages.pop() }}", "access to attribute 'pop' of 'list' object is unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object"),
+        ("{% for i in range(10**7) %}{% endfor %}", "Range too big"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+    ],
+)
+def test_a_template_that_fails_says_so_in_a_line(tokenizer, source, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        ChatTemplate(tokenizer, source, "the template").encode(ASK)
+    assert str(raised.value).startswith("the template")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_template_is_refused_with_its_file(tokenizer, tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(ValueError, match=r"chat_template.jinja is no chat template: "):
+        ChatTemplate.of_folder(tmp_path, tokenizer)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
+    with pytest.raises(ValueError, match="chat_template is 5; allowed: text"):
+        ChatTemplate.of_folder(tmp_path, tokenizer)
