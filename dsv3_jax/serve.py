@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 PROG = "python -m dsv3_jax.serve"
 DESCRIPTION = """Serve a model to OpenAI's clients, to curl and to browsers.
 
-It answers /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics (Prometheus) and
-/openapi.json, and has a page to chat at /. API keys, if there are any, are read from --keys-file,
-one a line, or from the environment's DSV3_API_KEYS, between commas; then all but /health and the
-page's own text wants one. SIGTERM or Ctrl-C takes no more requests, ends those that run within
---drain-seconds, and leaves. The options from --rows on are those of the engine.
+It answers /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics (Prometheus),
+/tokenize, /detokenize and /openapi.json, and has a page to chat at /. API keys, if there are any,
+are read from --keys-file, one a line, or from the environment's DSV3_API_KEYS, between commas; then
+all but /health and the page's own text wants one. SIGTERM or Ctrl-C takes no more requests, ends
+those that run within --drain-seconds, and leaves. The options from --rows on are those of the
+engine.
 """
 MOST_TOP = 20
 

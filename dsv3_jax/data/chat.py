@@ -50,7 +50,7 @@ class ChatTemplate:
         self, tokenizer: Tokenizer, source: str = DEEPSEEK, name: str = "DeepSeek's template"
     ) -> None:
         """ValueError, one line, for what is no template."""
-        self._tokenizer, self.name = tokenizer, name
+        self._tokenizer, self.source, self.name = tokenizer, source, name
         self._marks = _pattern(tokenizer.added_tokens)
         try:
             self._template = _compiled(source)

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from dsv3_jax.server import tokenizing
 from dsv3_jax.server.engine_thread import EngineThread
 from dsv3_jax.server.errors import Refusal
 from dsv3_jax.server.gate import Gate, failed, http_error, refused
@@ -58,6 +59,7 @@ def make_app(service: Service) -> ASGIApp:
     routes = [
         Route("/v1/completions", generating(*completions), methods=["POST"]),
         Route("/v1/chat/completions", generating(*chats), methods=["POST"]),
+        *tokenizing.routes(service.jobs, service.limits.body),
         *_plain_routes(service, metrics),
     ]
     handlers = {HTTPException: http_error, Refusal: refused, Exception: failed}

@@ -4,6 +4,7 @@ from typing import Any
 
 from dsv3_jax import __version__
 from dsv3_jax.server.protocol import ChatRequest, CompletionRequest
+from dsv3_jax.server.tokenizing import REQUESTS
 
 _REFS = "#/components/schemas/{model}"
 _ERROR = {
@@ -31,6 +32,8 @@ def description() -> dict[str, Any]:
     for path, kind, said in (
         ("/v1/completions", CompletionRequest, "Continues a text"),
         ("/v1/chat/completions", ChatRequest, "Answers a conversation"),
+        ("/tokenize", REQUESTS["/tokenize"], "Ids of a text"),
+        ("/detokenize", REQUESTS["/detokenize"], "The text of ids"),
     ):
         schema = kind.model_json_schema(ref_template=_REFS)
         schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
@@ -39,6 +42,7 @@ def description() -> dict[str, Any]:
         paths[path] = {"post": _operation(said) | {"requestBody": body}}
     for path, said in (
         ("/v1/models", "The model that is served"),
+        ("/tokenizer_info", "Its marks and its chat template"),
         ("/health", "Whether the engine works"),
         ("/metrics", "Counts and times, for Prometheus"),
     ):

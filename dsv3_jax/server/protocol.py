@@ -168,7 +168,7 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Asked = TypeVar("Asked", CompletionRequest, ChatRequest)
+Asked = TypeVar("Asked", bound=Strict)
 # A union's own complaint is about one of its kinds, and seldom the one that was meant.
 _UNIONS = {
     "prompt": "allowed: text, a list of texts, token ids, a list of lists of ids; none empty, at "

@@ -16,7 +16,12 @@ from tests.server.described import values_of
 from tests.server.scripted import ScriptedEngine, saying, service_of
 from tests.server.serving import serving
 
-PATHS = {"/v1/completions": "CompletionRequest", "/v1/chat/completions": "ChatRequest"}
+PATHS = {
+    "/v1/completions": "CompletionRequest",
+    "/v1/chat/completions": "ChatRequest",
+    "/tokenize": "TokenizeRequest",
+    "/detokenize": "DetokenizeRequest",
+}
 LONG = pytest.mark.exhaustive
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -61,7 +66,7 @@ def check(base: str, path: str, body: Any) -> None:
     if reply.status == 200 and body.get("stream"):
         assert list(events(reply.body))
     elif reply.status == 200:
-        assert reply.json()["choices"]
+        assert {"choices", "tokens", "prompt"} & set(reply.json())
     else:
         assert 400 <= reply.status < 500
         assert reply.error

@@ -10,23 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_jax.data.chat import ChatTemplate
-from dsv3_jax.inference.engine import Engine
-from dsv3_jax.inference.settings import EngineConfig
-from dsv3_jax.inference.weights import lay_out
-from dsv3_jax.server.app import Service
-from dsv3_jax.server.engine_thread import EngineThread
-from dsv3_jax.server.generating import Limits
-from dsv3_jax.server.jobs import Jobs
-from dsv3_jax.server.keys import Keys
 from tests.inference.engines import count_compilations
 from tests.server.clients import ask, raw_request, until
-from tests.server.scripted import END, TOKENIZER, VOCAB
+from tests.server.models import model_and_service
 from tests.server.serving import serving
-from tests.shapes import random_model, tiny_model
 
 CLIENTS = 32
-MODEL = tiny_model(vocab_size=VOCAB, num_layers=1, num_dense_layers=0, mtp_depth=1, max_length=64)
 
 
 @dataclass
@@ -36,17 +25,6 @@ class Outcome:
     status: int
     whole: bool
     left: bool
-
-
-def service_of_a_model() -> Service:
-    settings = EngineConfig(
-        rows=4, page_slots=4, pages=40, chunk=16, drafts=1, top_logprobs=2, prompt_logprobs=True
-    )
-    engine = Engine(lay_out(random_model(MODEL), drafts=1), settings)
-    engine.warm_up()
-    template = ChatTemplate(TOKENIZER)
-    jobs = Jobs("soak", TOKENIZER, template, TOKENIZER.bos_id, frozenset([END]), engine.room)
-    return Service(EngineThread(engine, CLIENTS * 2), jobs, Keys(), Limits(100_000, 300.0))
 
 
 async def client(base: str, rng: np.random.Generator) -> Outcome:
@@ -105,7 +83,8 @@ def resident() -> int:
     ],
 )
 def test_a_long_service_ends_every_request_and_keeps_nothing(requests):
-    service = service_of_a_model()
+    _, service = model_and_service(drafts=1, queue=2 * CLIENTS)
+    service.thread.engine.warm_up()
     engine, memory, outcomes = service.thread.engine, [], []
     with serving(service, connections=CLIENTS + 8) as base:
         asyncio.run(
