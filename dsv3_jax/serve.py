@@ -58,6 +58,8 @@ class Options:
     """Clients at the same time"""
     most_body: int = 4_000_000
     """Bytes of a request"""
+    most_prompt: int | None = None
+    """Tokens of a prompt; default: as many as the model's context or the cache holds"""
     most_seconds: float = 600.0
     """Of a request, from its coming to its end"""
     drain_seconds: int = 30
@@ -79,6 +81,7 @@ class Options:
             ("queue", self.queue, self.queue >= 0, "0 or more"),
             ("most-connections", self.most_connections, self.most_connections >= 1, "1 or more"),
             ("most-body", self.most_body, self.most_body >= 1, "1 or more"),
+            ("most-prompt", self.most_prompt, (self.most_prompt or 1) >= 1, "1 or more"),
             ("most-seconds", self.most_seconds, 0 < self.most_seconds < 1e7, "above 0, to 1e7"),
             ("drain-seconds", self.drain_seconds, self.drain_seconds >= 0, "0 or more"),
             ("name", self.name, self.name is None or self.name.strip(), "no empty one"),
@@ -139,6 +142,7 @@ def _service(options: Options, keys: "Keys") -> "Service":
     template = ChatTemplate.of_folder(folder, opened.tokenizer)
     with own_names():
         engine = Engine(weights, _settings(options, opened.cfg.vocab_size), mesh)
+    most = engine.room - 1
     jobs = Jobs(
         options.name or folder.name,
         opened.tokenizer,
@@ -146,6 +150,7 @@ def _service(options: Options, keys: "Keys") -> "Service":
         opened.cfg.bos_id,
         opened.end_ids,
         engine.room,
+        most if options.most_prompt is None else min(options.most_prompt, most),
     )
     limits = Limits(options.most_body, options.most_seconds)
     return Service(EngineThread(engine, options.queue), jobs, keys, limits)

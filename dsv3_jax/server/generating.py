@@ -126,6 +126,7 @@ class _Writing:
             if is_first:
                 first_at[place] = time.monotonic()
                 self._metrics.first_token.observe(first_at[place] - self._begun)
+            self._metrics.pace.note(len(answer.tokens))
             piece = choice.add(answer)
             if piece.finish is not None:
                 if answer.ended is None:

@@ -2,7 +2,8 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, NoReturn
 
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -45,6 +46,13 @@ class Jobs:
     end_ids: frozenset[int]
     room: int
     """Tokens of the longest text, prompt and answer"""
+    most_prompt: int
+    """Tokens of a prompt, below `room`"""
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        """A longer prompt has too many tokens, whatever it says: it need not be read for that."""
+        return self.most_prompt * max(map(len, self.tokenizer.token_bytes))
 
     def of_completion(self, asked: CompletionRequest) -> Job:
         """Refusal for what the model cannot do."""
@@ -58,8 +66,10 @@ class Jobs:
     def of_chat(self, asked: ChatRequest) -> Job:
         """Refusal for what the model or its template cannot do."""
         self._check_model(asked)
+        contents = [message.plain() for message in asked.messages]
+        self._check_size("".join(one["content"] for one in contents), "messages")
         try:
-            prompt = self.template.encode([message.plain() for message in asked.messages])
+            prompt = self.template.encode(contents)
         except ValueError as error:
             raise Refusal(400, str(error), "messages") from None
         if not prompt:
@@ -74,8 +84,17 @@ class Jobs:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
+            self._check_size(prompt, "prompt")
             return [self.bos_id, *self.tokenizer.encode(prompt).tolist()]
         return prompt
+
+    def _check_size(self, text: str, param: str) -> None:
+        if len(text) > self._most_bytes:
+            self._refuse(f"the prompt has {len(text)} characters", param)
+
+    def _refuse(self, found: str, param: str) -> NoReturn:
+        said = f"{found}; allowed: at most {self.most_prompt} tokens"
+        raise Refusal(400, said, param, "context_length_exceeded")
 
     def _job(
         self,
@@ -89,13 +108,8 @@ class Jobs:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         requests, choices = [], []
         for prompt in prompts:
-            if len(prompt) >= self.room:
-                raise Refusal(
-                    400,
-                    f"the prompt has {len(prompt)} tokens; allowed: below {self.room}",
-                    param,
-                    "context_length_exceeded",
-                )
+            if len(prompt) > self.most_prompt:
+                self._refuse(f"the prompt has {len(prompt)} tokens", param)
             for _ in range(asked.n or 1):
                 request = Request(
                     prompt,

@@ -1,7 +1,9 @@
 """What Prometheus is told: counts and times of requests as they end, and the engine's own state."""
 
 import math
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from dsv3_jax.inference.engine import Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+PACE_SECONDS = 10
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -69,12 +72,35 @@ _COUNTS = {
 }
 
 
+class Pace:
+    """Tokens a second of the last moments."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._noted: deque[tuple[float, int]] = deque()
+
+    def note(self, tokens: int) -> None:
+        """They came now."""
+        self._noted.append((self._clock(), tokens))
+        self._forget()
+
+    def per_second(self) -> float:
+        """Over the last `PACE_SECONDS`."""
+        self._forget()
+        return sum(tokens for _, tokens in self._noted) / PACE_SECONDS
+
+    def _forget(self) -> None:
+        while self._noted and self._noted[0][0] < self._clock() - PACE_SECONDS:
+            self._noted.popleft()
+
+
 class Metrics:
     """A server's own registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._seen: Seen | None = None
+        self.pace = Pace()
         self._registry.register(self)
         self.requests = Counter(
             "dsv3_requests", "HTTP requests", ("path", "status"), registry=self._registry
@@ -108,6 +134,11 @@ class Metrics:
                 family.add_metric((str(module),), value)
             yield family
         for name, said, value in (
+            (
+                "tokens_per_second",
+                f"Tokens that clients got in the last {PACE_SECONDS} s, over these",
+                self.pace.per_second(),
+            ),
             ("texts_running", "Texts that have a row: the batch", seen.running),
             ("texts_waiting", "Texts in the queue", seen.waiting),
             ("rows", "Texts that can run at the same time", seen.rows),

@@ -14,7 +14,8 @@ _SEEDS = 2**63  # OpenAI's are int64
 _MESSAGE_CHARS = 300
 
 Text = Annotated[str, Field(max_length=4_000_000)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# Every token is looked at for the beginning of each, up to its length.
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Zero = Annotated[Number, Field(ge=0, le=0)]
@@ -174,7 +175,7 @@ _UNIONS = {
     "prompt": "allowed: text, a list of texts, token ids, a list of lists of ids; none empty, at "
     f"most {MOST_CHOICES}",
     "content": "allowed: text, or a list of parts of type text",
-    "stop": f"allowed: text, or a list of at most {MOST_STOPS} texts; none empty",
+    "stop": f"allowed: text, or a list of at most {MOST_STOPS} texts, of 1 to 256 characters each",
 }
 
 

@@ -30,5 +30,6 @@ def model_and_service(drafts: int, queue: int) -> tuple[DeepSeekV3, Service]:
     )
     engine = Engine(lay_out(model, drafts=drafts), settings)
     template = ChatTemplate(TOKENIZER)
-    jobs = Jobs("model", TOKENIZER, template, TOKENIZER.bos_id, frozenset([END]), engine.room)
+    end_ids, most = frozenset([END]), engine.room - 1
+    jobs = Jobs("model", TOKENIZER, template, TOKENIZER.bos_id, end_ids, engine.room, most)
     return model, Service(EngineThread(engine, queue), jobs, Keys(), Limits(100_000, 300.0))

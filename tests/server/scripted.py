@@ -121,6 +121,7 @@ def service_of(
     keys: Keys | None = None,
     body: int = 100_000,
     seconds: float = 20.0,
+    most_prompt: int = LONGEST - 1,
 ) -> Service:
     """A whole service around it; it is called `scripted`."""
     jobs = Jobs(
@@ -130,5 +131,6 @@ def service_of(
         TOKENIZER.bos_id,
         frozenset([END]),
         engine.room,
+        most_prompt,
     )
     return Service(EngineThread(engine, queue), jobs, keys or Keys(), Limits(body, seconds))

@@ -58,7 +58,12 @@ def base() -> Iterator[str]:
         ({"prompt": {"a": 1}}, "prompt: allowed: text"),
         ({"prompt": [-1]}, "prompt: allowed: text"),
         ({"prompt": [300]}, "token id 300; allowed: 0 to 261"),
-        ({"prompt": "a" * LONGEST}, f"the prompt has {LONGEST + 1} tokens; allowed: below"),
+        (
+            {"prompt": "a" * LONGEST},
+            f"the prompt has {LONGEST} characters; allowed: at most",
+        ),
+        ({"prompt": "a" * (LONGEST - 1)}, f"the prompt has {LONGEST} tokens; allowed: at most"),
+        ({"prompt": [5] * LONGEST}, f"the prompt has {LONGEST} tokens; allowed: at most"),
         ({"prompt": "a", "unknown": 1}, "unknown: unknown or unserved field"),
         ({"prompt": "a", "__class__": 1}, "__class__: unknown or unserved field"),
         ({"prompt": "a", "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
@@ -117,7 +122,10 @@ HI = {"role": "user", "content": "hi"}
             {"messages": [HI], "response_format": {"type": "json_object"}},
             "response_format.type: Input should be 'text'",
         ),
-        ({"messages": [HI | {"content": "a" * LONGEST}]}, "tokens; allowed: below 256"),
+        (
+            {"messages": [HI | {"content": "a" * LONGEST}]},
+            "characters; allowed: at most 255",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -317,6 +325,27 @@ def test_a_request_has_its_time():
         assert pieces
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "timeout"
         assert end == b"data: [DONE]"
+
+
+def test_a_prompt_may_be_limited_below_the_context():
+    with serving(service_of(ScriptedEngine(saying("x")), most_prompt=5)) as base:
+        assert ask(base, COMPLETIONS, {"prompt": "abcd"}).status == 200
+        reply = ask(base, COMPLETIONS, {"prompt": "abcde"})
+        assert reply.error["code"] == "context_length_exceeded"
+        assert ask(base, CHATS, {"messages": [HI]}).error["param"] == "messages"
+
+
+def test_told_to_leave_a_server_cuts_what_does_not_end_in_time():
+    engine = ScriptedEngine(seconds=0.1)
+    began = time.monotonic()
+    with serving(service_of(engine), drain_seconds=1) as base:
+        client = open_socket(base)
+        body = {"prompt": "a", "max_tokens": 250, "stream": True}
+        client.sendall(raw_request(COMPLETIONS, json.dumps(body).encode()))
+        until(lambda: engine.pending == 1)
+    assert time.monotonic() - began < 10
+    assert b"[DONE]" not in read_all(client)
+    client.close()
 
 
 def test_a_failed_engine_fails_its_requests_and_says_so():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from dsv3_jax.server.metrics import Metrics, see
+from dsv3_jax.server.metrics import Metrics, Pace, see
 from tests.server.clients import ask
 from tests.server.scripted import ScriptedEngine, saying, service_of
 from tests.server.serving import serving
@@ -39,6 +39,7 @@ def test_what_has_happened_is_counted():
     assert found[("dsv3_time_per_output_token_seconds_count",)] == 6
     assert found[("dsv3_request_seconds_count",)] == 3
     assert found[("dsv3_rows",)] == 3
+    assert 0 < found[("dsv3_tokens_per_second",)] <= 3
     assert found[("dsv3_drafts_offered_total", "1")] == 0
     assert found[("dsv3_expert_imbalance",)] == 1.5
 
@@ -54,6 +55,19 @@ def test_what_an_engine_has_is_seen_of_it():
     assert (seen.running, seen.waiting) == (2, 1)
     text = Metrics().text(seen).decode()
     assert 'dsv3_drafts_accepted_total{module="2"} 1.0' in text
+
+
+def test_the_pace_is_that_of_the_last_moments():
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    assert pace.per_second() == 0
+    for now[0] in (1.0, 2.0, 9.0):
+        pace.note(30)
+    assert pace.per_second() == 9
+    now[0] = 11.5
+    assert pace.per_second() == 6
+    now[0] = 100.0
+    assert pace.per_second() == 0
 
 
 def test_before_any_token_no_expert_is_busier():
