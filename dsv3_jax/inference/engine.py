@@ -112,11 +112,10 @@ class Engine:
         if request.prompt_logprobs and not self.settings.prompt_logprobs:
             raise ValueError("prompt_logprobs; allowed where the engine's prompt_logprobs is set")
         limit = min(len(request.prompt) + request.max_tokens, self.longest)
-        pool = self.scheduler.pages[0]
-        if pool.needed(limit) > pool.count:
+        if limit > self.room:
             raise ValueError(
-                f"a text of {limit} tokens, prompt and answer; allowed: at most the "
-                f"{pool.count * pool.page_slots} that the cache has room for"
+                f"a text of {limit} tokens, prompt and answer; allowed: at most the {self.room} "
+                "that the cache has room for"
             )
         return limit
 

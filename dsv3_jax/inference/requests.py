@@ -89,7 +89,7 @@ class Answer:
     """Beside each, `top_logprobs` likeliest tokens and their log-probabilities, likeliest first"""
     ended: Ended | None = None
     """By one of its `end_ids`, or by its length; None: it goes on"""
-    prompt: "Scores | None" = None
+    prompt: Scores | None = None
     """With the first token, if it was asked for"""
 
     def add(self, more: "Answer") -> None:
