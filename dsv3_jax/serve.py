@@ -66,6 +66,8 @@ class Options:
     """For requests that run when the server is told to leave"""
     warm_up: bool = True
     """Compile for all sizes before the first request, instead of when one comes"""
+    chat_template: Path | None = None
+    """A Jinja file; default: the folder's own, else DeepSeek's"""
     step: int | None = None
     """Of a run; default: the newest"""
     ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -76,12 +78,13 @@ class Options:
 
     def check(self) -> None:
         """ValueError, in the names of the options."""
+        most_prompt = self.most_prompt
         for name, value, holds, allowed in (
             ("port", self.port, 0 <= self.port < 2**16, "0 to 65535"),
             ("queue", self.queue, self.queue >= 0, "0 or more"),
             ("most-connections", self.most_connections, self.most_connections >= 1, "1 or more"),
             ("most-body", self.most_body, self.most_body >= 1, "1 or more"),
-            ("most-prompt", self.most_prompt, (self.most_prompt or 1) >= 1, "1 or more"),
+            ("most-prompt", most_prompt, most_prompt is None or most_prompt >= 1, "1 or more"),
             ("most-seconds", self.most_seconds, 0 < self.most_seconds < 1e7, "above 0, to 1e7"),
             ("drain-seconds", self.drain_seconds, self.drain_seconds >= 0, "0 or more"),
             ("name", self.name, self.name is None or self.name.strip(), "no empty one"),
@@ -139,7 +142,10 @@ def _service(options: Options, keys: "Keys") -> "Service":
         average=options.ema,
         dtype=options.dtype,
     )
-    template = ChatTemplate.of_folder(folder, opened.tokenizer)
+    if options.chat_template is None:
+        template = ChatTemplate.of_folder(folder, opened.tokenizer)
+    else:
+        template = ChatTemplate.of_file(options.chat_template, opened.tokenizer)
     with own_names():
         engine = Engine(weights, _settings(options, opened.cfg.vocab_size), mesh)
     most = engine.room - 1

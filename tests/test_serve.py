@@ -40,6 +40,7 @@ def test_help_names_every_path_and_loads_no_jax():
         (["--port", "70000"], "--port is 70000; allowed: 0 to 65535"),
         (["--host", "203.0.113.7"], "allowed: an address of this machine, and a port that is free"),
         (["--host", "no such host"], "allowed: an address of this machine"),
+        (["--most-prompt", "0"], "--most-prompt is 0; allowed: 1 or more"),
         (["--queue", "-1"], "--queue is -1; allowed: 0 or more"),
         (["--most-seconds", "nan"], "--most-seconds is nan; allowed: above 0"),
         (["--drain-seconds", "-1"], "--drain-seconds is -1; allowed: 0 or more"),
@@ -97,8 +98,11 @@ def served(run: Path, *args: str) -> Iterator[tuple[subprocess.Popen, str, list[
 
 
 @pytest.mark.slow
-def test_told_to_leave_it_ends_what_runs_and_takes_no_more(run):
-    with served(run) as (process, base, said):
+def test_told_to_leave_it_ends_what_runs_and_takes_no_more(run, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with served(run, "--chat-template", str(template)) as (process, base, said):
+        assert ask(base, "/tokenizer_info").json()["chat_template"] == template.read_text()
         assert ask(base, "/v1/models").json()["data"][0]["id"] == "small"
         with streaming(base, "/v1/completions", ENDLESS) as reply:
             process.send_signal(signal.SIGTERM)

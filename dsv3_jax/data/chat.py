@@ -58,11 +58,19 @@ class ChatTemplate:
             raise ValueError(f"{name} is no chat template: {_line(error)}") from None
 
     @classmethod
+    def of_file(cls, file: Path, tokenizer: Tokenizer) -> "ChatTemplate":
+        """OSError if it cannot be read; ValueError, one line, if it is no template."""
+        try:
+            return cls(tokenizer, file.read_text("utf-8"), str(file))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: byte {error.start} is no UTF-8") from None
+
+    @classmethod
     def of_folder(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate":
         """That of `chat_template.jinja` or tokenizer_config.json, else DeepSeek's."""
         file = folder / "chat_template.jinja"
         if file.is_file():
-            return cls(tokenizer, file.read_text("utf-8"), str(file))
+            return cls.of_file(file, tokenizer)
         settings = folder / _SETTINGS
         found = read_json(settings).get("chat_template") if settings.is_file() else None
         if isinstance(found, list):  # several, by name

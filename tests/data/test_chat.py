@@ -116,6 +116,9 @@ def test_what_is_no_template_is_refused_with_its_file(tokenizer, tmp_path: Path)
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ValueError, match=r"chat_template.jinja is no chat template: "):
         ChatTemplate.of_folder(tmp_path, tokenizer)
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xffb")
+    with pytest.raises(ValueError, match=r"chat_template.jinja: byte 1 is no UTF-8"):
+        ChatTemplate.of_folder(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
     with pytest.raises(ValueError, match="chat_template is 5; allowed: text"):
