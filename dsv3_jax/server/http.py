@@ -29,7 +29,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first request is awaited."""
         super().connection_made(transport)
-        self._receiving = self.loop.call_later(self.receive_seconds, self._abort)
+        self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
@@ -43,7 +43,7 @@ class GuardedProtocol(H11Protocol):
             self._leave_soon()
         elif self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
             if self._receiving is None:
-                self._receiving = self.loop.call_later(self.receive_seconds, self._abort)
+                self._await_request()
         else:
             self._receiving = _stop(self._receiving)
 
@@ -63,12 +63,12 @@ class GuardedProtocol(H11Protocol):
         if self.transport.is_closing():
             self._leave_soon()
 
+    def _await_request(self) -> None:
+        self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
+
     def _leave_soon(self) -> None:
         if self._stalled is None:
-            self._stalled = self.loop.call_later(self.stall_seconds, self._abort)
-
-    def _abort(self) -> None:
-        self.transport.abort()
+            self._stalled = self.loop.call_later(self.stall_seconds, self.transport.abort)
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:
