@@ -15,12 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from dsv3_jax.server import tokenizing
 from dsv3_jax.server.engine_thread import EngineThread
-from dsv3_jax.server.errors import Refusal
-from dsv3_jax.server.gate import Gate, failed, http_error, refused
+from dsv3_jax.server.errors import Refusal, failed, http_error, refused
+from dsv3_jax.server.gate import Gate
 from dsv3_jax.server.generating import Generating, Limits
 from dsv3_jax.server.jobs import Jobs
 from dsv3_jax.server.keys import Keys
@@ -39,7 +38,7 @@ class Service:
     limits: Limits
 
 
-def make_app(service: Service) -> ASGIApp:
+def make_app(service: Service) -> Gate:
     """The engine's thread begins and ends with the application."""
     metrics = Metrics()
     completions = (CompletionRequest, service.jobs.of_completion)

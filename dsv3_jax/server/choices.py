@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.requests import Answer, Scores
-from dsv3_jax.inference.text import TextStream
+from dsv3_jax.inference.text import REPLACEMENT, TextStream
 
 Finish = Literal["stop", "length"]
 _LEAST = -9999.0  # JSON has no infinity, and clients know this number for it
@@ -111,7 +111,7 @@ class Choice:
 
     def _likely(self, token: int, logprob: float | None) -> Likely:
         table = self._tokenizer.token_bytes
-        data = table[token] if token < len(table) else b""
+        data = table[token] if token < len(table) else REPLACEMENT
         # A mark of the vocabulary is shown as it is spelt, though it is no part of the text.
         shown = data.decode(errors="replace") or self._tokenizer.spelling_of(token) or f"<{token}>"
         return Likely(shown, data, None if logprob is None else _number(logprob))

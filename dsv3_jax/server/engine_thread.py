@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 _RECENT = 32  # ends of texts that a full server's advice to come again is made from
 
 
-class Asked:
+class Texts:
     """Texts that one client waits for; in the loop only."""
 
     def __init__(self, count: int) -> None:
@@ -46,11 +46,11 @@ class EngineThread:
         self.open = 0
         """Texts that were asked for and have not ended"""
         self._ended: deque[float] = deque(maxlen=_RECENT)
-        self._waiting: set[Asked | asyncio.Future] = set()
+        self._waiting: set[Texts | asyncio.Future] = set()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._askers: dict[int, tuple[Asked, int]] = {}  # by the engine's id; of the thread
+        self._askers: dict[int, tuple[Texts, int]] = {}  # by the engine's id; of the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -67,13 +67,13 @@ class EngineThread:
     # --- of the loop -----------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def ask(self, requests: Sequence[Request]) -> AsyncIterator[Asked]:
+    async def ask(self, requests: Sequence[Request]) -> AsyncIterator[Texts]:
         """Has the texts written; what is not there at the end of the block is cancelled.
 
         Refusal for requests that cannot be served, and where there is no room for them now.
         """
         self._check(requests)
-        asked = Asked(len(requests))
+        asked = Texts(len(requests))
         self.open += asked.open
         self._waiting.add(asked)
         self._post(lambda: self._submit(asked, requests))
@@ -115,7 +115,7 @@ class EngineThread:
         pace = (self._ended[-1] - self._ended[0]) / (len(self._ended) - 1)
         return min(max(round(pace * count), 1), 60)
 
-    async def answers(self, asked: Asked) -> AsyncIterator[tuple[int, Answer]]:
+    async def answers(self, asked: Texts) -> AsyncIterator[tuple[int, Answer]]:
         """Which text, and more of it, until all have ended. Refusal if the engine fails."""
         while asked.open:
             found = await asked.answers.get()
@@ -128,13 +128,13 @@ class EngineThread:
                 self._end(asked, place)
             yield found
 
-    def leave(self, asked: Asked, place: int) -> None:
+    def leave(self, asked: Texts, place: int) -> None:
         """Nobody wants more of a text. It may have ended already."""
         if (number := asked.ids[place]) is not None:
             self._end(asked, place)
             self._post(lambda: self._cancel(number))
 
-    def _end(self, asked: Asked, place: int) -> None:
+    def _end(self, asked: Texts, place: int) -> None:
         asked.ids[place] = None
         asked.open -= 1
         self.open -= 1
@@ -181,7 +181,7 @@ class EngineThread:
             self.failure = error
             self._in_loop(self._fail)
 
-    def _submit(self, asked: Asked, requests: Sequence[Request]) -> None:
+    def _submit(self, asked: Texts, requests: Sequence[Request]) -> None:
         if asked.left:
             return
         for place, request in enumerate(requests):
@@ -208,7 +208,7 @@ class EngineThread:
 
     def _fail(self) -> None:
         for one in self._waiting:
-            if isinstance(one, Asked):
+            if isinstance(one, Texts):
                 one.answers.put_nowait(self.failure)
             elif not one.done():
                 one.set_exception(Refusal(503, "the engine has failed"))

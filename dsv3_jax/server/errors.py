@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 
@@ -37,3 +39,21 @@ class Refusal(Exception):
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
         return Response(self.body(), self.status, headers, "application/json")
+
+
+async def refused(request: Request, refusal: Refusal) -> Response:
+    """What an endpoint raised."""
+    return refusal.response()
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """What no endpoint should raise."""
+    return Refusal(500, "the server failed at this request; its log tells how").response()
+
+
+async def http_error(request: Request, error: HTTPException) -> Response:
+    """What routes refuse: no such path, another method."""
+    said = {404: "no such path", 405: "no such method here"}.get(error.status_code, error.detail)
+    response = Refusal(error.status_code, said).response()
+    response.headers.update(error.headers or {})
+    return response

@@ -2,9 +2,10 @@
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dsv3_jax.server.choices import Likely, Piece, TokenLog
 
@@ -24,16 +25,21 @@ class Usage:
 
 
 @dataclass
-class Form:
+class Form(ABC):
     """What all objects of one answer have in common."""
+
+    prefix: ClassVar[str]
+    whole_name: ClassVar[str]
+    piece_name: ClassVar[str]
 
     model: str
     has_logs: bool
-    prefix: str = ""
-    whole_name: str = ""
-    piece_name: str = ""
+    tells_usage: bool
+    """Whether a stream ends with counts of tokens; its other objects have null there"""
     created: int = field(default_factory=lambda: int(time.time()))
-    token: str = field(default_factory=lambda: secrets.token_hex(12))
+    """Seconds since 1970"""
+    digits: str = field(default_factory=lambda: secrets.token_hex(12))
+    """Of the id that all of them have"""
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """All texts, each in one piece."""
@@ -42,32 +48,31 @@ class Form:
 
     def piece(self, place: int, piece: Piece, first: bool) -> dict[str, Any]:
         """More of one text; `first` of this text."""
-        return self._object(self.piece_name, [self.delta(place, piece, first)])
+        found = self._object(self.piece_name, [self.delta(place, piece, first)])
+        return found | {"usage": None} if self.tells_usage else found
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The last object of a stream, if it is wished."""
+        """The last object of a stream that tells it."""
         return self._object(self.piece_name, []) | {"usage": usage.form()}
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": f"{self.prefix}-{self.token}", "object": name, "created": self.created}
+        head = {"id": f"{self.prefix}-{self.digits}", "object": name, "created": self.created}
         return head | {"model": self.model, "choices": choices}
 
+    @abstractmethod
     def choice(self, place: int, piece: Piece) -> dict[str, Any]:
         """A text in one piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, place: int, piece: Piece, first: bool) -> dict[str, Any]:
         """More of a text."""
-        raise NotImplementedError
 
 
-@dataclass
 class CompletionForm(Form):
     """Of `/v1/completions`."""
 
-    prefix: str = "cmpl"
-    whole_name: str = "text_completion"
-    piece_name: str = "text_completion"
+    prefix = "cmpl"
+    whole_name = piece_name = "text_completion"
 
     def choice(self, place: int, piece: Piece) -> dict[str, Any]:
         logs = _columns(piece.logs) if self.has_logs else None
@@ -78,13 +83,11 @@ class CompletionForm(Form):
         return self.choice(place, piece)
 
 
-@dataclass
 class ChatForm(Form):
     """Of `/v1/chat/completions`."""
 
-    prefix: str = "chatcmpl"
-    whole_name: str = "chat.completion"
-    piece_name: str = "chat.completion.chunk"
+    prefix = "chatcmpl"
+    whole_name, piece_name = "chat.completion", "chat.completion.chunk"
 
     def choice(self, place: int, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
@@ -126,4 +129,5 @@ def _entry(log: TokenLog) -> dict[str, Any]:
 
 
 def _likely(one: Likely) -> dict[str, Any]:
-    return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data)}
+    """A mark has no bytes in the text, which OpenAI writes as null."""
+    return {"token": one.token, "logprob": one.logprob, "bytes": list(one.data) or None}

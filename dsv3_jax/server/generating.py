@@ -12,19 +12,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dsv3_jax.server.bodies import read
 from dsv3_jax.server.choices import Piece
-from dsv3_jax.server.engine_thread import Asked, EngineThread
+from dsv3_jax.server.engine_thread import EngineThread, Texts
 from dsv3_jax.server.errors import Refusal
 from dsv3_jax.server.forms import Usage
-from dsv3_jax.server.gate import body_of
 from dsv3_jax.server.jobs import Job
 from dsv3_jax.server.metrics import Metrics
-from dsv3_jax.server.protocol import ChatRequest, CompletionRequest, parse
+from dsv3_jax.server.protocol import ChatRequest, CompletionRequest
 
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 _DONE = b"data: [DONE]\n\n"
-# Longer ones are read by the tokenizer beside the loop, which answers others meanwhile.
-_LONG_BODY = 20_000
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,14 @@ class Generating:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         with contextlib.suppress(ClientDisconnect):
-            body = await body_of(request, self._limits.body)
-            asked = parse(self._kind, body)
-            job = await self._job(asked, len(body))
+            job = await read(request, self._limits.body, self._kind, self._job_of)
             async with self._thread.ask(job.requests) as texts:
                 writing = _Writing(self._thread, self._metrics, texts, job)
-                if asked.stream:
-                    options = asked.stream_options
-                    told = options is not None and options.include_usage
-                    answer = self._stream(writing, send, told)
+                if job.streams:
+                    answer = self._stream(writing, send)
                 else:
                     answer = self._whole(writing, scope, receive, send)
                 await _unless_gone(receive, answer)
-
-    async def _job(self, asked: Any, size: int) -> Job:
-        if size > _LONG_BODY:
-            return await asyncio.to_thread(self._job_of, asked)
-        return self._job_of(asked)
 
     async def _whole(self, writing: "_Writing", scope: Scope, receive: Receive, send: Send) -> None:
         pieces = [Piece() for _ in writing.job.choices]
@@ -83,7 +72,7 @@ class Generating:
         found = writing.job.form.whole(pieces, writing.usage)
         await Response(_json(found), media_type="application/json")(scope, receive, send)
 
-    async def _stream(self, writing: "_Writing", send: Send, tells_usage: bool) -> None:
+    async def _stream(self, writing: "_Writing", send: Send) -> None:
         """Its status is sent before its first token comes, so what fails later is a piece too."""
         form = writing.job.form
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
@@ -92,7 +81,7 @@ class Generating:
                 async for place, piece, first in writing.pieces():
                     if first or piece.text or piece.logs or piece.finish:
                         await _event(send, _json(form.piece(place, piece, first)))
-                if tells_usage:
+                if form.tells_usage:
                     await _event(send, _json(form.usage(writing.usage)))
         except TimeoutError:
             await _event(send, self._late().body())
@@ -109,7 +98,7 @@ class Generating:
 class _Writing:
     """The texts of one request as they come; times are noted."""
 
-    def __init__(self, thread: EngineThread, metrics: Metrics, texts: Asked, job: Job) -> None:
+    def __init__(self, thread: EngineThread, metrics: Metrics, texts: Texts, job: Job) -> None:
         self._thread, self._metrics, self._texts, self.job = thread, metrics, texts, job
         self._begun = time.monotonic()
 

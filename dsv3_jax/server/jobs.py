@@ -24,6 +24,7 @@ class Job(NamedTuple):
     choices: list[Choice]
     form: Form
     prompt_tokens: int
+    streams: bool
 
 
 class Way(NamedTuple):
@@ -56,16 +57,15 @@ class Jobs:
 
     def of_completion(self, asked: CompletionRequest) -> Job:
         """Refusal for what the model cannot do."""
-        self._check_model(asked)
+        self.check_model(asked.model)
         prompts = [self._ids(prompt) for prompt in asked.prompts]
         most = _DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
         way = Way(asked.top, bool(asked.echo), most == 0)
-        form = CompletionForm(self.name, asked.top is not None)
-        return self._job(asked, prompts, max(most, 1), way, form, "prompt")
+        return self._job(asked, prompts, max(most, 1), way, CompletionForm, "prompt")
 
     def of_chat(self, asked: ChatRequest) -> Job:
         """Refusal for what the model or its template cannot do."""
-        self._check_model(asked)
+        self.check_model(asked.model)
         contents = [message.plain() for message in asked.messages]
         self._check_size("".join(one["content"] for one in contents), "messages")
         try:
@@ -75,11 +75,11 @@ class Jobs:
         if not prompt:
             raise Refusal(400, f"{self.template.name} makes nothing of these messages", "messages")
         most = asked.max_completion_tokens or asked.max_tokens or self.room
-        form = ChatForm(self.name, asked.top is not None)
-        return self._job(asked, [prompt], most, Way(asked.top), form, "messages")
+        return self._job(asked, [prompt], most, Way(asked.top), ChatForm, "messages")
 
-    def _check_model(self, asked: Sampled) -> None:
-        if asked.model is not None and asked.model != self.name:
+    def check_model(self, name: str | None) -> None:
+        """Refusal for the name of another model; None is this one."""
+        if name is not None and name != self.name:
             raise Refusal(404, f"no such model; allowed: {self.name}", "model", "model_not_found")
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -102,10 +102,11 @@ class Jobs:
         prompts: list[list[int]],
         most: int,
         way: Way,
-        form: Form,
+        form: type[Form],
         param: str,
     ) -> Job:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        end_ids = frozenset() if asked.ignore_eos else self.end_ids
         requests, choices = [], []
         for prompt in prompts:
             if len(prompt) > self.most_prompt:
@@ -117,18 +118,10 @@ class Jobs:
                     1.0 if asked.temperature is None else asked.temperature,
                     1.0 if asked.top_p is None else asked.top_p,
                     (seed + len(requests)) % _SEEDS,
-                    self.end_ids,
+                    end_ids,
                     prompt_logprobs=way.echo and way.top is not None,
                 )
                 requests.append(request)
-                choices.append(
-                    Choice(
-                        self.tokenizer,
-                        prompt,
-                        stops=asked.stops,
-                        top=way.top,
-                        echo=way.echo,
-                        nothing_new=way.nothing_new,
-                    )
-                )
-        return Job(requests, choices, form, sum(map(len, prompts)))
+                choices.append(Choice(self.tokenizer, prompt, stops=asked.stops, **way._asdict()))
+        told = form(self.name, way.top is not None, asked.tells_usage)
+        return Job(requests, choices, told, sum(map(len, prompts)), bool(asked.stream))

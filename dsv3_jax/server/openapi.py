@@ -4,7 +4,7 @@ from typing import Any
 
 from dsv3_jax import __version__
 from dsv3_jax.server.protocol import ChatRequest, CompletionRequest
-from dsv3_jax.server.tokenizing import REQUESTS
+from dsv3_jax.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
 _REFS = "#/components/schemas/{model}"
 _ERROR = {
@@ -23,6 +23,7 @@ _ERROR = {
         }
     },
 }
+_NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def description() -> dict[str, Any]:
@@ -32,8 +33,8 @@ def description() -> dict[str, Any]:
     for path, kind, said in (
         ("/v1/completions", CompletionRequest, "Continues a text"),
         ("/v1/chat/completions", ChatRequest, "Answers a conversation"),
-        ("/tokenize", REQUESTS["/tokenize"], "Ids of a text"),
-        ("/detokenize", REQUESTS["/detokenize"], "The text of ids"),
+        ("/tokenize", TokenizeRequest, "Ids of a text"),
+        ("/detokenize", DetokenizeRequest, "The text of ids"),
     ):
         schema = kind.model_json_schema(ref_template=_REFS)
         schemas |= schema.pop("$defs", {}) | {kind.__name__: schema}
@@ -42,11 +43,13 @@ def description() -> dict[str, Any]:
         paths[path] = {"post": _operation(said) | {"requestBody": body}}
     for path, said in (
         ("/v1/models", "The model that is served"),
+        ("/v1/models/{name}", "It, by its name"),
         ("/tokenizer_info", "Its marks and its chat template"),
         ("/health", "Whether the engine works"),
         ("/metrics", "Counts and times, for Prometheus"),
     ):
         paths[path] = {"get": _operation(said)}
+    paths["/v1/models/{name}"]["get"]["parameters"] = [_NAME]
     return {
         "openapi": "3.1.0",
         "info": {"title": "dsv3_jax", "version": __version__},

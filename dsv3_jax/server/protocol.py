@@ -1,5 +1,6 @@
 """What may be asked, as OpenAI names it. Every field that is not served is refused, so that nobody
-gets an answer to another question; those of OpenAI's that change nothing pass at their defaults.
+gets an answer to another question; those of OpenAI's and of vLLM's that change nothing at their
+defaults pass at these.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,12 +14,12 @@ MOST_CHOICES, MOST_STOPS, MOST_TOP, MOST_MESSAGES = 128, 16, 20, 4096
 _SEEDS = 2**63  # OpenAI's are int64
 _MESSAGE_CHARS = 300
 
-Text = Annotated[str, Field(max_length=4_000_000)]
 # Every token is looked at for the beginning of each, up to its length.
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Zero = Annotated[Number, Field(ge=0, le=0)]
+One = Annotated[Number, Field(ge=1, le=1)]
 Nothing = Annotated[list, Field(max_length=0)]
 NoNames = Annotated[dict, Field(max_length=0)]
 
@@ -57,6 +58,14 @@ class Sampled(Strict):
     presence_penalty: Zero | None = None
     logit_bias: NoNames | None = None
     user: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    ignore_eos: bool | None = None
+    """vLLM's and SGLang's, whose benchmarks want texts of a known length: no token ends one"""
+    repetition_penalty: One | None = None
+    top_k: Literal[-1, 0] | None = None
+    min_p: Zero | None = None
+    min_tokens: Literal[0] | None = None
+    skip_special_tokens: Literal[True] | None = None
 
     @model_validator(mode="after")
     def _streams(self) -> "Sampled":
@@ -69,14 +78,19 @@ class Sampled(Strict):
         """Strings before which a text ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 class CompletionRequest(Sampled):
     """`/v1/completions`."""
 
     prompt: (
-        Text
+        str
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
         | Annotated[
             list[Annotated[list[TokenId], Field(min_length=1)]],
             Field(min_length=1, max_length=MOST_CHOICES),
@@ -112,14 +126,14 @@ class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES)]
     name: Annotated[str, Field(max_length=1000)] | None = None
     refusal: None = None
     tool_calls: Nothing | None = None
@@ -131,7 +145,9 @@ class Message(Strict):
         """As templates take it."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        named = {} if self.name is None else {"name": self.name}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | named
 
 
 class TextFormat(Strict):
@@ -169,7 +185,7 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-Asked = TypeVar("Asked", bound=Strict)
+Kind = TypeVar("Kind", bound=Strict)
 # A union's own complaint is about one of its kinds, and seldom the one that was meant.
 _UNIONS = {
     "prompt": "allowed: text, a list of texts, token ids, a list of lists of ids; none empty, at "
@@ -179,7 +195,7 @@ _UNIONS = {
 }
 
 
-def parse(kind: type[Asked], body: bytes) -> Asked:
+def parse(kind: type[Kind], body: bytes) -> Kind:
     """Refusal for bytes that are no such request, with the first fault that was found."""
     try:
         return kind.model_validate_json(body)

@@ -9,15 +9,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dsv3_jax.server.gate import body_of
+from dsv3_jax.server.bodies import read
 from dsv3_jax.server.jobs import Jobs
-from dsv3_jax.server.protocol import Strict, Text, TokenId, parse
+from dsv3_jax.server.protocol import Strict, TokenId
 
 
 class TokenizeRequest(Strict):
     """`/tokenize`."""
 
-    prompt: Text
+    prompt: str
     model: str | None = None
     add_special_tokens: bool = True
     """Whether the token that begins a text comes first"""
@@ -30,27 +30,26 @@ class DetokenizeRequest(Strict):
     model: str | None = None
 
 
-REQUESTS = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
-
-
 def routes(jobs: Jobs, most_body: int) -> list[Route]:
     """`/tokenize`, `/detokenize`, `/tokenizer_info`."""
     tokenizer = jobs.tokenizer
 
     def tokenized(asked: TokenizeRequest) -> dict[str, Any]:
+        jobs.check_model(asked.model)
         mark = tokenizer.added_tokens.get(asked.prompt)  # a mark alone is asked for as such
         ids = tokenizer.encode(asked.prompt).tolist() if mark is None else [mark]
         tokens = [jobs.bos_id, *ids] if asked.add_special_tokens else ids
         return {"count": len(tokens), "max_model_len": jobs.room, "tokens": tokens}
 
     def detokenized(asked: DetokenizeRequest) -> dict[str, Any]:
+        jobs.check_model(asked.model)
         return {"prompt": tokenizer.decode(asked.tokens)}
 
     def answering(
         kind: Any, answer: Callable[[Any], dict[str, Any]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
-            return JSONResponse(answer(parse(kind, await body_of(request, most_body))))
+            return JSONResponse(await read(request, most_body, kind, answer))
 
         return respond
 

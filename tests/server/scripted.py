@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count, repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,8 +37,8 @@ def counting(request: Request) -> Iterator[int]:
 
 
 def saying(text: str) -> Callable[[Request], Iterator[int]]:
-    """A text and its end."""
-    return lambda request: iter([*ids_of(text), END])
+    """A text and its end, again and again for who does not end there."""
+    return lambda request: chain(ids_of(text), repeat(END))
 
 
 @dataclass

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.inference.requests import Answer
 from dsv3_jax.server.choices import Choice
 from tests.server.clients import ask, events
-from tests.server.scripted import LOGPROB, TOKENIZER, ScriptedEngine, saying, service_of
+from tests.server.scripted import END, LOGPROB, TOKENIZER, ScriptedEngine, saying, service_of
 from tests.server.serving import serving
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -94,6 +96,29 @@ def test_a_chats_stream_names_the_speaker_once(base):
         assert "".join(one["content"] for one in own) == "0 1 2€3 END x"
 
 
+@pytest.mark.parametrize("wished", [True, False])
+def test_who_wishes_for_usage_has_null_before_it(base, wished):
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "stream": True,
+        "stream_options": {"include_usage": wished},
+    }
+    pieces = list(events(ask(base, CHATS, body).body))
+    if wished:
+        *pieces, last = pieces
+        assert last["usage"]["total_tokens"] > 0
+    assert [piece.get("usage", "absent") for piece in pieces] == len(pieces) * [
+        None if wished else "absent"
+    ]
+
+
+def test_a_text_may_be_wished_to_go_on_behind_its_end(base):
+    body = {"prompt": "a", "max_tokens": 20, "ignore_eos": True, "repetition_penalty": 1.0}
+    found = ask(base, COMPLETIONS, body).json()
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["usage"]["completion_tokens"] == 20
+
+
 def test_several_prompts_and_several_choices_of_each_stand_in_order(base):
     body = {"prompt": ["a", "bc"], "n": 3, "max_tokens": 2, "best_of": 3}
     found = ask(base, COMPLETIONS, body).json()
@@ -137,6 +162,36 @@ def test_a_chat_tells_of_tokens_with_their_bytes(base):
     assert last["bytes"] == [0xE2]  # the first byte of €, which is not whole
     assert choice["message"]["content"] == "0 1 2\ufffd"
     assert [one["logprob"] for one in first["top_logprobs"]] == [LOGPROB, -2.0]
+
+
+def test_a_mark_has_no_bytes_and_an_id_beyond_the_vocabulary_is_one_character(base):
+    """As it is in the text, so that what follows has its place."""
+    answer = Answer(0, [END, 300, 7], 3 * [-1.0], 3 * [[]], "length")
+    piece = Choice(TOKENIZER, [1], top=0).add(answer)
+    assert [log.own.token for log in piece.logs[:2]] == [TOKENIZER.spelling_of(END), "\ufffd"]
+    assert [log.offset for log in piece.logs] == [0, 0, 1]
+    assert len(piece.text) == 2
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "logprobs": True,
+        "max_tokens": 16,
+        "ignore_eos": True,
+    }
+    (choice,) = ask(base, CHATS, body).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert (content[-1]["token"], content[-1]["bytes"]) == (TOKENIZER.spelling_of(END), None)
+    assert content[0]["bytes"] == [48]
+
+
+def test_a_speakers_name_reaches_the_template():
+    service = service_of(ScriptedEngine(saying("x")))
+    named = "{% for m in messages %}{{ m.name or '-' }}: {{ m.content }};{% endfor %}"
+    template = ChatTemplate(TOKENIZER, named)
+    service = replace(service, jobs=replace(service.jobs, template=template))
+    hi = {"role": "user", "content": "hi"}
+    with serving(service) as base:
+        found = ask(base, CHATS, {"messages": [hi | {"name": "ann"}, hi]}).json()
+    assert found["usage"]["prompt_tokens"] == len("ann: hi;-: hi;")
 
 
 def test_ids_are_a_prompt_too_and_have_nothing_before_them(base):

@@ -1,6 +1,8 @@
 """Text becomes the ids that the model reads, and ids become text."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,6 +35,24 @@ def test_a_mark_alone_is_itself_and_within_a_text_it_is_text(base):
     assert alone["tokens"] == [END]
     within = ask(base, "/tokenize", {"prompt": f"a{mark}"}).json()
     assert END not in within["tokens"]
+
+
+def test_another_models_tokens_are_not_told(base):
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [5]})):
+        assert ask(base, path, body | {"model": "scripted"}).status == 200
+        assert ask(base, path, body | {"model": "other"}).error["code"] == "model_not_found"
+
+
+def test_while_a_long_text_is_read_others_are_answered(monkeypatch):
+    """By a tokenizer that waits for as long as nobody else was answered."""
+    answered, encode = threading.Event(), TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: answered.wait(20) and encode(text))
+    with serving(service_of(ScriptedEngine())) as base, ThreadPoolExecutor() as pool:
+        long = pool.submit(ask, base, "/tokenize", {"prompt": "a" * 30_000})
+        assert ask(base, "/health").status == 200
+        assert not long.done()
+        answered.set()
+        assert long.result().json()["count"] == 30_001
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": 5}, {"prompt": "a", "more": 1}])
