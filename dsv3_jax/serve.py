@@ -35,7 +35,6 @@ all but /health and the page's own text wants one. SIGTERM or Ctrl-C takes no mo
 those that run within --drain-seconds, and leaves. The options from --rows on are those of the
 engine.
 """
-MOST_TOP = 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Options:
     most_prompt: int | None = None
     """Tokens of a prompt; default: as many as the model's context or the cache holds"""
     most_seconds: float = 600.0
-    """Of a request, from its coming to its end"""
+    """Of a request, from when it was read to its end"""
     drain_seconds: int = 30
     """For requests that run when the server is told to leave"""
     warm_up: bool = True
@@ -164,6 +163,8 @@ def _service(options: Options, keys: "Keys") -> "Service":
 
 def _settings(options: Options, vocab_size: int) -> "EngineConfig":
     """With what clients may wish to be told."""
+    from dsv3_jax.server.protocol import MOST_TOP
+
     engine = options.engine
     rows = EngineConfig.rows if engine.rows is None else engine.rows
     settings = replace(engine, rows=rows).settings([])

@@ -120,6 +120,11 @@ class Engine:
         return limit
 
     @property
+    def rows(self) -> int:
+        """Texts that can go on at the same time, on all devices together."""
+        return self.settings.rows * self.programs.shards
+
+    @property
     def room(self) -> int:
         """Tokens of the longest text that can be served."""
         pool = self.scheduler.pages[0]

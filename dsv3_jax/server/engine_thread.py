@@ -38,8 +38,8 @@ class EngineThread:
     def __init__(self, engine: Engine, most_waiting: int) -> None:
         """`most_waiting`: texts beyond the engine's rows that may be open."""
         self.engine = engine
-        self.rows = engine.settings.rows * engine.programs.shards
-        self.capacity = self.rows + most_waiting
+        self.capacity = engine.rows + most_waiting
+        """Texts that may be open"""
         self.failure: BaseException | None = None
         """What ended the engine; nothing is served any more"""
         self.on_failure: Callable[[], None] = lambda: None

@@ -12,7 +12,7 @@ from dsv3_jax.server.http import MOST_HEADERS
 from dsv3_jax.server.keys import Keys
 from dsv3_jax.server.metrics import Metrics
 
-OPEN_PATHS = ("/", "/health")
+_OPEN_PATHS = ("/", "/health")
 # Names of this machine that no site can have.
 _HERE = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Gate:
             raise Refusal(431, f"the headers are too long; allowed: {MOST_HEADERS} bytes")
         if not self._is_own(headers, scope):
             raise Refusal(403, "another site's page; allowed: this server's own, and no browser")
-        if scope["path"] in OPEN_PATHS or not self._keys:
+        if scope["path"] in _OPEN_PATHS or not self._keys:
             return
         if not self._keys.open(headers.get("authorization", "").encode("latin-1")):
             said = "no key, or a wrong one; allowed: 'Authorization: Bearer KEY'"

@@ -32,7 +32,7 @@ class Limits:
     body: int
     """Bytes"""
     seconds: float
-    """From its coming to its end"""
+    """From when it was read to its end, queue and all"""
 
 
 class Generating:

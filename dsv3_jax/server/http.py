@@ -10,7 +10,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-RECEIVE_SECONDS, STALL_SECONDS, IDLE_SECONDS = 30.0, 30.0, 15
+IDLE_SECONDS = 15  # that a connection stays open between two requests
 MOST_HEADERS = 32 * 1024  # bytes of a request's line and headers
 
 
@@ -19,7 +19,7 @@ class GuardedProtocol(H11Protocol):
     time.
     """
 
-    receive_seconds, stall_seconds = RECEIVE_SECONDS, STALL_SECONDS
+    receive_seconds = stall_seconds = 30.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -12,8 +12,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from dsv3_jax.inference.engine import Engine
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 PACE_SECONDS = 10
+# Bounds of the histograms' buckets.
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -49,7 +50,7 @@ def see(engine: Engine) -> Seen:
         list(told.accepted),
         len(scheduler.running),
         len(scheduler.waiting),
-        engine.settings.rows * engine.programs.shards,
+        engine.rows,
         1 - free / count,
         _imbalance(engine.total_loads()),
     )

@@ -13,7 +13,6 @@ from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3_jax.inference.pages import Pages
 from dsv3_jax.inference.requests import Answer, Request, Scores
-from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.server.app import Service
 from dsv3_jax.server.engine_thread import EngineThread
@@ -59,8 +58,7 @@ class ScriptedEngine:
     written: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.settings = EngineConfig(rows=self.rows)
-        self.programs, self.room = SimpleNamespace(shards=1), LONGEST
+        self.room = LONGEST
         self.statistics = Statistics(offered=[0], accepted=[0])
         self.scheduler = SimpleNamespace(running=[], waiting=[], pages=[Pages(8, 4)])
         self._ids = count()
