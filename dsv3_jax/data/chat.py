@@ -67,13 +67,20 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate":
-        """That of `chat_template.jinja` or tokenizer_config.json, else DeepSeek's."""
+        """That of `chat_template.jinja` or tokenizer_config.json, else DeepSeek's. Errors as of
+        `of_file`.
+        """
         file = folder / "chat_template.jinja"
         if file.is_file():
             return cls.of_file(file, tokenizer)
         settings = folder / _SETTINGS
-        found = read_json(settings).get("chat_template") if settings.is_file() else None
-        if isinstance(found, list):  # several, by name
+        try:
+            stated = read_json(settings) if settings.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{settings} is not JSON: {error}") from None
+        found = stated.get("chat_template") if isinstance(stated, dict) else None
+        if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+            # Several, by name.
             found = {one.get("name"): one.get("template") for one in found}.get("default")
         if found is None:
             return cls(tokenizer)

@@ -120,6 +120,11 @@ def test_what_is_no_template_is_refused_with_its_file(tokenizer, tmp_path: Path)
     with pytest.raises(ValueError, match=r"chat_template.jinja: byte 1 is no UTF-8"):
         ChatTemplate.of_folder(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": 5}')
-    with pytest.raises(ValueError, match="chat_template is 5; allowed: text"):
-        ChatTemplate.of_folder(tmp_path, tokenizer)
+    for content, said in (
+        ('{"chat_template": 5}', "chat_template is 5; allowed: text"),
+        ('{"chat_template": [5]}', r"chat_template is \[5\]; allowed: text"),
+        ("{", r"tokenizer_config.json is not JSON: "),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=said):
+            ChatTemplate.of_folder(tmp_path, tokenizer)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from dsv3_jax.data.chat import DEEPSEEK
@@ -44,15 +45,23 @@ def test_another_models_tokens_are_not_told(base):
 
 
 def test_while_a_long_text_is_read_others_are_answered(monkeypatch):
-    """By a tokenizer that waits for as long as nobody else was answered."""
-    answered, encode = threading.Event(), TOKENIZER.encode
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text: answered.wait(20) and encode(text))
+    """By a tokenizer that waits until somebody else was answered."""
+    begun, answered, encode = threading.Event(), threading.Event(), TOKENIZER.encode
+    waited = []
+
+    def slow(text: str) -> np.ndarray:
+        begun.set()
+        waited.append(answered.wait(5))
+        return encode(text)
+
+    monkeypatch.setattr(TOKENIZER, "encode", slow)
     with serving(service_of(ScriptedEngine())) as base, ThreadPoolExecutor() as pool:
         long = pool.submit(ask, base, "/tokenize", {"prompt": "a" * 30_000})
+        assert begun.wait(20)
         assert ask(base, "/health").status == 200
-        assert not long.done()
         answered.set()
         assert long.result().json()["count"] == 30_001
+    assert waited == [True]
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": 5}, {"prompt": "a", "more": 1}])
