@@ -8,7 +8,7 @@ text. An assistant's own words may hold marks, such as </think>, that templates 
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import read_json
+from dsv3_jax.config.plain_json import read_table
 from dsv3_jax.data.tokenizer import Tokenizer
 
 # As published: system prompts first, then turns, an answer closed by the end of the sentence.
@@ -41,6 +41,7 @@ DEEPSEEK = """{{ bos_token }}
 _SETTINGS = "tokenizer_config.json"
 # Put into what only looks like a token; Unicode guarantees that this is no character.
 _APART = "\ufdd0"
+_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class ChatTemplate:
@@ -52,9 +53,10 @@ class ChatTemplate:
         """ValueError, one line, for what is no template."""
         self._tokenizer, self.source, self.name = tokenizer, source, name
         self._marks = _pattern(tokenizer.added_tokens)
+        self._begun = _begun(tokenizer.added_tokens)
         try:
             self._template = _compiled(source)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError) as error:  # Python's: a break beside its loop
             raise ValueError(f"{name} is no chat template: {_line(error)}") from None
 
     @classmethod
@@ -74,14 +76,10 @@ class ChatTemplate:
         if file.is_file():
             return cls.of_file(file, tokenizer)
         settings = folder / _SETTINGS
-        try:
-            stated = read_json(settings) if settings.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{settings} is not JSON: {error}") from None
-        found = stated.get("chat_template") if isinstance(stated, dict) else None
+        found = read_table(settings).get("chat_template") if settings.is_file() else None
         if isinstance(found, list) and all(isinstance(one, dict) for one in found):
-            # Several, by name.
-            found = {one.get("name"): one.get("template") for one in found}.get("default")
+            named = (one.get("template") for one in found if one.get("name") == "default")
+            found = next(named, None)
         if found is None:
             return cls(tokenizer)
         if not isinstance(found, str):
@@ -106,7 +104,7 @@ class ChatTemplate:
             return self._template.render(messages=messages, add_generation_prompt=answer, **marks)
         except TemplateError as error:
             raise ValueError(f"{self.name}: {_line(error)}") from None
-        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except _FAILURES as error:
             # What a template does with messages that it does not expect.
             raise ValueError(f"{self.name} does not take these messages: {_line(error)}") from None
 
@@ -118,7 +116,10 @@ class ChatTemplate:
     def _text_apart(self, value: Any) -> Any:
         if not isinstance(value, str) or self._marks is None:
             return value
-        return self._marks.sub(lambda found: found[0][0] + _APART + found[0][1:], value)
+        text = value.replace(_APART, "")
+        if text.endswith(self._begun):  # it could end in what stands behind: another's words
+            text += _APART
+        return self._marks.sub(lambda found: found[0][0] + _APART + found[0][1:], text)
 
     def _encoded(self, text: str) -> Iterator[Sequence[int] | np.ndarray]:
         """Marks as their ids, and what stands between them."""
@@ -137,7 +138,15 @@ class ChatTemplate:
 def _pattern(tokens: Mapping[str, int]) -> re.Pattern | None:
     """The longest first, as one may begin another."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    if not longest_first:
+        return None
+    # A mark of one character has nothing to be taken apart: what makes it text stands behind it.
+    return re.compile(f"(?:{'|'.join(map(re.escape, longest_first))})(?!{_APART})")
+
+
+def _begun(tokens: Iterable[str]) -> tuple[str, ...]:
+    """Ends of a text that a mark could go on from; blanks, which templates trim, are none."""
+    return tuple({t[:n] for t in tokens for n in range(1, len(t)) if t[:n].strip()})
 
 
 def _compiled(source: str) -> Template:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from dsv3_jax.server.errors import Refusal
 from dsv3_jax.server.protocol import Kind, parse
@@ -20,10 +20,12 @@ async def read(request: Request, most: int, kind: type[Kind], make: Callable[[Ki
     """
     body = await _body_of(request, most)
 
-    def made() -> Made:
-        return make(parse(kind, body))
+    return await beside_if_long(len(body), lambda: make(parse(kind, body)))
 
-    return await asyncio.to_thread(made) if len(body) > _LONG else made()
+
+async def beside_if_long(size: int, work: Callable[[], Made]) -> Made:
+    """What `work` makes of so many bytes. While it takes long, others are answered."""
+    return await asyncio.to_thread(work) if size > _LONG else work()
 
 
 async def _body_of(request: Request, most: int) -> bytes:
@@ -35,8 +37,11 @@ async def _body_of(request: Request, most: int) -> bytes:
     if not stated.isdecimal() or int(stated[:20]) > most:
         raise too_long
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise too_long
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > most:
+                raise too_long
+    except ClientDisconnect:  # nobody hears of it
+        raise Refusal(400, "the body ends before its end") from None
     return bytes(body)

@@ -111,7 +111,7 @@ class Choice:
 
     def _likely(self, token: int, logprob: float | None) -> Likely:
         table = self._tokenizer.token_bytes
-        data = table[token] if token < len(table) else REPLACEMENT
+        data = table[token] if token < len(table) else REPLACEMENT  # as texts have it
         # A mark of the vocabulary is shown as it is spelt, though it is no part of the text.
         shown = data.decode(errors="replace") or self._tokenizer.spelling_of(token) or f"<{token}>"
         return Likely(shown, data, None if logprob is None else _number(logprob))

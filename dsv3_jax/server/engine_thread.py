@@ -72,6 +72,7 @@ class EngineThread:
 
         Refusal for requests that cannot be served, and where there is no room for them now.
         """
+        self.check_room(len(requests))
         self._check(requests)
         asked = Texts(len(requests))
         self.open += asked.open
@@ -87,23 +88,25 @@ class EngineThread:
                 self._post(lambda: [self._cancel(number) for number in asked.ids])
 
     def _check(self, requests: Sequence[Request]) -> None:
-        try:
-            for request in requests:
+        # Those of one prompt differ in nothing that could be wrong.
+        for request in {id(request.prompt): request for request in requests}.values():
+            try:
                 self.engine.check(request)
-        except ValueError as error:
-            raise Refusal(400, str(error)) from None
+            except ValueError as error:
+                raise Refusal(400, str(error)) from None
+
+    def check_room(self, count: int) -> None:
+        """Refusal if so many texts cannot be begun now."""
         if self.failure is not None:
             raise Refusal(503, "the engine has failed")
-        if len(requests) > self.capacity:
-            raise Refusal(
-                400, f"{len(requests)} texts at once; allowed: {self.capacity}", param="n"
-            )
-        if self.open + len(requests) > self.capacity:
+        if count > self.capacity:
+            raise Refusal(400, f"{count} texts at once; allowed: {self.capacity}", param="n")
+        if self.open + count > self.capacity:
             raise Refusal(
                 429,
                 f"{self.open} texts are open; allowed: {self.capacity}",
                 code="queue_full",
-                retry_after=self.patience(len(requests)),
+                retry_after=self.patience(count),
             )
 
     def patience(self, count: int) -> int:

@@ -1,18 +1,18 @@
 """The two endpoints that write texts: whole, or in pieces as they come (server-sent events)."""
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dsv3_jax.server.bodies import read
+from dsv3_jax.server.bodies import beside_if_long, read
 from dsv3_jax.server.choices import Piece
 from dsv3_jax.server.engine_thread import EngineThread, Texts
 from dsv3_jax.server.errors import Refusal
@@ -22,6 +22,7 @@ from dsv3_jax.server.metrics import Metrics
 from dsv3_jax.server.protocol import ChatRequest, CompletionRequest
 
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+_LOG_BYTES = 100  # that a token with its likeliest is worth, in the time it takes
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -51,15 +52,18 @@ class Generating:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        with contextlib.suppress(ClientDisconnect):
-            job = await read(request, self._limits.body, self._kind, self._job_of)
-            async with self._thread.ask(job.requests) as texts:
-                writing = _Writing(self._thread, self._metrics, texts, job)
-                if job.streams:
-                    answer = self._stream(writing, send)
-                else:
-                    answer = self._whole(writing, scope, receive, send)
-                await _unless_gone(receive, answer)
+        job = await read(request, self._limits.body, self._kind, self._job)
+        async with self._thread.ask(job.requests) as texts:
+            writing = _Writing(self._thread, self._metrics, texts, job)
+            if job.streams:
+                answer = self._stream(writing, send)
+            else:
+                answer = self._whole(writing, scope, receive, send)
+            await _unless_gone(receive, answer)
+
+    def _job(self, asked: Any) -> Job:
+        self._thread.check_room(asked.texts)  # before its prompts are tokenised
+        return self._job_of(asked)
 
     async def _whole(self, writing: "_Writing", scope: Scope, receive: Receive, send: Send) -> None:
         pieces = [Piece() for _ in writing.job.choices]
@@ -116,7 +120,8 @@ class _Writing:
                 first_at[place] = time.monotonic()
                 self._metrics.first_token.observe(first_at[place] - self._begun)
             self._metrics.pace.note(len(answer.tokens))
-            piece = choice.add(answer)
+            size = 0 if answer.prompt is None else _LOG_BYTES * len(answer.prompt.logprobs)
+            piece = await beside_if_long(size, partial(choice.add, answer))
             if piece.finish is not None:
                 if answer.ended is None:
                     self._thread.leave(self._texts, place)

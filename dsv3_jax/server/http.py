@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 IDLE_SECONDS = 15  # that a connection stays open between two requests
+MOST_TOLD = 64  # clients beyond the most who hear that there are too many; others hear nothing
 MOST_HEADERS = 32 * 1024  # bytes of a request's line and headers
 
 
@@ -29,7 +30,9 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first request is awaited."""
         super().connection_made(transport)
-        self._await_request()
+        self._arrive_soon()
+        if len(self.connections) > self.limit_concurrency + MOST_TOLD:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
@@ -42,10 +45,12 @@ class GuardedProtocol(H11Protocol):
         if self.transport.is_closing():
             self._leave_soon()
         elif self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            if self._receiving is None:
-                self._await_request()
+            self._arrive_soon()
         else:
             self._receiving = _stop(self._receiving)
+            # uvicorn reads nothing more before its answer, and so would not see its client leave.
+            if len(self.conn.trailing_data[0]) <= MOST_HEADERS:
+                self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         """The client takes no more."""
@@ -58,13 +63,23 @@ class GuardedProtocol(H11Protocol):
         self._stalled = _stop(self._stalled)
 
     def on_response_complete(self) -> None:
-        """A closed connection waits until its client has taken all."""
+        """A closed connection waits until its client has taken all; the next request may have
+        begun.
+        """
         super().on_response_complete()
         if self.transport.is_closing():
             self._leave_soon()
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._arrive_soon()
 
-    def _await_request(self) -> None:
-        self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
+    def timeout_keep_alive_handler(self) -> None:
+        """No further request came. What was answered may not have been taken yet."""
+        super().timeout_keep_alive_handler()
+        self._leave_soon()
+
+    def _arrive_soon(self) -> None:
+        if self._receiving is None:
+            self._receiving = self.loop.call_later(self.receive_seconds, self.transport.abort)
 
     def _leave_soon(self) -> None:
         if self._stalled is None:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from dsv3_jax.server.bodies import read
 from dsv3_jax.server.jobs import Jobs
-from dsv3_jax.server.protocol import Strict, TokenId
+from dsv3_jax.server.protocol import Ids, Strict
 
 
 class TokenizeRequest(Strict):
@@ -26,7 +26,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """`/detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: Ids
     model: str | None = None
 
 

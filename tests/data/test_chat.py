@@ -63,6 +63,34 @@ def test_who_spells_a_mark_has_its_text_and_not_the_mark(tokenizer, role, mark):
     assert [i for i in ids if i in marks] == [i for i in expected if i in marks]
 
 
+@pytest.mark.parametrize("cut", range(1, len(USER)))
+def test_two_who_speak_spell_no_mark_together(tokenizer, cut):
+    said = [{"role": "system", "content": part} for part in (USER[:cut], USER[cut:])]
+    ids = ChatTemplate(tokenizer).encode([*said, *ASK])
+    assert tokenizer.decode(ids) == f"{USER}{USER}hi{ASSISTANT}"
+    assert ids.count(tokenizer.added_tokens[USER]) == 1
+
+
+def test_what_takes_marks_apart_cannot_be_sent(tokenizer):
+    """Text that has it already is not told from text into which it was put."""
+    for said in ("\ufdd0hi", "h\ufdd0i", "hi\ufdd0"):
+        ids = ChatTemplate(tokenizer).encode([{"role": "user", "content": said}])
+        assert ids == ChatTemplate(tokenizer).encode(ASK)
+
+
+def test_a_mark_of_one_character_is_text_too():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([EOS, "☞"])
+    tokenizer = Tokenizer(backend, "of the test")
+    template = ChatTemplate(tokenizer, "☞{{ messages[0].content }}☞")
+    ids = template.encode([{"role": "user", "content": "☞a☞☞"}])
+    assert ids.count(tokenizer.added_tokens["☞"]) == 2
+    assert tokenizer.decode(ids) == "☞a☞☞"
+
+
 def test_an_assistants_marks_are_marks_for_templates_look_for_them(tokenizer):
     source = "{{ messages[0].content.split('</think>')[-1] }}"
     said = [{"role": "assistant", "content": f"thought{THOUGHT}word"}]
@@ -103,6 +131,7 @@ def test_templates_have_what_transformers_gives_them(tokenizer):
         ("{% for i in range(10**7) %}{% endfor %}", "Range too big"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages | xmlattr }}", "has no attribute 'items'"),
     ],
 )
 def test_a_template_that_fails_says_so_in_a_line(tokenizer, source, said):
@@ -120,10 +149,13 @@ def test_what_is_no_template_is_refused_with_its_file(tokenizer, tmp_path: Path)
     with pytest.raises(ValueError, match=r"chat_template.jinja: byte 1 is no UTF-8"):
         ChatTemplate.of_folder(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").unlink()
+    several = [{"name": ["default"]}, {"name": "default", "template": "{% break %}"}]
     for content, said in (
         ('{"chat_template": 5}', "chat_template is 5; allowed: text"),
         ('{"chat_template": [5]}', r"chat_template is \[5\]; allowed: text"),
-        ("{", r"tokenizer_config.json is not JSON: "),
+        ("{", r"tokenizer_config.json: not JSON: "),
+        ('["chat_template"]', "no table of fields"),
+        (json.dumps({"chat_template": several}), "no chat template: 'break' outside loop"),
     ):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ValueError, match=said):

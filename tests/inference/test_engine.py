@@ -308,6 +308,30 @@ def test_texts_on_eight_devices_are_the_models_own(model):
 
 
 @pytest.mark.exhaustive
+def test_prompts_on_eight_devices_are_told_of_as_on_one(model):
+    """Beside texts that do not wish it, in two micro-batches; some give up their pages."""
+    asked = random_requests(MODEL, 32, seed=13)
+    asked = [replace(one, prompt_logprobs=i % 2 == 0) for i, one in enumerate(asked)]
+    eight = MeshConfig(data=2, node=2, local=2)
+    wishes = {"top_logprobs": 2, "prompt_logprobs": True, "pages": 20}
+    found = []
+    for engine in (
+        engine_of(model, 1, **wishes),
+        engine_of(model, 1, eight, rows=2, prompt_microbatches=2, **wishes),
+    ):
+        ids = [engine.submit(one) for one in asked]
+        told = {answer.id: answer.prompt for answer in engine.run() if answer.prompt}
+        found.append([told.get(number) for number in ids])
+    for request, one, other in zip(asked, *found, strict=True):
+        assert (one is not None) == (other is not None) == request.prompt_logprobs
+        if one is not None:
+            assert len(one.logprobs) == len(request.prompt) - 1
+            np.testing.assert_allclose(other.logprobs, one.logprobs, atol=1e-4)
+            top, top_of_one = (np.array(x.top).reshape(-1, 2, 2)[..., 1] for x in (other, one))
+            np.testing.assert_allclose(top, top_of_one, atol=1e-4)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("drafts", [0, 1, 2])
 @pytest.mark.parametrize("mesh", [None, (1, 2, 4), (8, 1, 1), (1, 1, 8)], ids=str)
 def test_texts_of_64_requests(drafts: int, mesh: tuple[int, int, int] | None):

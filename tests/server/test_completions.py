@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dsv3_jax.data.chat import ChatTemplate
-from dsv3_jax.inference.requests import Answer
+from dsv3_jax.inference.requests import Answer, Scores
 from dsv3_jax.server.choices import Choice
 from tests.server.clients import ask, events
 from tests.server.scripted import END, LOGPROB, TOKENIZER, ScriptedEngine, saying, service_of
@@ -219,6 +219,20 @@ def test_seeds_decide_and_choices_differ():
     assert len({seeds[4], seeds[6]}) == 2
     assert (seen[0].temperature, seen[0].top_p, seen[0].max_tokens) == (1.0, 1.0, 16)
     assert (seen[8].temperature, seen[8].top_p) == (0, 0.5)
+
+
+def test_tokens_beyond_the_vocabulary_are_told_as_they_stand_in_the_text():
+    """Models have room for more tokens than there are."""
+    beyond = len(TOKENIZER.token_bytes)
+    tokens = [beyond, *TOKENIZER.encode("é").tolist(), beyond + 5, *TOKENIZER.encode("b").tolist()]
+    choice = Choice(TOKENIZER, [beyond, 9, beyond], top=1, echo=True)
+    scores = Scores([0.0] * 2, [[]] * 2)
+    answer = Answer(0, tokens, [0.0] * 5, [[(token, 0.0)] for token in tokens], "length", scores)
+    piece = choice.add(answer)
+    assert piece.text == TOKENIZER.decode([beyond, 9, beyond]) + "\ufffdé\ufffdb"
+    offsets = [log.offset for log in piece.logs]
+    assert offsets == [0, 1, 2, 3, 4, 4, 5, 6]
+    assert [piece.text[log.offset] for log in piece.logs if len(log.own.token) == 1][-1] == "b"
 
 
 def test_what_is_no_number_in_json_is_one_that_clients_know():

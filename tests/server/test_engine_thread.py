@@ -32,14 +32,15 @@ def within(thread: EngineThread, work: Callable[[], Coroutine[Any, Any, None]]) 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("behind", [b"", b"POST /v1"], ids=["alone", "with more sent behind it"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_costs_no_turn_but_the_one_that_runs(stream):
+def test_who_leaves_costs_no_turn_but_the_one_that_runs(stream, behind):
     engine = ScriptedEngine(gate=threading.Semaphore(0), seconds=0)
     service = service_of(engine)
     with serving(service) as base:
         client = open_socket(base)
         body = json.dumps(BODY | {"stream": stream, "n": 3}).encode()
-        client.sendall(raw_request("/v1/completions", body))
+        client.sendall(raw_request("/v1/completions", body) + behind)
         for _ in range(5):
             engine.gate.release()
         until(lambda: engine.turns == 6)  # the sixth waits at the gate
@@ -109,6 +110,30 @@ def test_room_is_counted_in_texts_and_comes_back():
         assert thread.open == 0
 
     within(thread, work)
+
+
+def test_texts_that_have_no_room_are_not_looked_at():
+    """128 prompts with 128 answers each are 16 384 lists of tokens."""
+    engine = ScriptedEngine(gate=threading.Semaphore(0))
+    engine.check = None
+    with serving(service_of(engine)) as base:
+        body = {"prompt": [[5] * 200] * 128, "n": 128}
+        assert "16384 texts at once" in ask(base, "/v1/completions", body).error["message"]
+
+
+def test_a_prompt_with_many_answers_is_looked_at_once(monkeypatch):
+    engine = ScriptedEngine()
+    thread, looked = EngineThread(engine, 8), []
+    monkeypatch.setattr(thread, "_post", lambda what: None)
+    monkeypatch.setattr(engine, "check", looked.append)
+    prompts = [[1], [2]]
+
+    async def work() -> None:
+        async with thread.ask([Request(prompt, 9) for prompt in prompts for _ in range(3)]):
+            pass
+
+    asyncio.run(work())
+    assert [request.prompt for request in looked] == prompts
 
 
 def test_advice_to_come_again_is_the_pace_at_which_texts_end():

@@ -208,11 +208,20 @@ def test_what_is_no_http_is_refused_and_closed(base, sent):
         b"",
         b"POST /v1/comp",
         raw_request(COMPLETIONS, b'{"prompt": "a"}')[:-3],
+        2 * raw_request("/nowhere", b"") + raw_request(COMPLETIONS, b'{"prompt": "a"}')[:-3],
+        2 * raw_request("/nowhere", b"") + b"POST /v1/comp",
         raw_request(COMPLETIONS, b"", "transfer-encoding: chunked").replace(
             b"content-length: 0\r\n", b""
         ),
     ],
-    ids=["nothing", "half a line", "half a body", "no chunk"],
+    ids=[
+        "nothing",
+        "half a line",
+        "half a body",
+        "half a body behind others",
+        "half a line behind others",
+        "no chunk",
+    ],
 )
 def test_a_slow_request_is_closed_in_time(base, sent):
     with open_socket(base) as client:
@@ -248,6 +257,13 @@ def test_who_takes_no_answer_is_left(monkeypatch):
         until(lambda: engine.turns > 10)
         until(lambda: len(engine.cancelled) == 4, 60)
         assert service.thread.open == 0
+
+
+def test_half_a_body_and_gone_is_no_fault_of_the_server(base):
+    for path in (COMPLETIONS, "/tokenize"):
+        with open_socket(base) as client:
+            client.sendall(raw_request(path, b'{"prompt": "a"}')[:-3])
+    assert ask(base, "/health").status == 200
 
 
 def test_pipelined_requests_are_answered_in_order(base):

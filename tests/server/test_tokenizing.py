@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -45,23 +46,27 @@ def test_another_models_tokens_are_not_told(base):
 
 
 def test_while_a_long_text_is_read_others_are_answered(monkeypatch):
-    """By a tokenizer that waits until somebody else was answered."""
-    begun, answered, encode = threading.Event(), threading.Event(), TOKENIZER.encode
-    waited = []
+    service = service_of(ScriptedEngine(lambda request: repeat(7)))
+    reading, answered = threading.Event(), threading.Event()
 
-    def slow(text: str) -> np.ndarray:
-        begun.set()
-        waited.append(answered.wait(5))
-        return encode(text)
+    def encode(text: str) -> np.ndarray:
+        reading.set()
+        assert answered.wait(20), "nobody was answered"
+        return np.zeros(0, np.int32)
 
-    monkeypatch.setattr(TOKENIZER, "encode", slow)
-    with serving(service_of(ScriptedEngine())) as base, ThreadPoolExecutor() as pool:
-        long = pool.submit(ask, base, "/tokenize", {"prompt": "a" * 30_000})
-        assert begun.wait(20)
-        assert ask(base, "/health").status == 200
-        answered.set()
-        assert long.result().json()["count"] == 30_001
-    assert waited == [True]
+    monkeypatch.setattr(service.jobs.tokenizer, "encode", encode)
+    with serving(service) as base, ThreadPoolExecutor() as pool:
+        for path, body in (
+            ("/tokenize", {"prompt": "a" * 30_000}),
+            ("/v1/completions", {"prompt": "a" * 100, "user": "b" * 30_000, "max_tokens": 1}),
+        ):
+            answered.clear()
+            reading.clear()
+            reply = pool.submit(ask, base, path, body)
+            assert reading.wait(20)
+            assert ask(base, "/health").status == 200
+            answered.set()
+            assert reply.result(20).status == 200
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": 5}, {"prompt": "a", "more": 1}])
