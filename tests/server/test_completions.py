@@ -221,6 +221,14 @@ def test_seeds_decide_and_choices_differ():
     assert (seen[8].temperature, seen[8].top_p) == (0, 0.5)
 
 
+def test_tokens_behind_a_stop_string_count_for_nothing():
+    """Drafts bring several at once."""
+    tokens = TOKENIZER.encode("ab|cd").tolist()
+    choice = Choice(TOKENIZER, [1], stops=["|"], top=0)
+    piece = choice.add(Answer(0, tokens, [0.0] * 5, [[]] * 5))
+    assert (piece.text, piece.finish, choice.written, len(piece.logs)) == ("ab", "stop", 3, 3)
+
+
 def test_tokens_beyond_the_vocabulary_are_told_as_they_stand_in_the_text():
     """Models have room for more tokens than there are."""
     beyond = len(TOKENIZER.token_bytes)

@@ -89,6 +89,28 @@ def test_texts_that_were_never_begun_never_begin():
     within(thread, work)
 
 
+def test_of_a_text_that_was_left_nothing_more_is_told_and_nothing_stays():
+    """Several of its answers lie there when the first one is read."""
+    thread = EngineThread(ScriptedEngine(), 8)
+
+    async def work() -> None:
+        async with thread.ask([Request([1], 50), Request([2], 5)]) as asked:
+            while asked.answers.qsize() < 6:
+                await asyncio.sleep(0.001)
+            heard = []
+            async for place, _ in thread.answers(asked):
+                heard.append(place)
+                if heard == [0]:
+                    thread.leave(asked, 0)
+        assert heard == [0, 1, 1, 1, 1, 1]
+        await thread.look(lambda engine: None)
+        assert not thread._waiting
+        assert not thread._askers
+        assert thread.open == 0
+
+    within(thread, work)
+
+
 def test_room_is_counted_in_texts_and_comes_back():
     engine = ScriptedEngine(rows=2)
     thread = EngineThread(engine, 1)
