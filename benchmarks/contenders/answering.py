@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def answer(work: Callable[[], dict[str, float] | None], *, warm_up: int, **facts) -> None:
+def answer(work: Callable[[], dict[str, Any] | None], *, warm_up: int, **facts) -> None:
     """Warms up, tells `facts`, and then for every line on stdin runs `work` once and prints its
-    seconds, the highest resident memory since the warm-up, and what figures it returns, a line of
-    JSON each.
+    seconds, the highest resident memory since the warm-up, and what figures it returns, which win
+    over these, a line of JSON each.
     """
     begun = time.perf_counter()
     for i in range(warm_up):
@@ -40,12 +41,12 @@ def give_memory_back() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def forget_peak_memory() -> None:
+def forget_peak_memory(process: int | str = "self") -> None:
     """The high-water mark starts again from what is resident now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
+def peak_memory(process: int | str = "self") -> int:
     """Highest resident memory since then, in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))

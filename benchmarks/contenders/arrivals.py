@@ -24,9 +24,9 @@ def arrivals(options: Mapping[str, Any]) -> list[Arrival]:
 
     Of the options, `prompt` and `tokens` are the fewest and the most; `rate` is requests a second
     on average, which come at random, or 0 for all at once; prompts are pieces of `text`, token ids,
-    or if that is empty random ids below `vocab_size`.
+    or if that is empty random ids below `vocab_size`; `seed`, if it is there, makes other ones.
     """
-    rng, at, found, text = random.Random(0), 0.0, [], options["text"]
+    rng, at, found, text = random.Random(options.get("seed", 0)), 0.0, [], options["text"]
     for _ in range(options["requests"]):
         length, tokens = (rng.randint(*options[name]) for name in ("prompt", "tokens"))
         if text:

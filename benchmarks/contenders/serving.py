@@ -23,33 +23,58 @@ SOURCES, MOST_IDS = "dsv3_jax/inference/*.py", 10_000
 
 
 @dataclass(frozen=True)
-class ServingOptions(ContestOptions):
-    """What is served."""
+class RequestOptions(ContestOptions):
+    """What is asked for, and of which model."""
 
     requests: int = 32
     """Of each contest of serving; 0: none"""
-    rates: tuple[float, ...] = (0.0, 2.0)
-    """Requests a second, a contest each; 0: all come at once"""
     request_prompt: tuple[int, int] = (16, 256)
     """Tokens of a request's prompt, fewest and most"""
     request_tokens: tuple[int, int] = (16, 256)
     """Tokens that are asked for, fewest and most"""
     serving_rows: int = 8
     """Of the engine, and of a static batch"""
-    drafts: int = 1
-    """Of the engine with drafts; that many MTP modules, random or the run's"""
     run: Path | None = None
     """Folder of a run whose model serves, instead of random weights"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check("--requests", self.requests, self.requests >= 0, "0 or more")
-        check("--rates", self.rates, all(rate >= 0 for rate in self.rates), "0 or more")
         for name in ("request_prompt", "request_tokens"):
             fewest, most = getattr(self, name)
             shown = f"--{name.replace('_', '-')}"
             check(shown, (fewest, most), 1 <= fewest <= most, "1 or more, then as many or more")
         check("--serving-rows", self.serving_rows, self.serving_rows >= 1, "at least 1")
+
+    def served(self, random: ModelConfig) -> ModelConfig:
+        """The run's model, or `random` if there is none. ValueError for a folder that is no run,
+        and for texts too long for the model.
+        """
+        if self.run is None:
+            model = random
+        elif (self.run / "config.json").exists():
+            model = load_json(self.run / "config.json").model
+        else:
+            raise ValueError(f"--run {self.run} is no run; allowed: the folder of a trained one")
+        text, longest = self.request_prompt[1] + self.request_tokens[1], model.max_length
+        check(
+            "a request's text", text, text <= longest, f"at most {longest} tokens, prompt included"
+        )
+        return model
+
+
+@dataclass(frozen=True)
+class ServingOptions(RequestOptions):
+    """How the engine and static batches serve."""
+
+    rates: tuple[float, ...] = (0.0, 2.0)
+    """Requests a second, a contest each; 0: all come at once"""
+    drafts: int = 1
+    """Of the engine with drafts; that many MTP modules, random or the run's"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("--rates", self.rates, all(rate >= 0 for rate in self.rates), "0 or more")
         check("--drafts", self.drafts, self.drafts >= 1, "at least 1")
 
 
@@ -65,21 +90,14 @@ class Served:
 
 
 def served_model(options: ServingOptions) -> Served:
-    """ValueError for a run that makes fewer drafts, and for texts too long for the model."""
-    served = Served(replace(bench_cpu(), mtp_depth=options.drafts))
-    if options.run is not None:
-        if not (options.run / "config.json").exists():
-            raise ValueError(f"--run {options.run} is no run; allowed: the folder of a trained one")
-        served = Served(
-            load_json(options.run / "config.json").model,
-            str(options.run.absolute()),
-            tuple(own_source(options.run / "tokenizer.json")),
-        )
-    depth, longest = served.model.mtp_depth, served.model.max_length
+    """ValueError for a run that makes fewer drafts, and as of `options.served`."""
+    model = options.served(replace(bench_cpu(), mtp_depth=options.drafts))
+    depth = model.mtp_depth
     check("--drafts", options.drafts, options.drafts <= depth, f"at most {depth}, as of --run")
-    text = options.request_prompt[1] + options.request_tokens[1]
-    check("a request's text", text, text <= longest, f"at most {longest} tokens, prompt included")
-    return served
+    if options.run is None:
+        return Served(model)
+    text = own_source(options.run / "tokenizer.json")
+    return Served(model, str(options.run.absolute()), tuple(text))
 
 
 def own_source(tokenizer: Path) -> list[int]:

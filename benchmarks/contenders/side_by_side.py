@@ -67,6 +67,8 @@ class Contender:
     """Seconds of turns after them"""
     waits: list[float] = field(default_factory=list)
     """Mean seconds that a request took in each turn, where requests are served"""
+    loads: list[list[dict[str, Any]]] = field(default_factory=list)
+    """What each turn told of each of its loads, as of loads.py, where there are some"""
     peak_bytes: int = 0
     """Highest resident memory over all turns"""
     is_baseline: bool = False
@@ -99,6 +101,7 @@ class Contender:
             return False
         self.seconds.append(answer["seconds"])
         self.waits += [answer["wait"]] if "wait" in answer else []
+        self.loads += [answer["loads"]] if "loads" in answer else []
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
         return True
 

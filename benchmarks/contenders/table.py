@@ -75,7 +75,7 @@ def table(
         for c in contenders
         if c.group == group
     ]
-    return [*_aligned([headings, *rows]), *_notes(contenders)]
+    return [*aligned([headings, *rows]), *_notes(contenders)]
 
 
 def _row(
@@ -107,7 +107,7 @@ def _row(
     return cells
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table that can be read as it is: names to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
@@ -166,7 +166,7 @@ def command(arguments: Sequence[str], shown: Mapping[str, str]) -> str:
 
 
 def _kept(contender: Contender) -> dict[str, Any]:
-    return {
+    kept = {
         "name": contender.name,
         "group": contender.group,
         "is_baseline": contender.is_baseline,
@@ -175,6 +175,8 @@ def _kept(contender: Contender) -> dict[str, Any]:
         "qualifying_seconds": contender.qualifying,
         "seconds": contender.seconds,
         "waits": contender.waits,
-        "tokens_per_second": statistics.median(speeds(contender)),
         "peak_bytes": contender.peak_bytes,
     }
+    if contender.loads:  # whose tokens are told there, and are others in every turn
+        return kept | {"loads": contender.loads}
+    return kept | {"tokens_per_second": statistics.median(speeds(contender))}

@@ -23,17 +23,26 @@ def model_of(options: dict[str, Any], **more: Any) -> DeepseekV3ForCausalLM:
 
 def generator_of(
     options: dict[str, Any],
-) -> tuple[DeepseekV3ForCausalLM, Callable[[torch.Tensor, torch.Tensor, int], None]]:
-    """The model, and what continues prompts greedily by so many tokens, over its cache."""
+) -> tuple[DeepseekV3ForCausalLM, Callable[..., None]]:
+    """The model, and what continues prompts greedily by so many tokens, over its cache; `streamer`,
+    if there is one, hears of each.
+    """
     model = model_of(options).eval()
     # No token ends a text, so that every row has all its tokens.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
-    def generate(prompt: torch.Tensor, seen: torch.Tensor, tokens: int) -> None:
+    def generate(
+        prompt: torch.Tensor, seen: torch.Tensor, tokens: int, streamer: Any = None
+    ) -> None:
         with torch.inference_mode():
             made = model.generate(
-                prompt, attention_mask=seen, max_new_tokens=tokens, do_sample=False, use_cache=True
+                prompt,
+                attention_mask=seen,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+                streamer=streamer,
             )
         length = prompt.shape[1] + tokens
         assert made.shape[1] == length, f"{made.shape[1]} tokens instead of {length}"
