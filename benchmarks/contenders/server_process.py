@@ -4,27 +4,33 @@ Needs Linux. Imports nothing but the standard library.
 """
 
 import contextlib
-import ctypes
 import os
 import re
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 STARTING = 900.0  # seconds in which a server must be there, compilation included
 _PLACE = re.compile(r"(?:serving|running on) .*?http://([\w.]+):(\d+)")
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+_END = 2**16  # bytes of what a server has said
+# Contenders are killed, which leaves them no time to end what they have started: the kernel does,
+# by PR_SET_PDEATHSIG of linux/prctl.h, which a process keeps when it becomes the server.
+_MORTAL = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
-class ServerProcess:
-    """Attributes: host, port, and `pid` of the process."""
+class ServerProcess(NamedTuple):
+    """Where it is."""
 
-    def __init__(self, process: subprocess.Popen, host: str, port: int) -> None:
-        self._process, self.host, self.port, self.pid = process, host, port, process.pid
+    host: str
+    port: int
+    pid: int
 
     def cpu_seconds(self) -> float:
         """That it has taken of all processors so far."""
@@ -39,41 +45,38 @@ def started(command: Sequence[str]) -> Iterator[ServerProcess]:
 
     SystemExit with its last words if it ends before that.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder, "stderr")
-        with said.open("w") as errors:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                preexec_fn=_end_with_parent,
-            )
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would block it
+        process = subprocess.Popen(
+            [sys.executable, "-c", _MORTAL, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
         try:
-            yield ServerProcess(process, *_place(process, said))
+            yield ServerProcess(*_place(process, said.fileno()), process.pid)
         finally:
             process.kill()
             process.wait()
 
 
-def _end_with_parent() -> None:
-    """Contenders are killed, which leaves them no time to end what they have started."""
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-
-
-def _place(process: subprocess.Popen, said: Path) -> tuple[str, int]:
+def _place(process: subprocess.Popen, said: int) -> tuple[str, int]:
     end = time.monotonic() + STARTING
     while process.poll() is None:
-        text = said.read_text(errors="replace")
-        if match := _PLACE.search(text):
+        if match := _PLACE.search(_text(said)):
             host, port = match[1], int(match[2])
             if _takes_connections(host, port):
                 return host, port
         if time.monotonic() > end:
             raise SystemExit(f"no server after {STARTING:.0f} s")
         time.sleep(0.1)
-    lines = said.read_text(errors="replace").strip().splitlines()
+    lines = _text(said).strip().splitlines()
     raise SystemExit(lines[-1] if lines else f"exit {process.returncode}")
+
+
+def _text(file: int) -> str:
+    """Its end, without a change of the place at which the server goes on."""
+    start = max(os.fstat(file).st_size - _END, 0)
+    return os.pread(file, _END, start).decode(errors="replace")
 
 
 def _takes_connections(host: str, port: int) -> bool:
