@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 IDLE_SECONDS = 15  # that a connection stays open between two requests
 MOST_TOLD = 64  # clients beyond the most who hear that there are too many; others hear nothing
+BACKLOG = 128  # connections that wait to be accepted
 MOST_HEADERS = 32 * 1024  # bytes of a request's line and headers
 
 
@@ -92,7 +93,9 @@ def _stop(timer: asyncio.TimerHandle | None) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that has its address and does not listen yet. OSError if that is not to be had."""
+    """A socket that listens, so that nobody else can have its address; who comes before there is
+    a server waits for it. OSError if the address is not to be had.
+    """
     family, kind, number, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -100,6 +103,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen(BACKLOG)
     except OSError:
         found.close()
         raise
@@ -140,7 +144,7 @@ def make_server(
         proxy_headers=False,
         server_header=False,
         limit_concurrency=connections,
-        backlog=128,
+        backlog=BACKLOG,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
         h11_max_incomplete_event_size=MOST_HEADERS,

@@ -38,8 +38,8 @@ def read_keys(file: Path | None) -> Keys:
         lines, where = _lines_of(file), str(file)
     keys = [line.strip() for line in lines]
     keys = [key for key in keys if key and not (file and key.startswith("#"))]
-    if file is not None and not keys:
-        raise ValueError(f"{file} holds no key; allowed: one a line")
+    if not keys and (file is not None or where in os.environ):
+        raise ValueError(f"{where} holds no key; allowed: one or more")
     for number, key in enumerate(keys, start=1):
         if not all("!" <= char <= "~" for char in key):
             raise ValueError(f"{where}: key {number} has characters beyond ASCII, or spaces")

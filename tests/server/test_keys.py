@@ -47,12 +47,16 @@ def test_the_environment_has_them_between_commas(monkeypatch):
     assert not read_keys(None)
     monkeypatch.setenv(VARIABLE, " one, #two ,")
     assert read_keys(None).open(b"Bearer #two")
+    for empty in ("", " , "):  # whoever sets it does not mean to leave the server open
+        monkeypatch.setenv(VARIABLE, empty)
+        with pytest.raises(ValueError, match=f"{VARIABLE} holds no key; allowed: one or more"):
+            read_keys(None)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\n# none\n", "holds no key; allowed: one a line"),
+        (b"\n# none\n", "holds no key; allowed: one or more"),
         ("gehéim".encode(), "key 1 has characters beyond ASCII, or spaces"),
         (b"ok\ntwo words", "key 2 has characters beyond ASCII, or spaces"),
         (b"a\xffb", "byte 1 is no UTF-8"),
