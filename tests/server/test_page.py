@@ -222,7 +222,7 @@ def test_the_servers_errors_are_one_line_and_cost_no_text(browser):
         long = "x" * 300
         page.type("#question", long, ENTER)
         until(lambda: page.text("#error").startswith("the prompt has 3"))
-        assert page.text("#error").endswith("; allowed: below 256")
+        assert page.text("#error").endswith("; allowed: at most 255 tokens")
         assert page.value("#question") == long
         assert page.count("article") == 0
         page.run("document.querySelector('#question').value = '';")
