@@ -154,7 +154,7 @@ class Engine:
     def turn(self) -> list[Answer]:
         """Goes on for a moment. New tokens of each request that has some, one answer each."""
         answers = {answer.id: answer for answer in self.read_prompts()}
-        for answer in self._go_on():
+        for answer in self.go_on():
             if answer.id in answers:
                 answers[answer.id].add(answer)
             else:
@@ -304,7 +304,8 @@ class Engine:
 
     # --- steps -----------------------------------------------------------------------------------
 
-    def _go_on(self) -> list[Answer]:
+    def go_on(self) -> list[Answer]:
+        """A turn in which no prompt is read: new tokens of all texts that are."""
         goers = self.scheduler.goers()
         steps = 1 if self._somebody_waits() else self._steps
         left = max((text.limit - len(text.tokens) for text in goers), default=0)

@@ -177,7 +177,9 @@ class EngineThread:
                 while self._inbox:
                     self._inbox.popleft()()
                 if self.engine.pending:
-                    self._hand_out(self.engine.turn())
+                    # Before the steps, which may take as long again: first tokens are waited for.
+                    self._hand_out(self.engine.read_prompts())
+                    self._hand_out(self.engine.go_on())
                 else:
                     self._wake.wait()
         except BaseException as error:  # the loop must hear of it, whatever it is

@@ -67,7 +67,7 @@ def steps_of(engine: Engine, ids: Sequence[int]) -> list[list[tuple[list[int], l
     """Tokens and their log-probabilities, answer by answer: of one step each."""
     steps = {i: [] for i in ids}
     while engine.pending:
-        for answer in engine.read_prompts() + engine._go_on():  # a turn puts them together
+        for answer in engine.read_prompts() + engine.go_on():  # a turn puts them together
             steps[answer.id].append((answer.tokens, answer.logprobs))
     return list(steps.values())
 

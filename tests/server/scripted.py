@@ -81,7 +81,10 @@ class ScriptedEngine:
         self.cancelled.append(number)
         return self.texts.pop(number, None) is not None
 
-    def turn(self) -> list[Answer]:
+    def read_prompts(self) -> list[Answer]:
+        return []
+
+    def go_on(self) -> list[Answer]:
         self.turns += 1
         if self.turns == self.fails_at:
             raise ArithmeticError("as planned")

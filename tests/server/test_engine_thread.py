@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_jax.inference.requests import Request
+from dsv3_jax.inference.requests import Answer, Request
 from dsv3_jax.server.engine_thread import EngineThread
 from dsv3_jax.server.errors import Refusal
 from tests.server.clients import ask, open_socket, raw_request, until
@@ -107,6 +107,27 @@ def test_of_a_text_that_was_left_nothing_more_is_told_and_nothing_stays():
         assert not thread._waiting
         assert not thread._askers
         assert thread.open == 0
+
+    within(thread, work)
+
+
+class ReadingEngine(ScriptedEngine):
+    """Has a text's first token when its prompt is read."""
+
+    def read_prompts(self) -> list[Answer]:
+        return [self._answer(number) for number in list(self.texts) if not self.written[number]]
+
+
+def test_a_first_token_is_told_before_the_steps_behind_it():
+    engine = ReadingEngine(gate=threading.Semaphore(0), seconds=0)
+    thread = EngineThread(engine, 1)
+
+    async def work() -> None:
+        async with thread.ask([Request([1], 5)]) as asked:
+            place, first = await anext(thread.answers(asked))
+            assert (place, len(first.tokens)) == (0, 1)
+            assert engine.written == {0: 1}
+        engine.gate.release()
 
     within(thread, work)
 

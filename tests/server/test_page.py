@@ -74,10 +74,10 @@ class Paused:
 class DraftingEngine(ScriptedEngine):
     """Each turn looks at four drafts, and three stay."""
 
-    def turn(self) -> list[Answer]:
+    def go_on(self) -> list[Answer]:
         self.statistics.offered[0] += 4
         self.statistics.accepted[0] += 3
-        return super().turn()
+        return super().go_on()
 
 
 def asked(request: Request) -> str:
