@@ -1,1 +1,1 @@
-"""The evaluation harness and its protocols (report, sections 4.4 and 5.3)."""
+"""What a model can do: benchmarks, the report's protocol, long contexts (report 4.4, 4.3, 5.3)."""
