@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from dsv3_jax.config.fields import check, check_types
 from dsv3_jax.config.model import ModelConfig
 
 AXES = ("pipe", "data", "node", "local")
 MAX_DEVICES = 2**20
+ROW_AXES = {"none": (), "local": ("local",), "node_local": ("node", "local")}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class MeshConfig:
     bucket_factor: float = 1.25
     """Room of a bucket, in shares of a device under even routing. What finds none goes in further
     rounds: larger is fewer rounds and more memory"""
+    sequence: Literal["none", "local", "node_local"] = "none"
+    """Devices that each row is split over: none, a node's, or those of all nodes of a group"""
 
     def __post_init__(self) -> None:
         check_types("mesh", self)
@@ -50,6 +54,21 @@ class MeshConfig:
     def token_shards(self) -> int:
         """Devices that have tokens of their own."""
         return self.data * self.node * self.local
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Axes that a row is split over."""
+        return ROW_AXES[self.sequence]
+
+    @property
+    def row_shards(self) -> int:
+        """Devices that share a row."""
+        return math.prod(getattr(self, axis) for axis in self.row_axes)
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of devices that have rows of their own."""
+        return self.token_shards // self.row_shards
 
     @property
     def expert_shards(self) -> int:
@@ -80,8 +99,20 @@ class MeshConfig:
     def check_rows(self, rows: int, microbatches: int) -> None:
         """ValueError for rows of a step that the devices cannot share evenly."""
         part = rows // microbatches
-        if part % self.token_shards:
+        if part % self.row_groups:
+            sharing = f"{self.token_shards} devices of mesh.data x mesh.node x mesh.local"
+            if self.row_shards > 1:
+                sharing = f"{self.row_groups} groups of {self.row_shards} devices that share a row"
             raise ValueError(
-                f"train.rows / train.microbatches is {part} rows; allowed: multiples of the "
-                f"{self.token_shards} devices of mesh.data x mesh.node x mesh.local"
+                f"train.rows / train.microbatches is {part} rows; "
+                f"allowed: multiples of the {sharing}"
+            )
+
+    def check_length(self, length: int) -> None:
+        """ValueError for rows that their devices cannot share evenly."""
+        if self.row_shards > 1 and length % (2 * self.row_shards):
+            raise ValueError(
+                f"data.length is {length}; allowed: multiples of {2 * self.row_shards}, two chunks "
+                f"for each of the {self.row_shards} devices that mesh.sequence = {self.sequence} "
+                "splits a row over"
             )

@@ -197,6 +197,7 @@ class RunConfig:
             )
         self.mesh.check_model(self.model)
         self.mesh.check_rows(self.train.rows, self.train.microbatches)
+        self.mesh.check_length(self.data.length)
         part = self.train.rows // self.train.microbatches
         for phase in self.schedule.rows_phases:
             if phase.value % part:
@@ -204,6 +205,11 @@ class RunConfig:
                     f"schedule.rows_phases: {phase.value:g} rows; allowed: multiples of a "
                     f"micro-batch, {part} rows (train.rows / train.microbatches)"
                 )
+
+    @property
+    def part_length(self) -> int:
+        """Tokens of a row on one device."""
+        return self.data.length // self.mesh.row_shards
 
     def to_json(self) -> str:
         """The whole configuration, readable by `from_dict(json.loads(...))`."""

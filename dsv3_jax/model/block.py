@@ -58,10 +58,10 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, RouterStats | None]:
         """The stream after this layer, and its router's statistics (None for a dense layer).
 
-        With a `plan`, experts are spread over devices, within a `shard_map`.
+        With a `plan`, experts are spread over devices and rows may be, within a `shard_map`.
         """
         normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.eps)
-        x_BTD += self.mla(normed_BTD, rope_BTR, segments_BT)
+        x_BTD += self.mla(normed_BTD, rope_BTR, segments_BT, plan and plan.rows)
         return self.feed_forward(checkpoint_name(x_BTD, "residual"), valid_BT, plan)
 
     def feed_forward(

@@ -7,6 +7,9 @@ holds c_kv after its norm and k_R after its rotation. The two norms on the laten
 released weights and not in the report's equations.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,10 +17,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention, masked_attention
+from dsv3_jax.model.blockwise import blockwise_attention, latent_attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
-from dsv3_jax.quant.gemm import few_rows_einsum, linear
+from dsv3_jax.parallel.sequence import RowShards
+from dsv3_jax.quant.gemm import Weight, few_rows_einsum, linear
+from dsv3_jax.quant.trained_weight import joined_trained, off_tape, split_trained
 from dsv3_jax.quant.wide import wide_einsum
+
+# Tokens of a row, beyond which attention in blocks takes over: chunks take memory with the square
+# of the length.
+LONGEST_IN_CHUNKS = 4096
 
 
 class MLA(nnx.Module):
@@ -38,10 +48,24 @@ class MLA(nnx.Module):
         self.w_o_HU_D = init.normal("w_o_HU_D", h * cfg.v_dim, d)
 
     def __call__(
-        self, x_BTD: jax.Array, rope_BTR: jax.Array, segments_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        rope_BTR: jax.Array,
+        segments_BT: jax.Array | None = None,
+        shards: RowShards | None = None,
     ) -> jax.Array:
-        """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope_BTR` from `rope_table`."""
-        return self.naive(x_BTD, rope_BTR, *self.latents(x_BTD, rope_BTR), segments_BT)
+        """Naive form over whole rows, [B, T, D] -> [B, T, D]; `rope_BTR` from `rope_table`. With
+        `shards` these are this device's parts of rows.
+        """
+        latents = self.latents(x_BTD, rope_BTR)
+        if shards is None:
+            return self.naive(x_BTD, rope_BTR, *latents, segments_BT)
+        q_BTH_NR = jnp.concatenate(self._queries(x_BTD, rope_BTR), -1)
+        # One product for each block of keys: none that could be put off as a whole.
+        weight = split_trained(off_tape(self.w_ukv_C_HNU[...]))
+        expand, scale = partial(_expanded_block, self.cfg), softmax_scale(self.cfg)
+        o_BTHU = latent_attention(q_BTH_NR, latents, expand, *weight, scale, shards, segments_BT)
+        return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def naive(
         self,
@@ -53,8 +77,9 @@ class MLA(nnx.Module):
     ) -> jax.Array:
         """The same with the rows' own latents given, for who wants to keep them."""
         q_BTH_NR = jnp.concatenate(self._queries(x_BTD, rope_BTR), -1)
-        k_BSH_NR, v_BSHU = self._expanded(c_kv_BSC, k_rope_BSR)
-        o_BTHU = attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), segments_BT)
+        k_BSH_NR, v_BSHU = self._keys_and_values(c_kv_BSC, k_rope_BSR)
+        form = attention if x_BTD.shape[1] <= LONGEST_IN_CHUNKS else blockwise_attention
+        o_BTHU = form(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), segments_BT)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def naive_on(
@@ -72,17 +97,9 @@ class MLA(nnx.Module):
         c_kv_BSC, k_rope_BSR = (
             jnp.concatenate(parts, 1) for parts in zip(cached, own, strict=True)
         )
-        k_BSH_NR, v_BSHU = self._expanded(c_kv_BSC, k_rope_BSR)
+        k_BSH_NR, v_BSHU = self._keys_and_values(c_kv_BSC, k_rope_BSR)
         o_BTHU = masked_attention(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), seen_BTS)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
-
-    def _expanded(self, c_kv_BSC: jax.Array, k_rope_BSR: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, S, H, N + R] and values [B, S, H, U] of latents."""
-        heads = (*c_kv_BSC.shape[:2], self.cfg.num_heads)
-        kv_BSH_NU = linear(c_kv_BSC, self.w_ukv_C_HNU[...]).reshape(*heads, -1)
-        k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [self.cfg.nope_dim], axis=-1)
-        k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*heads, self.cfg.rope_dim))
-        return jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1), v_BSHU
 
     def absorbed(
         self,
@@ -133,6 +150,11 @@ class MLA(nnx.Module):
         w_uk_CHN, w_uv_CHU = jnp.split(w_ukv_CH_NU, [self.cfg.nope_dim], axis=-1)
         return w_uk_CHN.transpose(1, 2, 0), w_uv_CHU.transpose(1, 0, 2)
 
+    def _keys_and_values(
+        self, c_kv_BSC: jax.Array, k_rope_BSR: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return expanded(self.cfg, c_kv_BSC, k_rope_BSR, self.w_ukv_C_HNU[...])
+
     def latents(self, x_BTD: jax.Array, rope_BTR: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the cache holds: c_kv [B, T, C] after its norm, k_R [B, T, R] after rotation."""
         kv_BT_CR = checkpoint_name(linear(x_BTD, self.w_dkv_D_CR[...]), "mla_kv_latent")
@@ -151,6 +173,23 @@ class MLA(nnx.Module):
         q_BTH_NR = q_BT_HNR.reshape(*x_BTD.shape[:2], self.cfg.num_heads, -1)
         q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTH_NR, [self.cfg.nope_dim], axis=-1)
         return q_nope_BTHN, rotate(q_rope_BTHR, rope_BTR)
+
+
+def expanded(
+    cfg: ModelConfig, c_kv_BSC: jax.Array, k_rope_BSR: jax.Array, w_ukv_C_HNU: Weight
+) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, S, H, N + R] and values [B, S, H, U] of latents."""
+    heads = (*c_kv_BSC.shape[:2], cfg.num_heads)
+    kv_BSH_NU = linear(c_kv_BSC, w_ukv_C_HNU).reshape(*heads, -1)
+    k_nope_BSHN, v_BSHU = jnp.split(kv_BSH_NU, [cfg.nope_dim], axis=-1)
+    k_rope_BSHR = jnp.broadcast_to(k_rope_BSR[:, :, None], (*heads, cfg.rope_dim))
+    return jnp.concatenate([k_nope_BSHN, k_rope_BSHR], -1), v_BSHU
+
+
+def _expanded_block(
+    cfg: ModelConfig, latents: tuple[jax.Array, jax.Array], trained: Any, fixed: Any
+) -> tuple[jax.Array, jax.Array]:
+    return expanded(cfg, *latents, joined_trained(trained, fixed))
 
 
 def _per_head(x_BTHN: jax.Array, w_HNC: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ class MoE(nnx.Module):
 
         With a `plan` the experts are spread over devices, within a `shard_map`.
         """
-        routing, stats = self.router(x_BTD, valid_BT)
+        routing, stats = self.router(x_BTD, valid_BT, plan and plan.rows)
         y_BTD, traffic = self.routed(x_BTD, routing, plan)
         y_BTD = y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
         return y_BTD, stats._replace(traffic=traffic)

@@ -16,6 +16,7 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.parallel.buckets import ExchangePlan
+from dsv3_jax.parallel.sequence import RowShards
 from dsv3_jax.quant.gemm import linear
 
 
@@ -55,13 +56,21 @@ class MTP(nnx.Module):
         return rms_norm(x_BTD, self.norm_D[...], self.eps)
 
 
-def same_segment(segments_BT: jax.Array | None, places: int) -> jax.Array | bool:
+def same_segment(
+    segments_BT: jax.Array | None, places: int, shards: RowShards | None = None
+) -> jax.Array | bool:
     """bool [B, T]: whether the token `places` further on is of the same segment; all, without."""
     if segments_BT is None:
         return True
-    return segments_BT == shift_left(segments_BT, places, fill=-1)
+    return segments_BT == shift_left(segments_BT, places, -1, shards)
 
 
-def shift_left(x_BT: jax.Array, places: int, fill: int) -> jax.Array:
-    """x[i + places] at i, `fill` where the row has ended."""
+def shift_left(
+    x_BT: jax.Array, places: int, fill: int, shards: RowShards | None = None
+) -> jax.Array:
+    """x[i + places] at i, `fill` where the row has ended. With `shards`, x is this device's part of
+    rows, and so is the result.
+    """
+    if shards:
+        return shards.own(shift_left(shards.whole(x_BT), places, fill))
     return jnp.pad(x_BT[:, places:], ((0, 0), (0, places)), constant_values=fill)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
 from dsv3_jax.parallel.dispatch import Traffic
+from dsv3_jax.parallel.sequence import RowShards
 from dsv3_jax.quant.wide import wide
 
 
@@ -48,8 +49,12 @@ class Router(nnx.Module):
         self.w_DE = init.normal("w_DE", cfg.d_model, cfg.num_experts)
         self.bias_E = RouterBias(jnp.zeros(cfg.num_experts, wide(init.dtype)))
 
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[Routing, RouterStats]:
-        """Routes every token; tokens that are not valid (bool) are left out of the statistics."""
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, shards: RowShards | None = None
+    ) -> tuple[Routing, RouterStats]:
+        """Routes every token; tokens that are not valid (bool) are left out of the statistics. With
+        `shards` these are this device's parts of rows; the balance is that of the whole rows.
+        """
         cfg, high = self.cfg, wide(x_BTD.dtype)
         # HIGHEST: a TPU would round the operands to bfloat16, a GPU to TF32.
         logits_BTE = jnp.einsum(
@@ -68,7 +73,7 @@ class Router(nnx.Module):
         if cfg.balance_indicator == "scores":
             top_BTK = lax.top_k(s_BTE, cfg.experts_per_token)[1]
             counted_BTE = _membership(top_BTK, cfg.num_experts) & valid_BT[..., None]
-        balance = balance_loss(s_BTE, counted_BTE, valid_BT, cfg.experts_per_token)
+        balance = balance_loss(s_BTE, counted_BTE, valid_BT, cfg.experts_per_token, shards)
         load_E = chosen_BTE.sum((0, 1), dtype=jnp.int32)
         return Routing(experts_BTK, gates_BTK), RouterStats(load_E, balance)
 
@@ -87,18 +92,23 @@ def choose_experts(biased_BTE: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def balance_loss(
-    s_BTE: jax.Array, counted_BTE: jax.Array, valid_BT: jax.Array, experts_per_token: int
+    s_BTE: jax.Array,
+    counted_BTE: jax.Array,
+    valid_BT: jax.Array,
+    experts_per_token: int,
+    shards: RowShards | None = None,
 ) -> jax.Array:
     """Mean over rows of sum_i f_i P_i, Eq. 17-20 without alpha: 1 under uniform load.
 
     Rows without a valid token count 0.
     """
-    tokens_B = jnp.maximum(valid_BT.sum(-1), 1).astype(s_BTE.dtype)
-    f_BE = counted_BTE.sum(1).astype(s_BTE.dtype)
+    of_row = shards.sum if shards else lambda x: x
+    tokens_B = jnp.maximum(of_row(valid_BT.sum(-1)), 1).astype(s_BTE.dtype)
+    f_BE = of_row(counted_BTE.sum(1)).astype(s_BTE.dtype)
     f_BE = f_BE * s_BTE.shape[-1] / (experts_per_token * tokens_B[:, None])
     share_BTE = s_BTE / (s_BTE.sum(-1, keepdims=True) + 1e-20)
     share_BTE *= valid_BT[..., None].astype(s_BTE.dtype)
-    p_BE = share_BTE.sum(1) / tokens_B[:, None]
+    p_BE = of_row(share_BTE.sum(1)) / tokens_B[:, None]
     return (f_BE * p_BE).sum(-1).mean()
 
 

@@ -17,6 +17,7 @@ from dsv3_jax.model.mtp import MTP, same_segment, shift_left
 from dsv3_jax.model.router import RouterStats
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.parallel.buckets import ExchangePlan
+from dsv3_jax.parallel.sequence import RowShards
 from dsv3_jax.parallel.stages import Cut, whole
 from dsv3_jax.quant.gemm import few_rows_einsum
 
@@ -105,7 +106,8 @@ class DeepSeekV3(nnx.Module):
             valid_BT: bool, default all: the tokens that count in the statistics; all are computed.
             segments_BT: int32; tokens of one segment see each other only, and count positions from
                 its start.
-            plan: of the exchange with experts on other devices, within a `shard_map`.
+            plan: of the exchange with experts on other devices, within a `shard_map`; where it
+                splits rows, all arrays are this device's parts of them.
         """
         x_BTD = self.embed(tokens_BT, dtype)
         x_BTD, stats = self.layers(x_BTD, tokens_BT, valid_BT, remat, segments_BT, plan)
@@ -128,7 +130,8 @@ class DeepSeekV3(nnx.Module):
         arguments as of `hidden`.
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
-        rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), x_BTD.dtype)
+        places = positions(tokens_BT, segments_BT, plan and plan.rows)
+        rope_BTR = rope_table(self.cfg, places, x_BTD.dtype)
 
         def run(x_BTD, layers):
             count = len(layers.ffn_norm_D)
@@ -164,11 +167,13 @@ class DeepSeekV3(nnx.Module):
         Depth k is valid on the first T - k tokens of a segment (without segments, of a row).
         """
         valid_BT = jnp.ones(tokens_BT.shape, bool) if valid_BT is None else valid_BT
-        rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT), h_BTD.dtype)
+        shards = plan and plan.rows
+        rope_BTR = rope_table(self.cfg, positions(tokens_BT, segments_BT, shards), h_BTD.dtype)
         outputs = []
         for k, module in enumerate(self.mtp, start=self.cut.first_mtp + 1):
-            embedded_BTD = self.embed(shift_left(tokens_BT, k, fill=0), h_BTD.dtype)
-            valid = valid_BT & shift_left(valid_BT, k, fill=False) & same_segment(segments_BT, k)
+            embedded_BTD = self.embed(shift_left(tokens_BT, k, 0, shards), h_BTD.dtype)
+            valid = valid_BT & shift_left(valid_BT, k, False, shards)
+            valid &= same_segment(segments_BT, k, shards)
             depth = rematerialised(
                 lambda m, h, e, valid=valid: m(h, e, rope_BTR, valid, segments_BT, plan),
                 remat,
@@ -179,8 +184,17 @@ class DeepSeekV3(nnx.Module):
         return outputs
 
 
-def positions(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Of every token in its segment, int32 [B, T]; in its row, [1, T], without segments."""
+def positions(
+    tokens_BT: jax.Array, segments_BT: jax.Array | None, shards: RowShards | None = None
+) -> jax.Array:
+    """Of every token in its segment, int32 [B, T]; in its row, [1, T], without segments. With
+    `shards` of this device's part of rows.
+    """
+    if shards:
+        if segments_BT is None:
+            return shards.places(tokens_BT.shape[1])[None]
+        whole_BT = shards.whole(segments_BT)
+        return shards.own(positions(whole_BT, whole_BT))
     places = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     if segments_BT is None:
         return places

@@ -15,12 +15,13 @@ from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.parallel.copies import Copies, in_slots, running_count
 from dsv3_jax.parallel.mesh import EXPERT_AXES, NODE
+from dsv3_jax.parallel.sequence import RowShards, make_row_shards
 
 
 @dataclass(frozen=True)
 class ExchangePlan:
     """How experts lie on the devices that share them, expert e on device e // num_local, nodes
-    first; and how much room a round has.
+    first; how much room a round has; and whether these devices share rows as well.
     """
 
     num_experts: int
@@ -30,6 +31,8 @@ class ExchangePlan:
     """At most, whatever is chosen"""
     factor: float
     """Rows of a bucket over its share under balanced routing"""
+    rows: RowShards | None = None
+    """Devices that share a row of tokens, if rows are split; they share experts too"""
 
     @property
     def num_local(self) -> int:
@@ -52,8 +55,8 @@ def make_exchange_plan(mesh: MeshConfig, model: ModelConfig) -> ExchangePlan | N
     """Of a run; None where every device holds all experts."""
     if mesh.expert_shards == 1:
         return None
-    nodes = mesh.nodes_per_token(model)
-    return ExchangePlan(model.num_experts, mesh.node, mesh.local, nodes, mesh.bucket_factor)
+    nodes, rows = mesh.nodes_per_token(model), make_row_shards(mesh)
+    return ExchangePlan(model.num_experts, mesh.node, mesh.local, nodes, mesh.bucket_factor, rows)
 
 
 class Queue(NamedTuple):

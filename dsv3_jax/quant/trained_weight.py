@@ -72,6 +72,21 @@ class TrainedWeight:
         return replace(self, value=value, slot=slot, taps=taps, overflow=overflow)
 
 
+def split_trained(weight: Any) -> tuple[Any, Any]:
+    """What of a linear's weight gradients go to, and the rest; a `Blocked` alone has none."""
+    if isinstance(weight, TrainedWeight):
+        return (weight.slot, weight.taps), replace(weight, slot=None, taps=None)
+    return ((), weight) if isinstance(weight, Blocked) else (weight, None)
+
+
+def joined_trained(trained: Any, fixed: Any) -> Any:
+    """`split_trained` undone."""
+    if isinstance(fixed, TrainedWeight):
+        slot, taps = trained
+        return replace(fixed, slot=slot, taps=taps)
+    return trained if fixed is None else fixed
+
+
 def off_tape(weight: Any) -> Any:
     """A weight whose gradient goes to its `overflow`, if it has one."""
     if isinstance(weight, TrainedWeight) and weight.overflow is not None:

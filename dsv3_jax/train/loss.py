@@ -62,7 +62,8 @@ def loss(
     up to the step's mean; MTP divides by it too, as Eq. 24 divides by T. Balance is the mean over
     the step's rows, of which this micro-batch holds `row_share`, summed over MoE layers. `slot_B`
     are zeros whose gradient tells the rows whose gradient is not finite. With a `plan`, experts are
-    spread over devices and all values are this device's.
+    spread over devices and all values are this device's; `row_share` is one device's, also of those
+    that share a row.
     """
     args = batch, valid_tokens, mtp_weight, cfg, row_share, slot_B, plan
     whole = stage_loss(model, None, *args)
@@ -85,7 +86,7 @@ def stage_loss(
     one, where tokens enter, takes None and `slot_B`. `nats` gives the cross-entropy.
     """
     tokens_BT, labels_BT, segments_BT = batch
-    cut, valid_BT = model.cut, labels_BT >= 0
+    cut, valid_BT, shards = model.cut, labels_BT >= 0, plan and plan.rows
     if cut.embed:
         x_BTD = model.embed(tokens_BT, jnp.dtype(cfg.dtype), slot_B)
     x_BTD, stats = model.layers(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
@@ -96,8 +97,8 @@ def stage_loss(
     loads, balances, traffic = [stats.load_E], [stats.balance.sum()], [stats.traffic]
     depths = model.mtp_hidden(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
     for k, (x_BTD, stats_k) in enumerate(depths, start=cut.first_mtp + 1):
-        counted_BT = valid_BT & same_segment(segments_BT, k)
-        labels_k = jnp.where(counted_BT, shift_left(labels_BT, k, fill=-1), -1)
+        counted_BT = valid_BT & same_segment(segments_BT, k, shards)
+        labels_k = jnp.where(counted_BT, shift_left(labels_BT, k, -1, shards), -1)
         tokens = valid_tokens * model.cfg.mtp_depth
         share = jnp.asarray(mtp_weight, main.dtype) / tokens
         mtp += nats(x_BTD, model.head(), labels_k, share) / tokens

@@ -59,7 +59,7 @@ class Pipeline:
         self.steps = 0
         self.watch: PipelineWatch | None = None  # of the newest step
         self.measured: PipelineWatch | None = None  # until somebody takes it
-        self.rows_placed = PipelineRows(layout.meshes, self.rows)
+        self.rows_placed = PipelineRows(layout.meshes, self.rows, cfg.mesh.row_shards)
         self.here = [rank for rank, mesh in enumerate(layout.meshes) if is_here(mesh)]
         self.ranks = {rank: RankPrograms(layout, rank, self.rows, options) for rank in self.here}
         self.stages = [stage for programs in self.ranks.values() for stage in programs.owned]
@@ -314,13 +314,15 @@ class Pipeline:
         return self.crossings.summed(found, like)
 
     def _bad_rows(self, rank: int, which: tuple[int, ...], count: int) -> Callable:
-        key = rank, which, count
+        key, shared = (rank, which, count), self.cfg.mesh.row_axes
+        groups = tuple(axis for axis in TOKEN_AXES if axis not in shared)
         if key not in self._bad_row_programs:
 
             def body(flags: list[jax.Array]) -> jax.Array:
                 own_Mb = jnp.zeros((count, len(flags[0])), jnp.int32)
                 own_Mb = own_Mb.at[jnp.asarray(which)].set(1 - jnp.stack(flags).astype(jnp.int32))
-                return by_device(lax.all_gather(own_Mb.reshape(-1), TOKEN_AXES, tiled=True))
+                own_Mb = lax.psum(own_Mb, shared) if shared else own_Mb
+                return by_device(lax.all_gather(own_Mb.reshape(-1), groups, tiled=True))
 
             f = self.ranks[rank].sharding.per_device(body, (PER_DEVICE,), PER_DEVICE)
             self._bad_row_programs[key] = jax.jit(f)

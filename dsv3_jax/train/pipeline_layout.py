@@ -237,7 +237,8 @@ class Layout:
 
     def message(self, mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
         """What stages hand on of a micro-batch of so many rows."""
-        shape = rows, self.cfg.data.length, self.cfg.model.d_model
+        cfg = self.cfg
+        shape = rows * cfg.mesh.row_shards, cfg.part_length, cfg.model.d_model
         place = NamedSharding(mesh, PER_DEVICE)
         return jax.ShapeDtypeStruct(shape, self.stages[0].dtype, sharding=place)
 

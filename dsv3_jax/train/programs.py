@@ -72,7 +72,7 @@ class StepPrograms:
 
     def arguments(self, rows: int) -> tuple[TrainState, Batch, Coefficients]:
         """Of the step of so many rows, their shapes."""
-        shape = rows, self.cfg.data.length
+        shape = rows * self.cfg.mesh.row_shards, self.cfg.part_length
         array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.row_placement)
         batch = Batch(array, array, array if self.cfg.data.isolate else None)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)

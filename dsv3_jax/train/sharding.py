@@ -25,6 +25,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.buckets import ExchangePlan, make_exchange_plan
 from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, parameter_name, varying
+from dsv3_jax.parallel.sequence import RowPlaces
 from dsv3_jax.parallel.zero import gathered, holds_first, stored_spec, summed_and_scattered
 
 ROWS = PartitionSpec(TOKEN_AXES)
@@ -45,6 +46,23 @@ class RunSharding:
     def axes(self) -> tuple[str, ...]:
         """Those over which tokens differ."""
         return TOKEN_AXES if self.mesh else ()
+
+    @property
+    def places(self) -> RowPlaces:
+        """Of rows on devices."""
+        rows = self.plan.rows if self.plan else None
+        return RowPlaces(self.token_shards, rows.size if rows else 1)
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of devices that have rows of their own."""
+        return self.places.groups
+
+    @property
+    def row_spec(self) -> PartitionSpec:
+        """Of something for each row of a batch."""
+        shared = self.plan.rows.axes if self.plan and self.plan.rows else ()
+        return PartitionSpec(tuple(axis for axis in self.axes if axis not in shared))
 
     @property
     def token_shards(self) -> int:
@@ -68,6 +86,12 @@ class RunSharding:
     def max(self, tree: Any) -> Any:
         """Over devices."""
         return lax.pmax(self.differing(tree), self.axes) if self.mesh else tree
+
+    def of_rows(self, is_so_B: jax.Array) -> jax.Array:
+        """bool: what holds of all parts of a row, from what holds of this device's."""
+        if not (self.plan and self.plan.rows):
+            return is_so_B
+        return self.plan.rows.sum((~is_so_B).astype(jnp.int32)) == 0
 
     def sum_of_shards(self, tree: nnx.State) -> nnx.State:
         """Of numbers that each device has of its own shards of masters, the whole masters'.
@@ -145,27 +169,31 @@ class RunSharding:
         """Which of a batch's rows lie on devices of this process, in order."""
         if processes.count() == 1:
             return range(rows)
-        places = self.row_placement.addressable_devices_indices_map((rows,)).values()
-        return sorted({row for (part,) in places for row in range(rows)[part]})
+        indices = self.row_placement.addressable_devices_indices_map((self.token_shards,))
+        devices = [part.start or 0 for (part,) in indices.values()]
+        return self.places.own_rows(devices, rows)
 
     def put_rows(self, batch: Batch, rows: int | None = None) -> Batch:
-        """A batch on its devices. In several processes `batch` has this one's `own_rows` of `rows`
-        rows.
+        """A batch on its devices, as parts of rows where devices share them. In several processes
+        `batch` has this one's `own_rows` of `rows` rows.
         """
-        if rows is None or processes.count() == 1:
+        places, alone = self.places, processes.count() == 1
+        if alone and places.shards == 1:
             return jax.device_put(batch, self.row_placement)
-        place = {row: i for i, row in enumerate(self.own_rows(rows))}
+        rows = len(batch.tokens_BT) if alone else rows
+        found = {row: i for i, row in enumerate(self.own_rows(rows))}
 
         def put(x: np.ndarray | None) -> jax.Array | None:
-            return (
-                x
-                if x is None
-                else jax.make_array_from_callback(
-                    (rows, *x.shape[1:]),
-                    self.row_placement,
-                    lambda index: x[[place[row] for row in range(rows)[index[0]]]],
-                )
-            )
+            if x is None:
+                return None
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                device = (index[0].start or 0) * places.groups // rows
+                own = [found[row] for row in places.rows_of(device, rows)]
+                return places.part(np.asarray(x)[own], device)
+
+            shape = rows * places.shards, x.shape[1] // places.shards
+            return jax.make_array_from_callback(shape, self.row_placement, part)
 
         return Batch(*map(put, batch))
 
@@ -209,9 +237,10 @@ def described(cfg: RunConfig) -> str:
     for axis in AXES:
         size = getattr(mesh, axis)
         axes += [f"{axis} {size}"] if size > 1 else []
-    rows = cfg.train.rows // cfg.train.microbatches // mesh.token_shards
+    rows = cfg.train.rows // cfg.train.microbatches // mesh.row_groups
     experts = cfg.model.num_experts // mesh.expert_shards
+    part = f"1/{mesh.row_shards} of {rows}" if mesh.row_shards > 1 else f"{rows}"
     return (
         f"{' x '.join(axes)}: a device has {experts} of {cfg.model.num_experts} experts, and "
-        f"{rows} of a micro-batch's rows"
+        f"{part} of a micro-batch's rows"
     )

@@ -122,13 +122,21 @@ class Stage:
 
     @cached_property
     def overflowing(self) -> tuple[str, ...]:
-        """Experts' weights, if there are overflow rounds."""
-        return tuple(n for n in self.names if self.plan and EXPERT_AXES in weight_spec(n))
+        """Weights with products whose gradient is not put off: experts', if there are overflow
+        rounds, and of shared rows those that expand latents, block by block.
+        """
+        experts = [n for n in self.names if self.plan and EXPERT_AXES in weight_spec(n)]
+        return (*experts, *self._expanding)
+
+    @cached_property
+    def _expanding(self) -> tuple[str, ...]:
+        shared = self.plan and self.plan.rows
+        return tuple(n for n in self.names if shared and n.endswith("w_ukv_C_HNU"))
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Parameters whose gradient W makes."""
-        return tuple(filter(is_linear, self.names))
+        """Parameters whose gradient W makes, or a part of it."""
+        return tuple(n for n in self.names if is_linear(n) and n not in self._expanding)
 
     # --- weights ---------------------------------------------------------------------------------
 
@@ -178,10 +186,9 @@ class Stage:
     ) -> Passed:
         """F, within a `shard_map`. It also notes the tape and how residuals are put together."""
         if not self.tape.entries:  # notes what linears will leave
-            jax.eval_shape(
-                lambda x: self._loss(self._model(weights, biases, {}, {}), x, batch, numbers)[0][1],
-                x_BTD,
-            )
+            _, overflow = self._slots(weights)
+            model = self._model(weights, biases, {}, overflow)
+            jax.eval_shape(lambda x: self._loss(model, x, batch, numbers)[0][1], x_BTD)
         direct = {n: weights[n] for n in self.names if not is_linear(n) and n != self.head}
         if self.head == "embed_VD":
             direct["embed_VD"] = weights["embed_VD"]

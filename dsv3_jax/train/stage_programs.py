@@ -219,8 +219,7 @@ class StagePrograms:
     @property
     def message(self) -> jax.ShapeDtypeStruct:
         """What stages hand on."""
-        cfg = self.stage.cfg
-        return self.struct((self.rows, cfg.data.length, cfg.model.d_model), self.stage.dtype)
+        return self.struct((*self._parts, self.stage.cfg.model.d_model), self.stage.dtype)
 
     @property
     def x(self) -> jax.ShapeDtypeStruct | None:
@@ -230,9 +229,14 @@ class StagePrograms:
     @property
     def batch(self) -> Batch:
         """A micro-batch."""
+        tokens = self.struct(self._parts, jnp.int32)
+        return Batch(tokens, tokens, tokens if self.stage.cfg.data.isolate else None)
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """Parts of rows in a micro-batch, and tokens of each."""
         cfg = self.stage.cfg
-        tokens = self.struct((self.rows, cfg.data.length), jnp.int32)
-        return Batch(tokens, tokens, tokens if cfg.data.isolate else None)
+        return self.rows * cfg.mesh.row_shards, cfg.part_length
 
     @property
     def told(self) -> Told:

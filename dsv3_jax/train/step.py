@@ -155,7 +155,8 @@ def make_step(
         return after, metrics
 
     specs = sharding.state_specs(abstract_state(cfg)[1])
-    told = StepMetrics(*[WHOLE] * len(StepMetrics._fields))._replace(row_is_finite_B=ROWS)
+    told = StepMetrics(*[WHOLE] * len(StepMetrics._fields))
+    told = told._replace(row_is_finite_B=sharding.row_spec)
     step = sharding.per_device(step, (specs, ROWS, WHOLE), (specs, told))
     return jax.jit(step, donate_argnums=0)
 
@@ -224,7 +225,8 @@ def gradients(
         total, parts, grads = sums
         traffic = step_traffic(parts.traffic, sharding)
         total, parts = sharding.sum((total, parts._replace(traffic=None)))
-        return total, sharding.reduce(grads), parts, row_is_finite.reshape(-1), traffic
+        finite = sharding.of_rows(row_is_finite.reshape(-1))
+        return total, sharding.reduce(grads), parts, finite, traffic
 
     first = jax.tree.map(lambda x: x[0], ready.micros)
     if count == 1:
@@ -261,7 +263,7 @@ def prepared(
     sharding: RunSharding = ONE_DEVICE,
 ) -> Prepared:
     """Once a step: weights gathered and quantised, and the loss that each micro-batch takes."""
-    count = len(batch.labels_BT) * sharding.token_shards * cfg.train.microbatches // cfg.train.rows
+    count = len(batch.labels_BT) * sharding.row_groups * cfg.train.microbatches // cfg.train.rows
     valid_tokens = jnp.maximum(sharding.sum((batch.labels_BT >= 0).sum()), 1)
     micros = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     params = sharding.gather(state.params)

@@ -15,10 +15,12 @@ from dsv3_jax.config import (
 from dsv3_jax.config.presets import tiny
 
 
-def run(mesh: MeshConfig, rows: int = 8, microbatches: int = 1, **model: int) -> RunConfig:
+def run(
+    mesh: MeshConfig, rows: int = 8, microbatches: int = 1, length: int = 16, **model: int
+) -> RunConfig:
     return RunConfig(
         model=replace(tiny(), **model),
-        data=DataConfig(length=16),
+        data=DataConfig(length=length),
         train=TrainConfig(rows=rows, microbatches=microbatches),
         mesh=mesh,
     )
@@ -53,6 +55,17 @@ def test_sizes_follow_from_the_axes():
             {"rows": 8, "microbatches": 4},
             "train.rows / train.microbatches is 2 rows; allowed: multiples of the 4 devices",
         ),
+        (
+            {"data": 2, "local": 4, "sequence": "local"},
+            {"rows": 3},
+            "train.rows / train.microbatches is 3 rows; allowed: multiples of the 2 groups of 4",
+        ),
+        (
+            {"node": 2, "local": 4, "sequence": "node_local"},
+            {"length": 1000},
+            "data.length is 1000; allowed: multiples of 16, two chunks for each of the 8 devices",
+        ),
+        ({"sequence": "data"}, {}, "mesh.sequence is 'data'; allowed: "),
         ({"data": 0}, {}, "mesh.data is 0; allowed: 1 to 1,048,576"),
         ({"local": True}, {}, "mesh.local is True; allowed: whole numbers"),
         ({"bucket_factor": 0.0}, {}, "mesh.bucket_factor is 0.0; allowed: above 0"),

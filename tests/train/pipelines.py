@@ -52,7 +52,7 @@ class Case:
     layers: int = 3
     mtp: int = 1
     rows: int = 1
-    """Of a micro-batch on one device"""
+    """Of a micro-batch on one device, or on those that share them"""
     dtype: str = "float64"
     recipe: str = "dtype"
     remat: str = "none"
@@ -68,11 +68,14 @@ class Case:
     """Groups of node x local"""
     ramp: int = 1
     """The step has this many times fewer rows, and micro-batches, than the run's later ones"""
+    sequence: str = "none"
+    """`mesh.sequence`: the devices that share a row"""
 
     def __str__(self) -> str:
         said = [self.schedule, self.mesh, self.microbatches, self.stages or "balanced"]
         said += [f"{self.layers}+{self.mtp}", self.dtype, self.recipe, self.remat]
         said += [f"data {self.data}"] * (self.data > 1)
+        said += [f"rows over {self.sequence}"] * (self.sequence != "none")
         return " ".join(map(str, said)) + "".join(
             f" {name}" for name in ("isolate", "tied", "skewed") if getattr(self, name)
         )
@@ -86,6 +89,11 @@ class Case:
     def devices(self) -> int:
         """Of a rank."""
         return self.data * self.sizes[1] * self.sizes[2]
+
+    @property
+    def groups(self) -> int:
+        """Of devices of a rank that have rows of their own."""
+        return self.config.mesh.row_groups
 
     @property
     def model(self) -> ModelConfig:
@@ -103,17 +111,18 @@ class Case:
     def config(self) -> RunConfig:
         pipe, node, local = self.sizes
         count = self.microbatches * self.ramp
+        mesh = MeshConfig(pipe, self.data, node, local, bucket_factor=1.0, sequence=self.sequence)
         return RunConfig(
             model=self.model,
             data=DataConfig(length=self.length, isolate=self.isolate),
             train=TrainConfig(
-                rows=self.rows * count * self.devices,
+                rows=self.rows * count * mesh.row_groups,
                 microbatches=count,
                 dtype=self.dtype,
                 remat=self.remat,
             ),
             optimizer=OptimizerConfig(moment_dtype="float32", clip_norm=CLIP),
-            mesh=MeshConfig(pipe, self.data, node, local, bucket_factor=1.0),
+            mesh=mesh,
             quant=QuantConfig(self.recipe),
             pipeline=PipelineConfig(self.schedule, self.stages),
         )
@@ -121,8 +130,8 @@ class Case:
     @property
     def plain(self) -> "Case":
         """The case that has the same step on one device."""
-        rows = self.rows * self.devices
-        return replace(self, schedule="1f1b", mesh="1x1x1", data=1, stages="", rows=rows)
+        alone = {"mesh": "1x1x1", "data": 1, "sequence": "none"}
+        return replace(self, schedule="1f1b", stages="", rows=self.rows * self.groups, **alone)
 
     @property
     def masters(self) -> jnp.dtype:
@@ -140,7 +149,7 @@ class Outcome(NamedTuple):
 
 def batch_of(case: Case) -> Batch:
     """Rows have none to all labels that count; and, if isolated, two or three segments."""
-    rows, length = case.rows * case.microbatches * case.devices, case.length
+    rows, length = case.rows * case.microbatches * case.groups, case.length
     sequence = np.asarray(random_tokens(case.model, rows, length + 1))
     draw = np.random.default_rng(0)
     lengths_B1 = draw.integers(0, length + 1, (rows, 1))
