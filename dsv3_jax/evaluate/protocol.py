@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Scoring = Literal["perplexity", "generation"]
@@ -59,6 +60,27 @@ _NAMES = {
     "bbh": "BBH",
     "agieval": "AGIEval",
 }
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What of lm-eval's tasks runs, and how."""
+
+    names: tuple[str, ...]
+    include_path: Path | None = None
+    """A folder with further task files"""
+    limit: int | None = None
+    """Samples of each set, the first ones"""
+    shots: int | None = None
+    """Examples before a question, instead of a task's own number"""
+    chat: bool = False
+    temperatures: tuple[float, ...] = ()
+    """Of small sets"""
+    repeats: int = 1
+    """At each of these above 0"""
+    seed: int = 0
+    unsafe_code: bool = False
+    """Whether programs that the model writes may run"""
 
 
 @dataclass(frozen=True)
@@ -128,11 +150,11 @@ def scoring_of(task: str) -> Scoring | None:
     return "perplexity" if benchmark in BY_PERPLEXITY else "generation"
 
 
-def check_runs(temperatures: Sequence[float] | None, repeats: int, chat: bool) -> None:
+def check_runs(temperatures: Sequence[float], repeats: int, chat: bool) -> None:
     """ValueError, in the names of the options, for runs that cannot be."""
     if repeats < 1:
         raise ValueError(f"--repeats is {repeats}; allowed: 1 or more")
-    for temperature in temperatures or ():
+    for temperature in temperatures:
         if not 0 <= temperature < 1e38:
             raise ValueError(f"--temperatures has {temperature}; allowed: from 0 to below 1e38")
     known = chosen(temperatures, chat)
@@ -143,8 +165,6 @@ def check_runs(temperatures: Sequence[float] | None, repeats: int, chat: bool) -
         )
 
 
-def chosen(temperatures: Sequence[float] | None, chat: bool) -> tuple[float, ...]:
+def chosen(temperatures: Sequence[float], chat: bool) -> tuple[float, ...]:
     """Of small sets: as wished, else the protocol's for chat models and none for base models."""
-    if temperatures is not None:
-        return tuple(temperatures)
-    return CHAT_TEMPERATURES if chat else ()
+    return tuple(temperatures) or (CHAT_TEMPERATURES if chat else ())

@@ -34,8 +34,8 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
-        return math.exp(self.nats_per_token)
+        """Of a token; infinite where no float holds it."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:

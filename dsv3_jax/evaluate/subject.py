@@ -37,9 +37,9 @@ class Subject:
         weights, self.mesh, self.folder = opened
         self.scorer = Scorer(weights, self.mesh, rows)
         self.options = engine or EngineOptions()
-        self.counts: Counter[str] = Counter()
-        """Rows scored and texts written; of both, those that were cut on the left; and texts that
-        the model's length ended before their own limit"""
+        self.counts = Counter(scored=0, written=0, cut=0, shortened=0)
+        """Rows scored and texts written; of both, those whose beginning was cut; and texts that the
+        model's length ended before their own limit"""
         self._engine: Engine | None = None
 
     @property
