@@ -193,6 +193,11 @@ def _subject(options: Options) -> "Subject":
         average=options.ema,
         dtype=options.dtype,
     )
+    longest = opened.folder.cfg.max_length
+    if options.stride is not None and options.stride > longest:
+        raise ValueError(
+            f"--stride is {options.stride}; allowed: 1 to model.max_length = {longest}"
+        )
     return Subject(opened, options.engine, options.batch)
 
 

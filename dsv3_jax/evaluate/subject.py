@@ -7,7 +7,7 @@ model loses its beginning, and is counted.
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.evaluate.rolling import TextScore, windows
@@ -19,6 +19,7 @@ from dsv3_jax.inference.options import EngineOptions, own_names
 from dsv3_jax.inference.progress import progress
 from dsv3_jax.inference.prompt_file import Prompt, Wishes
 from dsv3_jax.inference.requests import Request
+from dsv3_jax.inference.settings import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,12 @@ class Subject:
         """The one that there is, if it has room."""
         lengths = [min(len(one.prompt) + one.max_tokens, self.longest) for one in requests]
         settings = self.options.settings(lengths)
-        if self._engine is None or self._engine.settings != settings:
+        if self._engine is None or not self._has_room(self._engine.settings, settings):
             self._engine = None  # its cache goes before another is made
             with own_names():
                 self._engine = Engine(self.scorer.weights, settings, self.mesh)
         return self._engine
+
+    def _has_room(self, there: EngineConfig, wished: EngineConfig) -> bool:
+        alike = replace(wished, pages=there.pages) == there
+        return alike and wished.num_pages(self.longest) <= there.num_pages(self.longest)

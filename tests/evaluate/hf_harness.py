@@ -30,7 +30,9 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 TEXT = "Water boils at 100 degrees. The answer is: yes, no, A, B, C or D. 水在一百度沸腾。答案是："
-CFG = tiny_model(vocab_size=300, num_layers=2, mtp_depth=0, max_length=64, init_std=0.3)
+CFG = tiny_model(
+    vocab_size=300, num_layers=1, num_dense_layers=0, mtp_depth=0, max_length=64, init_std=0.3
+)
 
 
 class Both(NamedTuple):
@@ -44,7 +46,7 @@ def make_both(folder: Path) -> Both:
     """Of random weights, exported by us and read by both."""
     dsv3_jax.save_pretrained(random_model(CFG), folder, progress=False)
     train_tokenizer([TEXT * 20], 300).save(folder / "tokenizer.json")
-    options = EngineOptions(rows=2, page_slots=16)
+    options = EngineOptions(rows=4, page_slots=64, pages=4)
     subject = Subject(open_weights(folder, options, dtype="float32"), options, rows=4)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     bos, eos, pad = SPECIAL_TOKENS[:3]

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 
+from dsv3_jax.evaluate.rolling import windows
 from tests.inference.conftest import _quick  # noqa: F401
 
 pytestmark = [
@@ -24,10 +25,15 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _lm_eval() -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+
 @pytest.fixture(scope="module")
 def theirs() -> ModuleType:
-    """Where torch, transformers and lm-eval can be imported, and only for these tests."""
-    for name in ("torch", "transformers", "lm_eval"):
+    """Where torch and transformers can be imported, and only for these tests."""
+    for name in ("torch", "transformers"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     return importlib.import_module("tests.evaluate.hf_harness")
 
@@ -58,19 +64,18 @@ def test_log_likelihoods_and_greedy_flags_are_those_of_the_transformers_model(bo
 
 
 def test_what_the_model_would_write_is_flagged_as_greedy_by_both(both):
-    """Its own likeliest token behind a context, as lm-eval's model finds it."""
-    context = "The answer is:"
-    letters = [chr(code) for code in range(33, 127)]
-    asked = instances("loglikelihood", [(context, letter) for letter in letters])
-    found, expected = (lm.loglikelihood(asked) for lm in both)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    best = both.ours.generate_until(
-        instances("generate_until", [(context, {"until": [], "max_gen_toks": 3})])
-    )[0]
-    (_, greedy), (_, their_greedy) = (
-        lm.loglikelihood(instances("loglikelihood", [(context, best)]))[0] for lm in both
-    )
-    assert greedy == their_greedy
+    """Of all tokens that are text, each as a continuation: one is flagged, by both the same."""
+    tokenizer = both.ours.subject.tokenizer
+    flagged = 0
+    for context in ("The answer is:", "Water boils at", "yes"):
+        texts = {data.decode(errors="ignore") for data in tokenizer.token_bytes} - {""}
+        before = tokenizer.encode(context).tolist()
+        texts = sorted(t for t in texts if len(tokenizer.encode(context + t)) == len(before) + 1)
+        asked = instances("loglikelihood", [(context, text) for text in texts])
+        found, expected = (lm.loglikelihood(asked) for lm in both)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        flagged += sum(greedy for _, greedy in found)
+    assert flagged
 
 
 def test_rolling_log_likelihoods_are_those_of_the_transformers_model(both, monkeypatch):
@@ -80,6 +85,22 @@ def test_rolling_log_likelihoods_are_those_of_the_transformers_model(both, monke
     found, expected = (lm.loglikelihood_rolling(asked) for lm in both)
     for ours, theirs in zip(found, expected, strict=True):
         assert abs(ours - theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize(("tokens", "longest"), [(0, 5), (3, 5), (5, 5), (6, 5), (23, 5), (7, 1)])
+def test_windows_are_lm_evals(tokens, longest):
+    """Tokens 1, 2 ... behind a 0, in windows that overlap by all but so many."""
+    from lm_eval.utils import get_rolling_token_windows
+
+    ids = list(range(tokens + 1))
+    for stride in range(1, longest + 1):
+        context = longest - stride + 1
+        theirs = [*get_rolling_token_windows(ids[1:], 0, longest, context)]
+        ours = [
+            (ids[w.begin : w.end], ids[w.end - w.scored + 1 : w.end + 1])
+            for w in windows(tokens, longest, stride)
+        ]
+        assert ours == theirs
 
 
 def test_texts_are_those_of_the_transformers_model(both):
