@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 
-import dsv3_jax
+from dsv3_jax import __version__
 from dsv3_jax.checkpoint.listing import MARKER, committed
 from dsv3_jax.checkpoint.model_folder import OpenedModel, find
 from dsv3_jax.checkpoint.run_model import CHECKPOINTS
+from dsv3_jax.cli import to_stderr
 from dsv3_jax.inference.weights import Weights
 
+_TOLD = 10e9  # bytes whose hash takes a while
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "lm_eval", "datasets")
 
 
@@ -35,7 +37,7 @@ def checkpoint_of(path: Path, opened: OpenedModel, weights: Weights) -> dict[str
 
 def versions() -> dict[str, str]:
     """Of Python, this project and what it computes with, as far as it is installed."""
-    found = {"python": platform.python_version(), "dsv3_jax": dsv3_jax.__version__}
+    found = {"python": platform.python_version(), "dsv3_jax": __version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -53,6 +55,9 @@ def _run_hash(folder: Path, step: int) -> str:
 def _hf_hash(folder: Path) -> str:
     """SHA-256 over those of the files of tensors, in the order of their names."""
     files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    if size > _TOLD:
+        to_stderr(f"hashing {size / 1e9:,.0f} GB of weights")
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(_file_hash, files))
     return f"sha256 {hashlib.sha256(b''.join(digests)).hexdigest()}"

@@ -11,7 +11,7 @@ from tests.server.scripted import END, TOKENIZER, VOCAB
 from tests.shapes import random_model, tiny_model
 
 CFG: ModelConfig = tiny_model(
-    vocab_size=VOCAB, num_layers=1, num_dense_layers=0, mtp_depth=0, max_length=24
+    vocab_size=VOCAB, num_layers=1, num_dense_layers=0, mtp_depth=0, max_length=16
 )
 
 
@@ -19,5 +19,5 @@ def make_subject() -> tuple[DeepSeekV3, Subject]:
     """The model in float32, and what asks it; a byte a token."""
     model = random_model(CFG)
     folder = OpenedModel(None, TOKENIZER, CFG, None, frozenset([END]))
-    options = EngineOptions(rows=2, page_slots=24, pages=2)
+    options = EngineOptions(rows=1, page_slots=16, pages=1)
     return model, Subject(Opened(lay_out(model), None, folder), options, rows=3)

@@ -122,13 +122,22 @@ def test_without_lm_eval_a_line_says_how_to_get_it(run, capsys, without_lm_eval)
 def test_the_hash_is_that_of_the_weights(run, tmp_path):
     """The same weights elsewhere have it too, others have not."""
     from dsv3_jax.checkpoint.model_folder import open_model
-    from dsv3_jax.evaluate.origin import checkpoint_of
+    from dsv3_jax.evaluate import origin
     from dsv3_jax.inference.weights import lay_out
 
     def hash_of(folder: Path) -> str:
         opened = open_model(folder)
-        return checkpoint_of(folder, opened, lay_out(opened.model))["hash"]
+        return origin.checkpoint_of(folder, opened, lay_out(opened.model))["hash"]
 
+    def hash_of_files(name: str, *contents: bytes) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, content in enumerate(contents):
+            (folder / f"model-{number}.safetensors").write_bytes(content)
+        return origin._hf_hash(folder)
+
+    assert hash_of_files("a", b"x", b"yz") == hash_of_files("b", b"x", b"yz")
+    assert hash_of_files("c", b"xy", b"z") != hash_of_files("d", b"x", b"yz")
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     assert hash_of(copy) == hash_of(run)
     assert hash_of(write_run(tmp_path / "other", 6)) != hash_of(run)

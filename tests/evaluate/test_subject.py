@@ -21,7 +21,7 @@ from tests.server.scripted import END, TOKENIZER
 from tests.shapes import compiled
 
 BOS, LONGEST = TOKENIZER.bos_id, CFG.max_length
-TEXT = "A text of more bytes than a model of 24 tokens reads, with a € in it."
+TEXT = "A text of more bytes than a model of 16 tokens reads, with a € in it."
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_continuations_are_scored_behind_their_contexts(both):
     pairs = [
         Pair([BOS, *b"abc"], [*b"def"]),
         Pair([BOS], [7]),
-        Pair([BOS, *range(40, 62)], [3, 4]),  # 25 ids, of which the last is not read
-        Pair([BOS, *range(40, 62)], [3, 4, 5]),
+        Pair([BOS, *range(40, 54)], [3, 4]),  # 17 ids, of which the last is not read
+        Pair([BOS, *range(40, 54)], [3, 4, 5]),
     ]
     subject.counts.clear()
     found = subject.likelihoods(pairs)
@@ -79,7 +79,7 @@ def test_only_what_the_model_would_write_is_greedy(both):
 def test_what_cannot_be_scored_is_refused(both):
     _, subject = both
     for pair in (Pair([], [1]), Pair([BOS], [1] * (LONGEST + 1))):
-        with pytest.raises(ValueError, match=r"allowed: at most .* = 24, after 1 or more"):
+        with pytest.raises(ValueError, match=r"allowed: at most .* = 16, after 1 or more"):
             subject.likelihoods([pair])
 
 
