@@ -204,6 +204,34 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
         assert said in mistake_of(main, [*map(str, args)], capsys)
 
 
+def test_a_template_that_refuses_the_questions_is_named(run, tmp_path, capsys):
+    (tmp_path / "chat.jinja").write_text("{{ raise_exception('nobody asks') }}")
+    args = ["--checkpoint", run, "--tasks", "local_mmlu", "--include-path", TASKS]
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, [*args, "--chat", "--chat-template", tmp_path / "chat.jinja"])])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'chat.jinja'}: nobody asks"
+
+
+def test_contexts_are_conversations_where_there_is_a_template():
+    from dsv3_jax.data.chat import ChatTemplate
+    from dsv3_jax.evaluate.conversations import Conversations
+    from dsv3_jax.evaluate.harness import Harness
+
+    subject = make_subject()[1]
+    plain, chat = Harness(subject), Harness(subject, Conversations(subject.tokenizer))
+    messages = [{"role": "user", "content": f"what is {subject.tokenizer.spelling_of(0)}?"}]
+    expected = ChatTemplate(subject.tokenizer).encode(messages)
+    assert chat.tok_encode(chat.apply_chat_template(messages)) == expected
+    assert plain.tok_encode("text") == [subject.bos_id, *subject.encode("text")]
+    assert chat.tok_encode("text", add_special_tokens=False) == subject.encode("text")
+    assert plain.tokenizer_name != chat.tokenizer_name
+    with pytest.raises(ValueError, match="a conversation is asked for; allowed: with --chat"):
+        plain.apply_chat_template(messages)
+
+
 @pytest.fixture(scope="module")
 def programs() -> ModuleType:
     spec = importlib.util.spec_from_file_location("programs", TASKS / "programs.py")
