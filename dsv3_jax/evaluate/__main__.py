@@ -106,7 +106,7 @@ class Options:
             raise ValueError("--chat-template goes with --chat")
         check_runs(self.temperatures, self.repeats, self.chat)
         self.engine.check()
-        if self.out is not None and (self.out.is_file() or (self.out.is_dir() and _held(self.out))):
+        if self.out is not None and _is_in_use(self.out):
             raise ValueError(f"--out {self.out} exists already; allowed: a new or an empty folder")
         if self.names and importlib.util.find_spec("lm_eval") is None:
             raise ValueError(
@@ -126,12 +126,12 @@ def main(args: Sequence[str]) -> int | None:
             results, samples = _evaluate(options, args)
         print(results.to_markdown(), end="")
         if options.out is not None:
-            with user_errors((ValueError, OSError)):
+            with user_errors():
                 _write(options.out, results, samples)
 
 
-def _held(folder: Path) -> bool:
-    return any(folder.iterdir())
+def _is_in_use(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _evaluate(options: Options, args: Sequence[str]) -> tuple["Results", dict[str, Any]]:
@@ -205,6 +205,8 @@ def _text_scores(
     options: Options, subject: "Subject", texts: dict[str, str]
 ) -> dict[str, "TextScore"]:
     """Of each file, and of all together if there are several."""
+    if not texts:
+        return {}
     stride = options.stride or max(subject.longest // 2, 1)
     found = dict(zip(texts, subject.rolling(list(texts.values()), stride), strict=True))
     if len(found) > 1:
