@@ -1,1 +1,1 @@
-"""Supervised fine-tuning, reinforcement learning and synthesis (report, section 5)."""
+"""Post-training: fine-tuning, synthesis, rewards, reinforcement learning (report 5)."""

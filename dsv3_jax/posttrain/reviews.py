@@ -1,0 +1,52 @@
+"""What people say of samples: the file that synthesis wrote, with their words in `verification`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config.fields import shown
+from dsv3_jax.config.plain_json import check_plain, parse_json
+from dsv3_jax.posttrain.journal import Key
+
+VERDICTS = ("accepted", "rejected")
+
+
+def read_reviews(file: Path | None) -> dict[Key, dict[str, Any]]:
+    """The `verification` of every sample whose `by` is "human"; other lines say nothing.
+
+    ValueError, one line, with file, line and field, for a line that is no sample or a verdict that
+    is none; OSError for a file that cannot be read.
+    """
+    if file is None:
+        return {}
+    check_plain(file)
+    reviews = {}
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                key, said = _review(line)
+            except ValueError as error:
+                raise ValueError(f"{file} line {number}: {error}") from None
+            if said["by"] == "human":
+                reviews[key] = said
+    return reviews
+
+
+def _review(line: bytes) -> tuple[Key, dict[str, Any]]:
+    try:
+        found = parse_json(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from None
+    try:
+        made = found["provenance"]
+        key = Key(made["prompt"]["id"], found["kind"], made["candidate"])
+        said = found["verification"]
+        by, verdict, note = said["by"], said["verdict"], said["note"]
+    except (TypeError, LookupError):
+        raise ValueError("no sample of this command, with verification and provenance") from None
+    if by == "human" and verdict not in VERDICTS:
+        allowed = ", ".join(VERDICTS)
+        raise ValueError(f"verification.verdict is {shown(verdict)}; allowed: {allowed}")
+    if not isinstance(note, str):
+        raise ValueError(f"verification.note is {shown(note)}; allowed: text")
+    return key, {"by": by, "verdict": verdict, "note": note}

@@ -1,0 +1,163 @@
+"""From candidates to samples: which are kept, and why the others are not."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.posttrain.candidates import Entry
+from dsv3_jax.posttrain.completions import Completion, with_reasoning
+from dsv3_jax.posttrain.contamination import EvaluationTexts
+from dsv3_jax.posttrain.duplicates import exact_duplicates, near_duplicates
+from dsv3_jax.posttrain.journal import Key
+from dsv3_jax.posttrain.problems import Problem
+from dsv3_jax.posttrain.synthesis_options import Selection
+
+# What becomes of a candidate, in the order in which it is asked for.
+FATES = (
+    "failed",
+    "rejected",
+    "rejected by a person",
+    "duplicate",
+    "near duplicate",
+    "contaminated",
+    "beyond --keep",
+    "kept",
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An entry of the journal and what it answers."""
+
+    problem: Problem
+    entry: Entry
+
+    @property
+    def answer(self) -> str:
+        """The assistant's turn."""
+        reasoning = self.entry["reasoning"] if self.problem.keeps_reasoning else None
+        return with_reasoning(Completion(self.entry["text"], reasoning))
+
+    @property
+    def key(self) -> Key:
+        """Its name in the journal."""
+        return Key(self.problem.id, self.problem.kind, self.entry["candidate"])
+
+    @property
+    def said(self) -> str:
+        """Prompt and answer: what duplicates have in common."""
+        return f"{self.problem.prompt}\n{self.answer}"
+
+
+@dataclass
+class Selected:
+    """What became of all candidates."""
+
+    kept: list[Candidate] = field(default_factory=list)
+    """Problem by problem, the preferred first"""
+    accepted: list[Candidate] = field(default_factory=list)
+    """By verifiers and people; among them those kept"""
+    fates: dict[Key, str] = field(default_factory=dict)
+    """One of FATES for each"""
+    because: dict[Key, str] = field(default_factory=dict)
+    """The sample or the evaluation text that it repeats"""
+
+
+def candidates_of(problems: Iterable[Problem], entries: Mapping[Key, Entry]) -> list[Candidate]:
+    """All of the journal, in the order of problems and numbers."""
+    found: defaultdict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for key in sorted(entries, key=lambda key: key.number):
+        found[key.id, key.kind].append(entries[key])
+    return [Candidate(problem, entry) for problem in problems for entry in found[problem.key]]
+
+
+def contaminated(problem: Problem, texts: EvaluationTexts, answer: str = "") -> str | None:
+    """The evaluation text that a problem, or a sample of it, shows."""
+    turns = [one["content"] for one in problem.messages if one["role"] != "system"]
+    return texts.within(problem.prompt, [*turns, answer])
+
+
+def select(
+    candidates: Sequence[Candidate],
+    how: Selection,
+    texts: EvaluationTexts | None,
+    reviews: Mapping[Key, Mapping[str, Any]],
+) -> Selected:
+    """Judges' verdicts, then people's, then duplicates, contamination and the most of a problem."""
+    selected = Selected()
+    left = [one for one in candidates if _is_accepted(one, reviews, selected)]
+    selected.accepted = list(left)
+    if how.prefer == "shortest":
+        places = {one.problem.key: place for place, one in reversed([*enumerate(left)])}
+        left.sort(key=lambda one: (places[one.problem.key], len(one.answer)))
+    left = _without(left, exact_duplicates([one.said for one in left]), "duplicate", selected)
+    if how.near_duplicates:
+        same = near_duplicates([one.said for one in left], how.near_duplicates, how.near_ngram)
+        left = _without(left, same, "near duplicate", selected)
+    counts: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for one in left:
+        shown = texts and contaminated(one.problem, texts, one.answer)
+        if shown:
+            selected.fates[one.key], selected.because[one.key] = "contaminated", shown
+        elif counts[one.problem.key] == how.keep:
+            selected.fates[one.key] = "beyond --keep"
+        else:
+            counts[one.problem.key] += 1
+            selected.fates[one.key] = "kept"
+            selected.kept.append(one)
+    return selected
+
+
+def _is_accepted(
+    one: Candidate, reviews: Mapping[Key, Mapping[str, Any]], selected: Selected
+) -> bool:
+    """A person has the last word on what verifiers let pass."""
+    fate = None
+    if "failed" in one.entry:
+        fate = "failed"
+    elif one.entry["verification"]["verdict"] == "rejected":
+        fate = "rejected"
+    elif reviews.get(one.key, {}).get("verdict") == "rejected":
+        fate = "rejected by a person"
+    if fate is not None:
+        selected.fates[one.key] = fate
+    return fate is None
+
+
+def _without(
+    left: Sequence[Candidate], same: Sequence[int | None], fate: str, selected: Selected
+) -> list[Candidate]:
+    for one, place in zip(left, same, strict=True):
+        if place is not None:
+            selected.fates[one.key] = fate
+            selected.because[one.key] = " ".join(map(str, left[place].key))
+    return [one for one, place in zip(left, same, strict=True) if place is None]
+
+
+def sample_of(
+    one: Candidate,
+    file: Path,
+    sampling: Mapping[str, Any],
+    reviews: Mapping[Key, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What fine-tuning reads: messages, kind, verification, and where it all comes from."""
+    problem, entry = one.problem, one.entry
+    return {
+        "messages": [*problem.messages, {"role": "assistant", "content": one.answer}],
+        "kind": problem.kind,
+        "verification": reviews.get(one.key, entry["verification"]),
+        "provenance": {
+            **entry["source"],
+            "sampling": {**sampling, "seed": entry["seed"]} if entry["source"]["model"] else None,
+            "template": dict(problem.template),
+            "prompt": {"id": problem.id, "hash": entry["hash"], "file": str(file)},
+            "candidate": entry["candidate"],
+            "verifier": entry["verifier"],
+            "verdict": entry["verification"]["verdict"],
+            "tokens": entry["tokens"],
+            "time": entry["time"],
+            "version": entry["version"],
+        },
+    }
