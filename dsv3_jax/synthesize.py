@@ -20,6 +20,7 @@ from dsv3_jax.posttrain.synthesis_options import Sampling, Selection
 
 if TYPE_CHECKING:
     from dsv3_jax.posttrain.completions import Source
+    from dsv3_jax.posttrain.served_model import Server
     from dsv3_jax.posttrain.synthesis import Inputs
 
 PROG = "python -m dsv3_jax.synthesize"
@@ -112,6 +113,21 @@ class Options:
         self.sampling.check()
         self.selection.check()
         self.engine.check()
+        if self.server is not None:
+            self.served()
+
+    def served(self) -> "Server":
+        """What --server and the options beside it say. ValueError for what cannot be."""
+        from dsv3_jax.posttrain.served_model import Server
+
+        key, name = None, self.api_key_env
+        if name is not None:
+            key = os.environ.get(name, "").strip()
+            if not (key and key.isascii() and key.isprintable()):
+                raise ValueError(f"--api-key-env {name}: no key there")
+        server = Server(self.server, self.model, key, self.concurrency, self.timeout, self.retries)
+        server.check()
+        return server
 
     def _check_unused(self) -> None:
         """An option that would do nothing."""
@@ -121,7 +137,7 @@ class Options:
             if getattr(self, name) not in (None, False, EngineOptions()):
                 said = "the engine's options" if name == "engine" else f"--{name}".replace("_", "-")
                 other = "--server" if self.server is None else "--checkpoint"
-                raise ValueError(f"{said} go with {other}")
+                raise ValueError(f"{said}: allowed with {other} alone")
 
     def values(self) -> dict[str, str]:
         """Of --value."""
@@ -180,22 +196,9 @@ def _inputs(options: Options) -> "Inputs":
 
 
 def _served(options: Options) -> "Source":
-    from dsv3_jax.posttrain.served_model import ServedModel, Server
+    from dsv3_jax.posttrain.served_model import ServedModel
 
-    key = None
-    if options.api_key_env is not None:
-        key = os.environ.get(options.api_key_env, "").strip()
-        if not (key and key.isascii() and key.isprintable()):
-            raise ValueError(f"--api-key-env {options.api_key_env}: no key there")
-    server = Server(
-        options.server,
-        options.model,
-        key,
-        options.concurrency,
-        options.timeout,
-        options.retries,
-    )
-    return ServedModel(server, options.sampling)
+    return ServedModel(options.served(), options.sampling)
 
 
 def _local(options: Options, step: int | None) -> "Source":

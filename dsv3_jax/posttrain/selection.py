@@ -1,8 +1,9 @@
 """From candidates to samples: which are kept, and why the others are not."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def select(
     if how.prefer == "shortest":
         places = {one.problem.key: place for place, one in reversed([*enumerate(left)])}
         left.sort(key=lambda one: (places[one.problem.key], len(one.answer)))
-    left = _without(left, exact_duplicates([one.said for one in left]), "duplicate", selected)
+    left = _without(left, exact_duplicates, "duplicate", selected)
     if how.near_duplicates:
-        same = near_duplicates([one.said for one in left], how.near_duplicates, how.near_ngram)
-        left = _without(left, same, "near duplicate", selected)
+        near = partial(near_duplicates, threshold=how.near_duplicates, size=how.near_ngram)
+        left = _without(left, near, "near duplicate", selected)
     counts: defaultdict[tuple[str, str], int] = defaultdict(int)
     for one in left:
         shown = texts and contaminated(one.problem, texts, one.answer)
@@ -127,13 +128,19 @@ def _is_accepted(
 
 
 def _without(
-    left: Sequence[Candidate], same: Sequence[int | None], fate: str, selected: Selected
+    left: Sequence[Candidate],
+    find: Callable[[Sequence[str]], Sequence[int | None]],
+    fate: str,
+    selected: Selected,
 ) -> list[Candidate]:
-    for one, place in zip(left, same, strict=True):
-        if place is not None:
-            selected.fates[one.key] = fate
-            selected.because[one.key] = " ".join(map(str, left[place].key))
-    return [one for one, place in zip(left, same, strict=True) if place is None]
+    """Kind by kind: a problem's two samples may well have one answer."""
+    for kind in dict.fromkeys(one.problem.kind for one in left):
+        group = [one for one in left if one.problem.kind == kind]
+        for one, place in zip(group, find([one.said for one in group]), strict=True):
+            if place is not None:
+                selected.fates[one.key] = fate
+                selected.because[one.key] = " ".join(map(str, group[place].key))
+    return [one for one in left if one.key not in selected.fates]
 
 
 def sample_of(

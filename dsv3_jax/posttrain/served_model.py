@@ -232,9 +232,15 @@ def _completion(found: Any) -> Completion:
         raise _Passing("answered what is no chat completion") from None
     if not isinstance(text, str) or not isinstance(beside, str | None):
         raise _Passing("answered what is no chat completion")
-    answer, reasoning = without_reasoning(text)
+    answer, reasoning = without_reasoning(_whole(text))
+    beside = beside and _whole(beside)
     tokens = tokens if type(tokens) is int else None
     return Completion(answer, beside or reasoning, finish == "length", tokens)
+
+
+def _whole(text: str) -> str:
+    """JSON can spell halves of surrogate pairs, which no UTF-8 has: \\ud800 alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _said(error: urllib.error.HTTPError) -> str:

@@ -31,7 +31,7 @@ from dsv3_jax.posttrain.selection import (
 from dsv3_jax.posttrain.synthesis_folder import ASKING, JOURNAL, SELECTING, SynthesisFolder
 from dsv3_jax.posttrain.synthesis_options import Sampling, Selection
 from dsv3_jax.posttrain.synthesis_report import write_report
-from dsv3_jax.posttrain.templates import read_templates
+from dsv3_jax.posttrain.templates import check_kind, read_templates
 from dsv3_jax.posttrain.verifiers import Verifier, verifiers
 
 Progress = Callable[[int], AbstractContextManager[Callable[[Entry], None]]]
@@ -80,6 +80,8 @@ class Work:
 
 def read_work(inputs: Inputs) -> Work:
     """Reads all that the user gives. ValueError or OSError, one line, for a fault in any of it."""
+    if inputs.kind is not None:
+        check_kind(inputs.kind, "--kind")
     templates = read_templates(inputs.templates)
     judges = verifiers(inputs.verifiers)
     problems = read_problems(inputs.prompts, templates, inputs.kind, inputs.values or {})

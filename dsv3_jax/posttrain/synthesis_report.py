@@ -114,12 +114,12 @@ def draw_lengths(stages: Mapping[str, Sequence[Candidate]], path: Path) -> None:
         for panel, kind in zip(panels, kinds, strict=True):
             for name, colour in (("candidates", BLUE), ("kept", ORANGE)):
                 # No word at all is told with one word: a scale that doubles has no 0.
-                panel.hist(
-                    np.maximum(counted[name][kind], 1), edges, color=colour, alpha=0.7, label=name
-                )
+                panel.hist(np.maximum(counted[name][kind], 1), edges, color=colour, label=name)
             panel.set_title(kind)
+            panel.set_axisbelow(True)
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter(lambda value, _: short(value))
+            panel.yaxis.get_major_locator().set_params(integer=True)
             panel.set_ylabel("answers")
         panels[0].legend()
         panels[-1].set_xlabel("words of an answer")

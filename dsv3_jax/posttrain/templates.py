@@ -81,10 +81,10 @@ TEMPLATES: dict[str, Template] = {
 EXPANDED = {"reasoning": (ORIGINAL, REFLECTIVE)} | {kind: (kind,) for kind in TEMPLATES}
 
 
-def check_kind(kind: Any) -> str:
+def check_kind(kind: Any, name: str = "kind") -> str:
     """The kind. ValueError for an unknown one."""
     if not isinstance(kind, str) or kind not in EXPANDED:
-        raise ValueError(f"kind is {shown(kind)}; allowed: {', '.join(EXPANDED)}")
+        raise ValueError(f"{name} is {shown(kind)}; allowed: {', '.join(EXPANDED)}")
     return kind
 
 

@@ -1,0 +1,46 @@
+"""People's verdicts are read out of a copy of the samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.posttrain.journal import Key
+from dsv3_jax.posttrain.reviews import read_reviews
+
+
+def sample(number: int, by: str, verdict: str | None, note: object = "") -> str:
+    made = {"prompt": {"id": "1"}, "candidate": number}
+    said = {"by": by, "verdict": verdict, "note": note}
+    return json.dumps({"kind": "writing", "verification": said, "provenance": made})
+
+
+def test_lines_that_people_judged_are_read_and_others_passed_over(tmp_path: Path):
+    lines = (
+        sample(0, "human", "rejected", "dull"),
+        "",
+        sample(1, "none", None),
+        sample(2, "human", "accepted"),
+    )
+    (tmp_path / "r").write_text("\n".join(lines))
+    assert read_reviews(tmp_path / "r") == {
+        Key("1", "writing", 0): {"by": "human", "verdict": "rejected", "note": "dull"},
+        Key("1", "writing", 2): {"by": "human", "verdict": "accepted", "note": ""},
+    }
+    assert read_reviews(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "no JSON"),
+        ("{}", "no sample of this command"),
+        (sample(0, "human", "good"), "verification.verdict is 'good'; allowed: accepted, rejected"),
+        (sample(0, "human", "accepted", 1), "verification.note is 1; allowed: text"),
+    ],
+)
+def test_a_line_that_is_none_is_told_with_its_number(tmp_path: Path, line: str, said: str):
+    (tmp_path / "r").write_text(sample(0, "none", None) + "\n" + line)
+    with pytest.raises(ValueError, match="r line 2: ") as failed:
+        read_reviews(tmp_path / "r")
+    assert said in str(failed.value)
