@@ -38,9 +38,9 @@ or from --checkpoint; the options from --rows on are those of its engine. --veri
 boxed, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST or python:module:function, behind
 KIND= for one kind alone; all must accept an answer.
 
---out holds samples.jsonl, which fine-tuning reads, report.md, report.json, lengths.png, and
-candidates.jsonl, to which every answer goes as it comes. Stopped at any moment, the same command
-goes on where it was.
+--out holds samples.jsonl, which fine-tuning reads, fates.jsonl (why a candidate is none of them),
+report.md, report.json, lengths.png, and candidates.jsonl, to which every answer goes as it comes.
+Stopped at any moment, the same command goes on where it was.
 """
 _QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 

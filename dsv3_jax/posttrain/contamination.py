@@ -6,14 +6,12 @@ GPT-3's paper (appendix C), punctuation and case aside. A shorter text is found 
 that the prompt says: "Who wrote Hamlet?" must not be asked, and "42" may stand in an answer.
 """
 
-import codecs
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config.plain_json import check_plain, parse_json
 from dsv3_jax.posttrain.duplicates import Gram, grams, words
+from dsv3_jax.posttrain.json_lines import json_of, numbered_lines
 
 
 class EvaluationTexts:
@@ -51,10 +49,10 @@ def read_evaluation_texts(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """
     for file in files:
         paragraph: list[str] = []
-        for number, line in _lines(file):
+        for number, line in numbered_lines(file):
             where = f"{file} line {number}"
             if file.suffix.lower() == ".jsonl":
-                found = _texts(_json(where, line)) if line.strip() else ()
+                found = _texts_of_line(where, line) if line.strip() else ()
             elif line.strip():
                 paragraph.append(line)
                 found = (line,)
@@ -66,24 +64,11 @@ def read_evaluation_texts(files: Sequence[Path]) -> Iterator[tuple[str, str]]:
             yield where, " ".join(paragraph)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    check_plain(file)
-    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            raise ValueError(f"{file} line {number}: byte {byte:#04x} is not UTF-8") from None
-
-
-def _json(where: str, line: str) -> Any:
+def _texts_of_line(where: str, line: str) -> Iterator[str]:
     try:
-        return parse_json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON: {error.msg} at column {error.colno}") from None
+        return _texts(json_of(line))
     except ValueError as error:
-        raise ValueError(f"{where}: no JSON that can be read: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _texts(found: Any) -> Iterator[str]:

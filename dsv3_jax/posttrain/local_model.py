@@ -18,6 +18,7 @@ from dsv3_jax.posttrain.completions import (
     Failure,
     without_reasoning,
 )
+from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.synthesis_options import Sampling
 
 
@@ -55,7 +56,9 @@ class LocalModel:
         """In the order in which they stand. ValueError, one line, for messages that the chat
         template refuses.
         """
-        requests = [self._request(ask) for ask in asks]
+        problems = {ask.problem.key: ask.problem for ask in asks}  # candidates share a prompt
+        tokens = {key: self._encoded(problem) for key, problem in problems.items()}
+        requests = [self._request(tokens[ask.problem.key], ask.seed) for ask in asks]
         longest = self._opened.cfg.max_length
         lengths = [min(len(one.prompt) + one.max_tokens, longest) for one in requests]
         with own_names():
@@ -67,14 +70,16 @@ class LocalModel:
         for ask, text in zip(asks, texts, strict=True):
             yield ask, Failure(str(text)) if isinstance(text, ValueError) else _completion(text)
 
-    def _request(self, ask: Ask) -> Request:
+    def _encoded(self, problem: Problem) -> list[int]:
         try:
-            prompt = self._template.encode(ask.problem.messages)
+            return self._template.encode(problem.messages)
         except ValueError as error:
-            raise ValueError(f"{ask.problem.where}: {error}") from None
+            raise ValueError(f"{problem.where}: {error}") from None
+
+    def _request(self, prompt: list[int], seed: int) -> Request:
         how = self._sampling
         return Request(
-            prompt, how.max_tokens, how.temperature, how.top_p, ask.seed, self._opened.end_ids
+            prompt, how.max_tokens, how.temperature, how.top_p, seed, self._opened.end_ids
         )
 
 

@@ -2,7 +2,6 @@
 becomes. A fault of any line is told before a model is opened.
 """
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import check_plain, parse_json
+from dsv3_jax.posttrain.json_lines import json_of, numbered_lines
 from dsv3_jax.posttrain.templates import EXPANDED, VERSION, Template, check_kind
 
 Messages = list[dict[str, str]]
@@ -62,7 +61,9 @@ def read_problems(
     prompts. OSError for one that cannot be read.
     """
     problems, lines = [], {}
-    for number, line in _lines(file):
+    for number, line in numbered_lines(file):
+        if not line.strip():
+            continue
         where = f"{file} line {number}"
         try:
             made = list(_problems(line, number, where, templates, kind, values))
@@ -76,19 +77,6 @@ def read_problems(
     if not problems:
         raise ValueError(f"{file} holds no prompt; allowed: one or more")
     return problems
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    check_plain(file)
-    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, line.decode()
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            raise ValueError(f"{file} line {number}: byte {byte:#04x} is not UTF-8") from None
 
 
 def _problems(
@@ -125,12 +113,7 @@ def _problems(
 
 
 def _fields(line: str) -> dict[str, Any]:
-    try:
-        found = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # a name twice, brackets too deep, numbers too long
-        raise ValueError(f"no JSON that can be read: {error}") from None
+    found = json_of(line)
     if not isinstance(found, dict):
         raise ValueError(f"{shown(found)}; allowed: an object with {', '.join(_FIELDS)}")
     for name in found:

@@ -1,12 +1,11 @@
 """What people say of samples: the file that synthesis wrote, with their words in `verification`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import check_plain, parse_json
 from dsv3_jax.posttrain.journal import Key
+from dsv3_jax.posttrain.json_lines import json_of, numbered_lines
 
 VERDICTS = ("accepted", "rejected")
 
@@ -19,9 +18,8 @@ def read_reviews(file: Path | None) -> dict[Key, dict[str, Any]]:
     """
     if file is None:
         return {}
-    check_plain(file)
     reviews = {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, line in numbered_lines(file):
         if line.strip():
             try:
                 key, said = _review(line)
@@ -32,11 +30,8 @@ def read_reviews(file: Path | None) -> dict[Key, dict[str, Any]]:
     return reviews
 
 
-def _review(line: bytes) -> tuple[Key, dict[str, Any]]:
-    try:
-        found = parse_json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from None
+def _review(line: str) -> tuple[Key, dict[str, Any]]:
+    found = json_of(line)
     try:
         made = found["provenance"]
         key = Key(made["prompt"]["id"], found["kind"], made["candidate"])

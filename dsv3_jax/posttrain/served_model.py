@@ -9,16 +9,19 @@ the work.
 
 import http.client
 import json
+import math
 import queue
 import random
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from dsv3_jax.cli import to_stderr
 from dsv3_jax.config.fields import check, shown
 from dsv3_jax.posttrain.completions import (
     Ask,
@@ -33,6 +36,7 @@ PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})
 OF_ONE_PROMPT = frozenset({400, 413, 422})
 LONGEST_PAUSE = 60.0  # seconds, whatever a server asks for
 _MOST_BYTES = 64 << 20  # of an answer
+_TELL_SECONDS = 10.0  # between two lines about trouble that may pass
 _SAID = 200  # characters of a server's own words that an error repeats
 
 
@@ -81,12 +85,12 @@ class ServedModel:
         model.
         """
         self._server, self._sampling = server, sampling
-        self._leaving = threading.Event()
+        self._leaving, self._told = threading.Event(), -math.inf
         self.described: Mapping[str, Any] = {"model": server.model, "server": server.url}
         _check_model(self)
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Completion | Failure]]:
-        """As they come. Unavailable once one of them cannot be had."""
+        """As they come. Unavailable once one of them cannot be had, after those that are there."""
         waiting: queue.SimpleQueue = queue.SimpleQueue()
         answered: queue.SimpleQueue = queue.SimpleQueue()
         for ask in asks:
@@ -108,11 +112,18 @@ class ServedModel:
         for _ in range(min(self._server.concurrency, len(asks))):
             threading.Thread(target=work, daemon=True).start()
         try:
+            failed = None
             for _ in asks:
+                if failed is not None and answered.empty():
+                    break
                 ask, answer = answered.get()
                 if isinstance(answer, Exception):
-                    raise answer
-                yield ask, answer
+                    failed = answer
+                    self._leaving.set()
+                else:
+                    yield ask, answer
+            if failed is not None:
+                raise failed
         finally:
             self._leaving.set()
 
@@ -129,27 +140,36 @@ class ServedModel:
         if how.stop:
             body["stop"] = list(how.stop)
         try:
-            return self.asked("/chat/completions", body, _completion)
+            return self.asked("/chat/completions", body, _completion, self._server.retries)
         except _Refused as refused:
             if refused.status in OF_ONE_PROMPT:
                 return Failure(refused.said)
             raise Unavailable(f"--server {self._server.url}: {refused.said}") from None
 
-    def asked(self, path: str, body: Any, read: Any) -> Any:
+    def asked(self, path: str, body: Any, read: Callable[[Any], Any], retries: int) -> Any:
         """What `read` makes of the answer's JSON. _Refused for a status that is not to pass;
         Unavailable after the last retry.
         """
-        for trial in range(self._server.retries + 1):
+        for trial in range(retries + 1):
             try:
                 return read(self._sent(path, body))
             except _Passing as passing:
                 said, wanted = str(passing), passing.seconds
-            if trial < self._server.retries:
+            if trial < retries:
                 pause = self._server.pause * 2**trial * random.uniform(0.5, 1.0)
-                if self._leaving.wait(min(max(pause, wanted), LONGEST_PAUSE)):
+                pause = min(max(pause, wanted), LONGEST_PAUSE)
+                self._tell(f"{said}; again in {pause:,.0f} s")
+                if self._leaving.wait(pause):
                     break
         times = "once" if trial == 0 else f"{trial + 1} times"
         raise Unavailable(f"--server {self._server.url}: {said}; tried {times}")
+
+    def _tell(self, said: str) -> None:
+        """On stderr, not for each of many requests that meet the same trouble."""
+        now = time.monotonic()
+        if now - self._told >= _TELL_SECONDS and not self._leaving.is_set():
+            self._told = now
+            to_stderr(f"--server {self._server.url}: {said}")
 
     def _sent(self, path: str, body: Any) -> Any:
         """_Passing or _Refused for what is no answer."""
@@ -200,10 +220,12 @@ _OPENER = urllib.request.build_opener(_Direct)
 
 
 def _check_model(model: ServedModel) -> None:
-    """Servers without a list of models are asked all the same."""
+    """At once or not at all: who has mistyped an address should not wait. Servers without a list of
+    models are asked all the same.
+    """
     server = model._server
     try:
-        served = model.asked("/models", None, _names)
+        served = model.asked("/models", None, _names, retries=0)
     except _Refused as refused:
         if refused.status in (404, 405):
             return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.cli import to_stderr
+from dsv3_jax.files import replace_file
 from dsv3_jax.posttrain.candidates import Entry, collect, remaining, take_responses
 from dsv3_jax.posttrain.completions import Source
 from dsv3_jax.posttrain.contamination import EvaluationTexts, read_evaluation_texts
@@ -28,7 +29,13 @@ from dsv3_jax.posttrain.selection import (
     sample_of,
     select,
 )
-from dsv3_jax.posttrain.synthesis_folder import ASKING, JOURNAL, SELECTING, SynthesisFolder
+from dsv3_jax.posttrain.synthesis_folder import (
+    ASKING,
+    FATES_FILE,
+    JOURNAL,
+    SELECTING,
+    SynthesisFolder,
+)
 from dsv3_jax.posttrain.synthesis_options import Sampling, Selection
 from dsv3_jax.posttrain.synthesis_report import write_report
 from dsv3_jax.posttrain.templates import check_kind, read_templates
@@ -65,8 +72,8 @@ class Work:
     prompts: Path
     problems: list[Problem]
     """Those that are asked; the contaminated ones are not among them"""
-    skipped: int
-    """Contaminated problems"""
+    skipped: Mapping[tuple[str, str], str]
+    """Contaminated problems, by their keys, and the evaluation text that each shows"""
     judges: list[Verifier]
     texts: EvaluationTexts | None
     reviews: Mapping[Key, Mapping[str, Any]]
@@ -93,11 +100,12 @@ def read_work(inputs: Inputs) -> Work:
     if inputs.decontaminate:
         size = inputs.selection.contamination_ngram
         texts = EvaluationTexts(read_evaluation_texts(inputs.decontaminate), size)
-    asked = [one for one in problems if texts is None or not contaminated(one, texts)]
+    shown = {one.key: texts and contaminated(one, texts) for one in problems}
+    asked = [one for one in problems if shown[one.key] is None]
     return Work(
         inputs.prompts,
         asked,
-        len(problems) - len(asked),
+        {key: text for key, text in shown.items() if text is not None},
         judges,
         texts,
         read_reviews(inputs.reviewed),
@@ -186,11 +194,24 @@ def _finish(work: Work, folder: SynthesisFolder, entries: Mapping[Key, Entry]) -
     candidates = candidates_of(work.problems, entries)
     selected = select(candidates, work.selection, work.texts, work.reviews)
     folder.write_samples(_samples(work, selected))
-    num_problems = len(work.problems) + work.skipped
-    found = statistics(candidates, selected, num_problems, work.skipped)
+    replace_file(folder.path / FATES_FILE, _fates(work, selected))
+    skipped = len(work.skipped)
+    found = statistics(candidates, selected, len(work.problems) + skipped, skipped)
     settings = {**folder.stored[ASKING], **folder.stored[SELECTING]}
     write_report(folder.path, found, settings, staged(candidates, selected))
     return found
+
+
+def _fates(work: Work, selected: Selected) -> bytes:
+    """What became of each candidate, and of problems that were not asked, and because of what."""
+    lines = [
+        {"id": id_, "kind": kind, "candidate": None, "fate": "contaminated", "because": text}
+        for (id_, kind), text in work.skipped.items()
+    ]
+    for key, fate in selected.fates.items():
+        named = {"id": key.id, "kind": key.kind, "candidate": key.number, "fate": fate}
+        lines.append(named | {"because": selected.because.get(key)})
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def _samples(work: Work, selected: Selected) -> bytes:

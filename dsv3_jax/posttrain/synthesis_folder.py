@@ -15,7 +15,8 @@ from dsv3_jax.files import replace_file
 from dsv3_jax.posttrain.journal import held
 
 SETTINGS, JOURNAL = "settings.json", "candidates.jsonl"
-SAMPLES, REPORT, NUMBERS, PICTURE = "samples.jsonl", "report.md", "report.json", "lengths.png"
+SAMPLES, FATES_FILE = "samples.jsonl", "fates.jsonl"
+REPORT, NUMBERS, PICTURE = "report.md", "report.json", "lengths.png"
 ASKING, SELECTING = "asking", "selecting"  # what the two halves of the settings decide
 
 

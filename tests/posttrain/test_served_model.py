@@ -4,6 +4,7 @@ what one prompt is to blame for, one line for the rest.
 
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -151,6 +152,35 @@ def test_answers_before_the_end_are_handed_out():
         assert [next(coming)[0].number for _ in range(3)] == [0, 1, 2]
         with pytest.raises(Unavailable):
             next(coming)
+
+
+def test_trouble_that_may_pass_is_told_once_in_a_while(capsys):
+    with scripted_server(lambda n, _: (503 if n < 3 else 200, chat("2"))) as (url, _):
+        answers(url)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"--server {url}: answered 503 Service Unavailable; again in 0 s"
+
+
+def test_answers_that_are_there_when_one_fails_are_handed_out_first():
+    fail, go_on, end = threading.Event(), threading.Event(), threading.Event()
+    waits = {100: fail, 102: go_on, 103: end, 104: end}
+
+    def answer(_: int, body: dict) -> tuple[int, Any]:
+        assert body["seed"] == 101 or waits[body["seed"]].wait(30)
+        return (403, {}) if body["seed"] == 100 else (200, chat("2"))
+
+    with scripted_server(answer) as (url, asked):
+        coming = model(url, concurrency=2).answers(asks(6))
+        assert next(coming)[0].number == 1
+        fail.set()
+        time.sleep(0.1)
+        go_on.set()
+        while len(asked) < 5:  # both threads are at their last
+            time.sleep(0.01)
+        assert next(coming)[0].number == 2  # behind the failure in the queue
+        with pytest.raises(Unavailable, match="403"):
+            next(coming)
+        end.set()
 
 
 def test_a_server_that_is_not_there_or_silent_is_told():

@@ -328,6 +328,14 @@ def test_problems_of_an_examination_are_not_asked_and_answers_that_show_it_go(in
     model = ScriptedModel(tells)
     found = synthesised(asking, tmp_path / "out", model)
     assert {ask.problem.prompt for ask in model.asked} == {"go"}
+    fates = [
+        json.loads(line) for line in (tmp_path / "out" / "fates.jsonl").read_text().splitlines()
+    ]
+    assert [tuple(line.values()) for line in fates] == [
+        ("1", "writing", None, "contaminated", f"{exam} line 1"),
+        ("2", "writing", 0, "contaminated", f"{shown} line 1"),
+        ("2", "writing", 1, "kept", None),
+    ]
     assert (found["problems"], found["problems contaminated"]) == (2, 1)
     assert found["fates"] == dict.fromkeys(found["fates"], 0) | {"contaminated": 1, "kept": 1}
 
