@@ -97,20 +97,23 @@ def test_a_checkpoint_writes_samples_and_a_run_that_lost_some_writes_them_again(
     checkpoint, prompts, tmp_path, capsys
 ):
     out = tmp_path / "out"
+    with prompts.open("a") as file:  # one that no model of 64 tokens can read
+        file.write(json.dumps({"prompt": "x" * 70, "kind": "writing"}) + "\n")
     args = ("--prompts", prompts, "--out", out, "--checkpoint", checkpoint, "--dtype", "float32")
     args += (*DRAWN, "--rows", 1, "--pages", 1, "--candidates", 2, "--keep", 2, "--seed", 3)
     synthesize(*args)
     said = capsys.readouterr()
     assert said.out.startswith(f"{out / 'samples.jsonl'}: ")
     assert " samples of " in said.out
-    assert "6 candidates" in said.out
+    assert "8 candidates; 2 failed; " in said.out
     made = lines_of(out / "samples.jsonl")
     assert made
     assert {one["kind"] for one in made} == {"reasoning_original"}
     assert {one["provenance"]["step"] for one in made} == {5}
     assert {one["provenance"]["model"] for one in made} == {"run"}
     entries = lines_of(out / "candidates.jsonl")
-    assert len({entry["text"] for entry in entries}) == 6
+    assert len({entry["text"] for entry in entries[:6]}) == 6
+    assert all("allowed: below 64" in entry["failed"] for entry in entries[6:])
     kept = (out / "candidates.jsonl").read_bytes()
     (out / "candidates.jsonl").write_bytes(kept[: len(kept) * 2 // 3])
     samples = timeless(out)

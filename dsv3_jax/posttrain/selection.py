@@ -48,8 +48,11 @@ class Candidate:
 
     @property
     def said(self) -> str:
-        """Prompt and answer: what duplicates have in common."""
-        return f"{self.problem.prompt}\n{self.answer}"
+        """All turns but the system prompt, the last user's as the file has it: what duplicates have
+        in common.
+        """
+        before = [one["content"] for one in self.problem.messages[:-1] if one["role"] != "system"]
+        return "\n".join([*before, self.problem.prompt, self.answer])
 
 
 @dataclass

@@ -92,6 +92,16 @@ def test_a_problems_two_samples_are_no_duplicates_of_each_other():
     assert fates(candidate(text="a b c d e f"), candidate(twin, 0, "a b c d e f")) == ["kept"] * 2
 
 
+def test_conversations_that_end_alike_are_no_duplicates():
+    last = {"role": "user", "content": "why?"}
+    one, two, same = (
+        problem(id=text, prompt="why?", messages=[{"role": "user", "content": text[0]}, last])
+        for text in ("a1", "b1", "a2")
+    )
+    found = fates(candidate(one), candidate(two), candidate(same), near_duplicates=0)
+    assert found == ["kept", "kept", "duplicate"]
+
+
 def test_contaminated_answers_go_and_make_room():
     texts = EvaluationTexts([("exam line 3", "two plus two is four")], 5)
     pair = candidate(number=0, text="Two plus two is four!"), candidate(number=1, text="4")
@@ -111,6 +121,23 @@ def test_candidates_stand_in_the_order_of_the_file_whatever_order_they_came_in()
     assert [(one.problem.id, one.entry["candidate"]) for one in found] == [
         *(("1", 0), ("1", 1), ("2", 0), ("2", 1)),
     ]
+
+
+@pytest.mark.parametrize(("role", "fate"), [("system", "kept"), ("user", "contaminated")])
+def test_every_turn_but_the_system_prompt_can_show_an_evaluation_text(role: str, fate: str):
+    texts = EvaluationTexts([("exam", "one two three")], 3)
+    turns = [{"role": role, "content": "one two three"}, {"role": "user", "content": "so?"}]
+    of = problem(prompt="so?", messages=turns)
+    assert fates(candidate(of), texts=texts) == [fate]
+
+
+def test_system_prompts_make_no_difference_to_duplicates():
+    last = {"role": "user", "content": "so?"}
+    one, two = (
+        problem(id=text, prompt="so?", messages=[{"role": "system", "content": text}, last])
+        for text in "ab"
+    )
+    assert fates(candidate(one), candidate(two)) == ["kept", "duplicate"]
 
 
 @pytest.mark.parametrize("keeps", [False, True])
