@@ -89,7 +89,7 @@ def scripted_server(
             data = found if isinstance(found, bytes) else json.dumps(found).encode()
             with contextlib.suppress(OSError):  # whoever asked may have been killed
                 self.send_response(status)
-                if status in (301, 307):
+                if status == 302:
                     self.send_header("Location", "/elsewhere")
                 if status == 429:
                     self.send_header("Retry-After", "0.01")

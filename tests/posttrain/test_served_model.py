@@ -130,7 +130,7 @@ def test_one_prompts_own_fault_is_its_failure(status: int):
         (401, "answered 401 no key"),
         (403, "answered 403 no key"),
         (404, "answered 404 no key"),
-        (307, "answered 307 no key"),
+        (302, "answered 302 no key"),
         (500, "answered 500 no key; tried 4 times"),
     ],
 )
