@@ -26,7 +26,7 @@ from dsv3_jax.plan.promotion import (
     most_of,
 )
 from dsv3_jax.plan.terms import terms_of
-from dsv3_jax.plan.traffic import Exchange, exchange_of, message_bytes
+from dsv3_jax.plan.traffic import Exchange, exchange_of, gather_of, message_bytes
 
 COUNTED = "2 FLOPs a multiplication, backward twice forward; recomputation is not counted"
 OURS = "this plan"
@@ -86,6 +86,11 @@ def _traffic(p: Prediction) -> Iterator[Line]:
         a_step = a_token * layers * p.tokens_per_step / cfg.mesh.token_shards / cfg.mesh.pipe
         shares = f"{a_token:,} × {layers} layers × tokens of a step / {cfg.mesh.size:,} devices"
         yield Line(section, "exchange, a device and step", shares, a_step / 1e9, "GB")
+    if gather := gather_of(cfg):
+        width, shards = cfg.model.kv_latent + cfg.model.rope_dim, cfg.mesh.row_shards
+        formula = f"{width} numbers a token of {shards - 1} other devices, a micro-batch"
+        for name, size in (("forward", gather.forward), ("backward", gather.backward)):
+            yield Line(section, f"latents of a layer, {name}", formula, size / 1e6, "MB")
     if cfg.mesh.pipe > 1:
         size = message_bytes(cfg)
         yield Line(section, "pipeline message", f"{tokens:,} tokens × 2 d", size / 1e6, "MB")

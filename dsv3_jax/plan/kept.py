@@ -62,6 +62,11 @@ class Kept:
         self.high = max(4, self.item)
         self.recipe = RECIPES[cfg.quant.recipe]
 
+    @property
+    def _shared(self) -> bool:
+        """Whether devices share rows."""
+        return self.cfg.mesh.row_shards > 1
+
     # --- residuals of a stage --------------------------------------------------------------------
 
     def residuals(self, cut: Cut) -> Bytes:
@@ -115,9 +120,13 @@ class Kept:
         latents = t * ((model.q_latent or 0) + model.kv_latent + model.rope_dim) * self.item
         if self.cfg.train.remat == "report":
             return {"layer inputs": 2 * self._stream, "attention": out, "latents": latents}
-        queries_and_keys = 2 * model.num_heads * (model.nope_dim + model.rope_dim)
-        own = t * (queries_and_keys + model.num_heads * model.v_dim) * self.item
-        widths = (model.d_model, model.d_model, model.q_latent or 0, model.kv_latent)
+        heads = model.num_heads * (model.nope_dim + model.rope_dim)
+        widths = [model.d_model, model.d_model, model.q_latent or 0]
+        if self._shared:  # keys and values are made again from latents
+            own = t * (heads + model.kv_latent + model.rope_dim) * self.item
+        else:
+            own = t * (2 * heads + model.num_heads * model.v_dim) * self.item
+            widths.append(model.kv_latent)
         inputs = sum(self._input("linear", width) for width in widths)
         inputs += self._input("after_attention", model.num_heads * model.v_dim)
         latents -= t * model.rope_dim * self.item
@@ -183,7 +192,7 @@ class Kept:
         expanded = heads * (model.nope_dim + model.v_dim)
         products = [
             ("linear", d, model.kv_latent + model.rope_dim),
-            ("linear", model.kv_latent, expanded),
+            *([] if self._shared else [("linear", model.kv_latent, expanded)]),
             ("after_attention", heads * model.v_dim, d),
             *([("linear", d, q), ("linear", q, query)] if q else [("linear", d, query)]),
         ]

@@ -12,12 +12,13 @@ from dsv3_jax.plan.hardware import Hardware
 from dsv3_jax.plan.kernel_rates import nearest_gemm, nearest_link
 from dsv3_jax.plan.products import Item, Product, scores_flops
 from dsv3_jax.plan.promotion import Promotion
-from dsv3_jax.plan.traffic import ITEM_BYTES, exchange_of, tokens_of_microbatch
+from dsv3_jax.plan.traffic import ITEM_BYTES, exchange_of, gather_of, tokens_of_microbatch
 
 NOT_COUNTED = (
     "norms, activation functions, choice of experts, order of rows, launches, uneven routing, "
     "waiting for the slowest device, evaluation, checkpoints, restarts"
 )
+EXPANSION = "kv up"  # the product that makes keys and values of latents
 CAST = 2 + 1 + 4 / 128  # bytes a number: BF16 read, E4M3 and its scale written (report 3.5.2)
 RETILE = 2 * (1 + 4 / 128)  # 1×128 read, 128×1 written, for Wgrad
 
@@ -99,7 +100,7 @@ def check_job(job: Job) -> None:
 def forward_parts(job: Job, item: Item) -> list[Part]:
     """Computation of a micro-batch's forward pass."""
     parts = []
-    for product in item.products:
+    for product in _products(job, item):
         part = product_part(job, product)
         gradients = [f"{part.name}, Dgrad", f"{part.name}, Wgrad"] * product.at_once
         parts += [part, *(replace(part, name=name) for name in gradients)]
@@ -114,6 +115,9 @@ def forward_parts(job: Job, item: Item) -> list[Part]:
 def input_gradient_parts(job: Job, item: Item) -> list[Part]:
     """Computation of b: Dgrad of every product, attention's backward pass, what is recomputed."""
     parts = _backward_products(job, item)
+    if job.cfg.mesh.row_shards > 1:  # W of what is expanded block by block is made with b
+        expanded = [part for part in parts if part.name == EXPANSION]
+        parts += [replace(part, name=f"{EXPANSION}, Wgrad") for part in expanded]
     if item.attends:
         model, attention = job.cfg.model, job.hardware.attention
         qk, v = model.nope_dim + model.rope_dim, model.v_dim
@@ -128,13 +132,26 @@ def input_gradient_parts(job: Job, item: Item) -> list[Part]:
 def weight_gradient_parts(job: Job, item: Item) -> list[Part]:
     """Computation of W: one product for each of the forward pass."""
     parts = _backward_products(job, item) + _looked_up(job, item, "rows added to")
+    if job.cfg.mesh.row_shards > 1:
+        parts = [part for part in parts if part.name != EXPANSION]
     for name, inputs in (("inputs", True), ("gradients", False)):
         parts += _casts(job, item, f"{name} in blocks of 128×1", RETILE, of_inputs=inputs)
     return parts
 
 
 def _backward_products(job: Job, item: Item) -> list[Part]:
-    return [product_part(job, product) for product in item.products if not product.at_once]
+    return [product_part(job, product) for product in _products(job, item) if not product.at_once]
+
+
+def _products(job: Job, item: Item) -> list[Product]:
+    """An item's products as one device makes them: of a shared row each device expands the latents
+    of all tokens, or nearly so.
+    """
+    shards = job.cfg.mesh.row_shards
+    return [
+        replace(product, copies=shards * product.copies) if product.name == EXPANSION else product
+        for product in item.products
+    ]
 
 
 def _looked_up(job: Job, item: Item, name: str) -> list[Part]:
@@ -189,11 +206,13 @@ def _casts(job: Job, item: Item, name: str, cost: float, of_inputs: bool) -> lis
 
 def _recomputed(job: Job, item: Item) -> Iterator[Part]:
     """Of the forward pass, again: MLA's up-projections (3.2.3), or all of a layer."""
-    remat = job.cfg.train.remat
+    remat, again = job.cfg.train.remat, {"q", "q up", EXPANSION}
+    if job.cfg.mesh.row_shards > 1 and remat == "none":
+        remat, again = "report", {EXPANSION}
     if not item.attends or remat == "none":
         return
     for part in forward_parts(job, item):
-        if remat == "full" or part.name in ("q", "q up", "kv up"):
+        if remat == "full" or part.name in again:
             yield replace(part, name=f"{part.name}, again")
 
 
@@ -225,6 +244,19 @@ def exchange_parts(job: Job, backward: bool = False) -> list[Part]:
     return parts
 
 
+def gather_parts(job: Job, backward: bool = False) -> list[Part]:
+    """Of one layer: latents of shared rows, over the slowest link between the devices that share
+    them.
+    """
+    gather = gather_of(job.cfg)
+    if gather is None:
+        return []
+    inside = job.cfg.mesh.row_shards <= job.hardware.devices_per_node.value
+    link = job.hardware.nvlink if inside and job.cfg.mesh.sequence == "local" else job.hardware.ib
+    moved = gather.backward if backward else gather.forward
+    return [Part("latents of rows", moved, link.value, link.source, "bytes")]
+
+
 def forward_time(job: Job, item: Item) -> Time:
     """Of F."""
     return Time(_total(forward_parts(job, item)), _total(_exchanged(job, item)))
@@ -244,7 +276,8 @@ def weight_gradient_time(job: Job, item: Item) -> Time:
 
 
 def _exchanged(job: Job, item: Item, backward: bool = False) -> list[Part]:
-    return exchange_parts(job, backward) if item.exchanges else []
+    parts = exchange_parts(job, backward) if item.exchanges else []
+    return parts + (gather_parts(job, backward) if item.attends else [])
 
 
 def _total(parts: list[Part]) -> float:

@@ -22,6 +22,7 @@ from dsv3_jax.plan.cuts import check_pipeline, cuts_of, layer_counts, schedule_n
 from dsv3_jax.plan.kept import Kept
 from dsv3_jax.plan.moments import Key, Moment, fullest_moments, moments_of, orders
 from dsv3_jax.plan.parameters import GRADIENT_BYTES, Parameters
+from dsv3_jax.plan.traffic import gather_of
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ class _Ranks:
         layer = self.again.moe_layer if has_moe else self.again.dense_layer
         kept = self.kept.moe_layer if has_moe else self.kept.dense_layer
         terms = {"recomputation": max(0, sum(layer.values()) - sum(kept.values()))}
+        if gather := gather_of(self.cfg):
+            terms["latents of rows"] = gather.held
         if has_moe:
             wide_rows = 4 * (rows.hop_1 + rows.hop_2 + rows.blocks)
             buckets = wide_rows * model.d_model + 3 * rows.blocks * model.expert_hidden
@@ -279,9 +282,12 @@ def _candidates(cfg: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--quant.recipe fp8", {"quant": QuantConfig("fp8")}
     if mesh.bucket_factor > 1:
         yield "--mesh.bucket-factor 1.0", {"mesh": replace(mesh, bucket_factor=1.0)}
-    if train.rows // train.microbatches > mesh.token_shards:
-        count = train.rows // mesh.token_shards
+    if train.rows // train.microbatches > mesh.row_groups:
+        count = train.rows // mesh.row_groups
         yield f"--train.microbatches {count}", {"train": replace(train, microbatches=count)}
+    for sequence in ("local", "node_local"):
+        if mesh.sequence == "none":
+            yield f"--mesh.sequence {sequence}", {"mesh": replace(mesh, sequence=sequence)}
     for axis in ("data", "local", "pipe"):
         size = 2 * getattr(mesh, axis)
         yield f"--mesh.{axis} {size}", {"mesh": replace(mesh, **{axis: size})}

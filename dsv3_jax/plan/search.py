@@ -148,9 +148,11 @@ def _predicted(plan: MemoryPlan, ask: Ask) -> Found:
 
 
 def _layouts(cfg: RunConfig, ask: Ask) -> Iterator[RunConfig]:
-    """All that the configuration's checks allow, each with one row a device and micro-batch."""
+    """All that the configuration's checks allow, each with one row a device, or group of devices
+    that share it, and micro-batch.
+    """
     for mesh in _meshes(cfg, ask):
-        microbatches, left = divmod(cfg.train.rows, mesh.token_shards)
+        microbatches, left = divmod(cfg.train.rows, mesh.row_groups)
         if left or mesh.pipe * microbatches > LARGEST:
             continue
         train = replace(cfg.train, microbatches=microbatches)

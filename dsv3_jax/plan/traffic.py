@@ -74,8 +74,31 @@ def message_bytes(cfg: RunConfig) -> int:
 
 def tokens_of_microbatch(cfg: RunConfig) -> int:
     """Of one device."""
-    rows = cfg.train.rows // cfg.train.microbatches // cfg.mesh.token_shards
-    return rows * cfg.data.length
+    rows = cfg.train.rows // cfg.train.microbatches // cfg.mesh.row_groups
+    return rows * cfg.part_length
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One layer's traffic of a device for the latents of rows that it shares, in bytes."""
+
+    forward: int
+    """The other devices' latents"""
+    backward: int
+    """The same again, and what the device found of their gradients, in at least float32"""
+    held: int
+    """Of whole rows: latents and gradients, while the layer is computed"""
+
+
+def gather_of(cfg: RunConfig) -> Gather | None:
+    """Of a run; None where a device has whole rows."""
+    if cfg.mesh.row_shards == 1:
+        return None
+    item, whole = ITEM_BYTES[cfg.train.dtype], tokens_of_microbatch(cfg) * cfg.mesh.row_shards
+    numbers = whole * (cfg.model.kv_latent + cfg.model.rope_dim)
+    others = numbers - numbers // cfg.mesh.row_shards
+    wide = max(FP32, item)
+    return Gather(others * item, others * (item + wide), numbers * (item + wide))
 
 
 @dataclass(frozen=True)

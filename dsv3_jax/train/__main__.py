@@ -42,6 +42,8 @@ class Options:
     init_from: str | None = None
     """Start a new run from another's weights (folder or name; or a Hugging Face folder), by default
     with its config"""
+    init_moments: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --init-from of a run: its optimiser's moments too, for a next phase of its training"""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration as JSON and leave"""
     print_schedule: Path | None = None
@@ -122,7 +124,8 @@ def _train(
             if resume and is_first():
                 locks.enter_context(locked(resume))
             say = partial(console.print, soft_wrap=True)
-            prepared = prepare(options.run, resume, say, init_from, watch)
+            moments = options.init_moments
+            prepared = prepare(options.run, resume, say, init_from, watch, moments=moments)
             if not resume and is_first():
                 locks.enter_context(locked(prepared.run))
             if started and is_first():
@@ -140,6 +143,8 @@ def resolve(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | Non
     if path is not None:
         default = load_config(Path(path))
     resumed, weights = value_of(args, "--resume"), value_of(args, "--init-from")
+    if weights is None and "--init-moments" in args:
+        raise ValueError("--init-moments: moments of what? allowed: with --init-from a run")
     if not {"-h", "--help"}.isdisjoint(args) or (resumed is None and weights is None):
         return _parse(args, default), None, None
     if resumed is not None and weights is not None:

@@ -57,7 +57,7 @@ COMPILING = (  # a run without a pipeline, and one with
     "compiling the stages of the pipeline (minutes",
 )
 BAD_STEPS = 3  # exit code
-WEIGHTS = ("params", "router_bias")  # groups of a checkpoint
+WEIGHTS, MOMENTS = ("params", "router_bias"), ("mu", "nu")  # groups of a checkpoint
 
 
 @dataclasses.dataclass
@@ -74,12 +74,15 @@ class Prepared:
     writers: list[Writer]
     weights_from: Path | None = None
     """Whose weights a new run starts from, if it does"""
+    moments: bool = False
+    """And whose moments"""
 
     @property
     def origin(self) -> str:
         """Of the weights that a new run starts from; what is no run has no steps."""
         imported = "imported_from" in self.checkpoint.meta
-        return f"of {'' if imported else f'step {self.checkpoint.step} of '}{self.weights_from}"
+        step = "" if imported else f"step {self.checkpoint.step} of "
+        return f"{'and moments ' * self.moments}of {step}{self.weights_from}"
 
 
 class Watch(NamedTuple):
@@ -101,6 +104,8 @@ def prepare(
     say: Callable[[str], None],
     init_from: RunFolder | None = None,
     watch: Watch = NO_WATCH,
+    *,
+    moments: bool = False,
 ) -> Prepared:
     """Reads all that a new or a resumed run reads, and makes its folder.
 
@@ -122,7 +127,10 @@ def prepare(
     check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
-        checkpoint = _load(cfg, resume or init_from, None if resume else WEIGHTS, say)
+        groups = None if resume else WEIGHTS + MOMENTS * moments
+        checkpoint = _load(cfg, resume or init_from, groups, say)
+        if moments and not set(MOMENTS) <= set(checkpoint.arrays):
+            raise ValueError(f"--init-moments: {init_from.path} has none; allowed: a run that has")
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if checkpoint:  # before the text is read, which may take long
         check = check_same_run if resume else check_same_model
@@ -154,7 +162,7 @@ def prepare(
         if not init_from:
             _write_config(cfg, run)
     weights_from = init_from and init_from.path
-    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers, weights_from)
+    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers, weights_from, moments)
 
 
 def _load(
@@ -358,6 +366,8 @@ def _start(
         return Snapshot(state, Position())
     if prepared.is_new:
         say(f"           from the weights {prepared.origin}")
+        if prepared.moments:
+            return Snapshot(snapshot.restore(checkpoint, cfg, state).state, Position())
         return Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
     start = snapshot.restore(checkpoint, cfg, state)
     say(f"           resumed after step {start.position.step:,}")

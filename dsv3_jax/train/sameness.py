@@ -12,9 +12,11 @@ IDS = ("bos_id", "eos_id")  # the tokenizer decides them
 
 
 def check_same_model(cfg: RunConfig, meta: dict[str, Any]) -> None:
-    """ValueError if weights are of a model of another shape."""
+    """ValueError if weights are of a model of another shape. Its context may be another: its length,
+    and YaRN, which is no part of the weights.
+    """
     before = from_dict(RunConfig, meta["config"])
-    differ = differences("model", cfg.model, before.model, keep={"max_length", *IDS})
+    differ = differences("model", cfg.model, before.model, keep={"max_length", "yarn", *IDS})
     if differ:
         raise ValueError(f"--init-from: another model: {'; '.join(differ)}")
 

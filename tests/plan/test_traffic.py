@@ -19,6 +19,7 @@ from dsv3_jax.plan.traffic import (
     Weights,
     exchange_of,
     fp8_row,
+    gather_of,
     message_bytes,
     plain_row,
     tokens_of_microbatch,
@@ -54,6 +55,27 @@ def test_a_token_crosses_to_each_node_once_and_then_to_each_expert():
     assert (traffic.dispatch, traffic.combine, traffic.gradient_dispatch) == (7392, 14336, 7392)
     assert traffic.node_hop(traffic.dispatch) == 4 * 7392
     assert traffic.local_hop(traffic.dispatch) == 8 * 7392
+
+
+def test_latents_of_shared_rows_cross_once_forward_and_twice_back():
+    """V3's 32K rows over the eight devices of a node: 7 / 8 of 576 numbers a token, in bfloat16;
+    back once more, and their gradients in float32.
+    """
+    assert gather_of(report()) is None
+    cfg = report()
+    mesh = replace(cfg.mesh, sequence="local")
+    cfg = replace(cfg, model=replace(cfg.model, max_length=32768), mesh=mesh)
+    cfg = replace(
+        cfg,
+        data=replace(cfg.data, length=32768),
+        train=replace(cfg.train, rows=1920, microbatches=120),
+    )
+    assert tokens_of_microbatch(cfg) == 4096
+    assert message_bytes(cfg) == 4096 * 7168 * 2
+    others = 32768 * 7 // 8 * 576
+    gather = gather_of(cfg)
+    assert (gather.forward, gather.backward) == (2 * others, (2 + 4) * others)
+    assert gather.held == (2 + 4) * 32768 * 576
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ ALONE = Case(
     length=13,
 )
 SPREAD = replace(ALONE, mesh="2x1x2", stages="E+2|H+M", layers=2)
+SHARED = replace(SPREAD, sequence="local", length=60)  # 30 tokens of a row on each device
 KINDS = [
     ALONE,
     *[
@@ -43,6 +44,8 @@ KINDS = [
             (ALONE, "fp8", "report"),
             (SPREAD, "dtype", "report"),
             (SPREAD, "fp8", "none"),
+            (SHARED, "dtype", "none"),
+            (SHARED, "fp8", "report"),
         )
     ],
 ]

@@ -1,0 +1,32 @@
+"""The default run's first long-context phase: from 256 to 1,024 tokens, each row on two devices.
+
+    python -m dsv3_jax.train --config configs/tiny_yarn_1k.py --init-from tiny-001 --devices 2
+
+Hardware: two CPU cores, 3 GB, a few minutes. On one device: `--mesh.local 1 --mesh.sequence none`.
+YaRN's factor is 20 in both phases, 1.25 times the whole extension, as the report's 40 is of 4K to
+128K.
+"""
+
+from dataclasses import replace
+
+from dsv3_jax.config import MeshConfig, RunConfig, YarnConfig
+from dsv3_jax.config.presets import tiny_run
+
+LENGTH, ROWS = 1024, 4
+
+
+def config() -> RunConfig:
+    run = tiny_run()
+    return replace(
+        run,
+        model=replace(
+            run.model, max_length=LENGTH, yarn=YarnConfig(factor=20.0, original_length=256)
+        ),
+        data=replace(run.data, length=LENGTH),
+        train=replace(run.train, steps=60, rows=ROWS),
+        schedule=replace(
+            run.schedule, learning_rate=3e-4, warmup_steps=0, bias_speed=0.0, mtp_weight=0.1
+        ),
+        mesh=MeshConfig(local=2, sequence="local", bucket_factor=2.0),
+        output=replace(run.output, name="tiny_yarn_1k", eval_every=30, eval_rows=16),
+    )

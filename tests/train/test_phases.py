@@ -1,0 +1,52 @@
+"""A next phase of a run: its weights, and if asked for its moments, with longer rows and YaRN."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3_jax.checkpoint import store
+from dsv3_jax.config.load import load_json
+from tests.runs import SmallRun
+
+LONGER = ("--data.length", 32, "--model.yarn.original_length", 16, "--model.yarn.factor", 2.5)
+
+
+@pytest.fixture(scope="module")
+def source(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phases")
+    assert small.train("--config", small.config, "--output.folder", folder) == 0
+    return folder / "small-001"
+
+
+def test_a_next_phase_begins_with_weights_and_moments(small: SmallRun, source: Path, tmp_path):
+    start = ("--init-from", source, "--output.folder", tmp_path, "--train.steps", 2, *LONGER)
+    assert small.train(*start, "--init-moments") == 0
+    cfg = load_json(tmp_path / "small-001" / "config.json")
+    assert cfg.model.yarn_active
+    assert cfg.data.length == 32
+    before = store.load(source / "checkpoints")
+    after = store.load(tmp_path / "small-001" / "checkpoints", step=0)
+    assert (before.step, after.step) == (6, 0)
+    for group in ("params", "router_bias", "mu", "nu"):
+        assert before.arrays[group].keys() == after.arrays[group].keys()
+        for name, wanted in before.arrays[group].items():
+            np.testing.assert_array_equal(after.arrays[group][name], wanted, err_msg=name)
+    assert after.meta["updates"] == before.meta["updates"] == 6
+    assert "and moments of step 6" in (tmp_path / "small-001" / "metrics.jsonl").read_text()
+
+
+def test_without_them_moments_are_new(small: SmallRun, source: Path, tmp_path: Path):
+    start = ("--init-from", source, "--output.folder", tmp_path, "--train.steps", 1, *LONGER)
+    assert small.train(*start) == 0
+    after = store.load(tmp_path / "small-001" / "checkpoints", step=0)
+    assert not any(np.any(x) for x in after.arrays["mu"].values())
+    assert after.meta["updates"] == 0
+
+
+def test_moments_of_nothing_are_refused(small: SmallRun, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        small.train("--config", small.config, "--init-moments")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --init-moments: moments of what? allowed: with --init-from a run"
