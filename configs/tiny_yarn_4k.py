@@ -1,6 +1,7 @@
-"""The default run's second long-context phase: from 1,024 to 4,096 tokens, rows on four devices.
+"""The default run's second long-context phase: from 1,024 to 4,096 tokens, on four devices.
 
-    python -m dsv3_jax.train --config configs/tiny_yarn_4k.py --init-from tiny_yarn_1k-001 --devices 4
+    python -m dsv3_jax.train --config configs/tiny_yarn_4k.py --devices 4 \
+        --init-from tiny_yarn_1k-001
 
 Hardware: two CPU cores, 4 GB, some ten minutes. The devices are two nodes of two.
 YaRN's factor is 20 in both phases, 1.25 times the whole extension, as the report's 40 is of 4K to

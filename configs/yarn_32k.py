@@ -1,4 +1,4 @@
-"""DeepSeek-V3's first long-context phase: from 4K to 32K tokens with YaRN, 1,000 steps (report 4.3).
+"""DeepSeek-V3's first long-context phase: from 4K to 32K tokens, 1,000 steps (report 4.3).
 
     python -m dsv3_jax.train --config configs/yarn_32k.py --init-from dsv3_671b-001 --init-moments
     python -m dsv3_jax.plan --config configs/yarn_32k.py

@@ -12,8 +12,8 @@ IDS = ("bos_id", "eos_id")  # the tokenizer decides them
 
 
 def check_same_model(cfg: RunConfig, meta: dict[str, Any]) -> None:
-    """ValueError if weights are of a model of another shape. Its context may be another: its length,
-    and YaRN, which is no part of the weights.
+    """ValueError if weights are of a model of another shape. The context may be another: its
+    length, and YaRN, which is no part of the weights.
     """
     before = from_dict(RunConfig, meta["config"])
     differ = differences("model", cfg.model, before.model, keep={"max_length", "yarn", *IDS})
