@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 PROG = "python -m dsv3_jax.needle"
 DESCRIPTION = """Hide needles in haystacks, and see whether a model finds them.
 
-A prompt is text with one sentence in it, "The secret number of narrow island is 421948.", at some
-depth, and at its end how that sentence begins; the model must go on with the number. A needle
-counts as found if greedy text is exactly the number. The table on stdout, and the picture, have a
-line for each depth and a column for each length of the prompt. --out FOLDER keeps needle.json with
-all that is needed to repeat it, tables in needle.md and the picture needle.png. The same options
-and seed give the same prompts, whatever other lengths there are.
+A prompt is text with one sentence in it, "The secret words are falcon kettle wagon mirror.", at
+some depth, and at its end how that sentence begins, up to the first of the words; the model must go
+on with the others. A needle counts as found if greedy text is exactly these. The table on stdout,
+and the picture, have a line for each depth and a column for each length of the prompt.
+
+--out FOLDER keeps needle.json with all that is needed to repeat it, tables in needle.md and the
+picture needle.png. The same options and seed give the same prompts, whatever other lengths there
+are.
 """
 
 

@@ -15,17 +15,14 @@ import numpy as np
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.evaluate.haystack import Haystack
 
-ADJECTIVES = (
-    "amber bitter brave calm clever deep dusty early empty faint fancy gentle grand hollow humble "
-    "icy jolly keen lucky misty narrow olive pale quiet rapid silver tidy urban velvet windy young "
-    "zesty"
+WORDS = (
+    "amber anchor badger bitter brave bridge calm candle castle clever deep desert dragon dusty "
+    "early ember empty engine faint falcon fancy forest garden gentle grand guitar hammer harbor "
+    "hollow humble icy island jacket jolly keen kettle lantern lucky mirror misty narrow needle "
+    "olive orchard pale pepper quarry quiet rapid ribbon saddle silver temple tidy umbrella urban "
+    "valley velvet wagon windy yard young zebra zesty"
 ).split()
-NOUNS = (
-    "anchor badger bridge candle castle desert dragon ember engine falcon forest garden guitar "
-    "hammer harbor island jacket kettle lantern mirror needle orchard pepper quarry ribbon saddle "
-    "temple umbrella valley wagon yard zebra"
-).split()
-DIGITS = 6  # of a value: a guess is right once in a million
+VALUE = 3  # words of an answer: a guess among 64 words is right once in 250,000
 
 
 class Sentence(NamedTuple):
@@ -62,14 +59,13 @@ class Place(NamedTuple):
 
 
 def draw_sentence(rng: np.random.Generator) -> Sentence:
-    """A needle with a key of two words and a number of `DIGITS` digits, one as likely as another.
+    """A needle with a word as its key and `VALUE` others as its value.
 
-    The number stands behind a space of its own: tokenizers of the family part digits from what is
-    before them, so that the question ends where a token ends.
+    Words stand behind spaces, which tokenizers take into a word's first token: a question ends, and
+    an answer begins, where a token does in running text.
     """
-    key = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-    digits = "".join(map(str, rng.integers(0, 10, DIGITS)))
-    return Sentence(f"\nThe secret number of {key} is ", digits, ".\n")
+    key, *value = rng.choice(WORDS, 1 + VALUE, replace=False)
+    return Sentence(f"\nThe secret words are {key}", f" {' '.join(value)}", ".\n")
 
 
 def depths_of(count: int) -> list[float]:
