@@ -45,8 +45,9 @@ def run_of(
     dtype: str = "float64",
 ) -> RunConfig:
     cfg = sharded.run_of(shape, 1, 1, dtype)
-    train = replace(cfg.train, rows=ROWS_OF_A_STEP, microbatches=2, remat=remat)
     mesh = replace(cfg.mesh, sequence=sequence)
+    count = 2 if mesh.row_groups <= 2 else 1
+    train = replace(cfg.train, rows=ROWS_OF_A_STEP, microbatches=count, remat=remat)
     return replace(cfg, data=DataConfig(length=T, isolate=isolate), train=train, mesh=mesh)
 
 
