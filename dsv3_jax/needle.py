@@ -42,7 +42,8 @@ class Options:
     checkpoint: Path
     """A run's folder, its `checkpoints` or one `step_...` in it; or a Hugging Face folder"""
     lengths: tuple[int, ...] = ()
-    """Of prompts, in tokens, answer included; default: the model's longest, 1/2, 1/4, 1/8 of it"""
+    """Of prompts, in tokens, answer included; default: the model's longest, 1/2, 1/4, 1/8 of it, as
+    far as a needle has room"""
     depths: int = 11
     """Places of the needle, evenly from the beginning of the text to its end"""
     needles: int = 10
@@ -96,7 +97,6 @@ def _prepared(
     """The model, the text, and all prompts. ValueError or OSError for what cannot be had."""
     from dsv3_jax.checkpoint.model_folder import open_model
     from dsv3_jax.evaluate.haystack import open_haystack
-    from dsv3_jax.evaluate.needles import build_prompts, depths_of, places_of
 
     opened = open_model(
         options.checkpoint, dtype=options.dtype, step=options.step, average=options.ema
@@ -111,11 +111,26 @@ def _prepared(
     to_stderr(f"{options.checkpoint}{step}")
     haystack = open_haystack(options.haystack, opened.tokenizer, lengths[-1])
     to_stderr(f"{haystack.name}: {haystack.documents:,} documents, {len(haystack):,} tokens")
-    prompts = {
-        place: list(build_prompts(opened.tokenizer, haystack, place, options.needles, options.seed))
-        for place in places_of(lengths, depths_of(options.depths))
-    }
+    prompts = {}
+    for length in lengths:
+        try:
+            prompts |= _prompts(options, opened, haystack, length)
+        except ValueError:
+            if options.lengths or length == longest:
+                raise
+            to_stderr(f"{length:,} tokens: no room for a needle, left out")
     return opened, haystack, prompts
+
+
+def _prompts(
+    options: Options, opened: "OpenedModel", haystack: "Haystack", length: int
+) -> "dict[Place, list[Prompt]]":
+    from dsv3_jax.evaluate.needles import build_prompts, depths_of, places_of
+
+    return {
+        place: list(build_prompts(opened.tokenizer, haystack, place, options.needles, options.seed))
+        for place in places_of([length], depths_of(options.depths))
+    }
 
 
 def _scored(opened: "OpenedModel", prompts: "dict[Place, list[Prompt]]") -> "list[Cell]":

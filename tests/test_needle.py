@@ -93,13 +93,11 @@ def test_without_options_lengths_are_of_the_model_and_text_of_the_library(run, c
     library = [haystack.Document(f"{i}", f"text {i}\n" * 90) for i in range(300)]
     assert any(is_held_out(one.text, 0.02) for one in library)
     monkeypatch.setattr(haystack, "iterate_documents", lambda source: iter(library))
-    # An eighth of 512 tokens, a byte each, has no room: the line says how much would do.
-    with pytest.raises(SystemExit):
-        main(["--checkpoint", str(run)])
-    assert "--lengths: 64 tokens; allowed: at least " in capsys.readouterr().err
-    out, err = measure(capsys, run, "--lengths", 512)
+    out, err = measure(capsys, run)
     assert err[1].startswith("stdlib, held-out documents: ")
-    assert out[1].split() == ["depth", "512"]
+    # A token is a byte: an eighth and a quarter of the longest, 512 tokens, are too short.
+    assert err[2:4] == [f"{length} tokens: no room for a needle, left out" for length in (64, 128)]
+    assert out[1].split() == ["depth", "256", "512"]
 
 
 @pytest.mark.slow
@@ -132,7 +130,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, text, capsys, tmp_path):
         ([*here, "--seed", -1], "--seed is -1; allowed: 0 or more"),
         ([*here[:2], "--haystack", tmp_path / "gone"], "gone': no file matches"),
         ([*here[:2], "--haystack", tmp_path / "latin"], "latin is not utf-8 text: byte 0xff"),
-        ([*here[:2], "--haystack", tmp_path], "is a folder; allowed: files"),
+        ([*here[:2], "--haystack", tmp_path], f"is a folder; allowed: files, as in '{tmp_path}/"),
         ([*here, "--out", tmp_path / "full"], "holds results and no model; allowed: a new or"),
         ([*here, "--out", tmp_path / "latin"], "latin is a file; allowed: a new folder"),
         ([*here, "--out", tmp_path / "latin/x"], "latin is a file"),
@@ -147,6 +145,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, text, capsys, tmp_path):
         assert out == ""
         assert len(lines) == 1, lines
         assert said in lines[0]
+        assert not any(name in lines[0] for name in ("pretokenize", "data."))  # options of training
     short = tmp_path / "short.txt"
     short.write_text("word " * 20)
     with pytest.raises(SystemExit, match="2"):

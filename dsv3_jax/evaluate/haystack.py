@@ -73,7 +73,8 @@ def open_haystack(path: Path | None, tokenizer: Tokenizer, longest: int) -> Hays
         try:
             return Haystack(str(path), iterate_documents(str(path)), tokenizer)
         except ValueError as error:
-            raise ValueError(str(error).replace("data.source", "--haystack")) from None
+            said, _, _ = str(error).partition(", or ")  # what follows is for training
+            raise ValueError(said.replace("data.source", "--haystack")) from None
     fraction = DataConfig.validation_fraction
     sides: tuple[list[Document], list[Document]] = [], []
     for document in iterate_documents("stdlib"):
