@@ -131,15 +131,25 @@ def _usable_tokenizer(source: Path) -> Tokenizer | None:
 
 def check_trained(run: Path) -> None:
     """CheckpointError if a folder holds a model from elsewhere, which nothing can resume."""
-    checkpoints = run / CHECKPOINTS
     if is_hf_folder(run):
         raise CheckpointError(
             f"--resume {run}: a Hugging Face folder; --init-from {run} starts a new run from it"
         )
-    if not store.steps(checkpoints):
-        return
-    if "imported_from" in store.load(checkpoints, groups=(), report=lambda line: None).meta:
+    if _is_imported(run):
         raise CheckpointError(
             f"--resume {run}: an imported model, without an optimiser's state; "
             f"--init-from {run} starts a new run from it"
         )
+
+
+def check_moments(run: Path) -> None:
+    """CheckpointError if a folder holds a model from elsewhere, without an optimiser's state."""
+    if is_hf_folder(run) or _is_imported(run):
+        raise CheckpointError(f"--init-moments: {run} has none; allowed: a run that was trained")
+
+
+def _is_imported(run: Path) -> bool:
+    if not store.steps(run / CHECKPOINTS):
+        return False
+    meta = store.load(run / CHECKPOINTS, groups=(), report=lambda line: None).meta
+    return "imported_from" in meta

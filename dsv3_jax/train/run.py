@@ -18,7 +18,7 @@ from dsv3_jax import process
 from dsv3_jax.checkpoint import joint, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
-from dsv3_jax.checkpoint.run_model import as_checkpoint, check_trained
+from dsv3_jax.checkpoint.run_model import as_checkpoint, check_moments, check_trained
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.load import load_json
 from dsv3_jax.config.run import from_dict
@@ -127,10 +127,10 @@ def prepare(
     check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
+        if moments:
+            check_moments(init_from.path)
         groups = None if resume else WEIGHTS + MOMENTS * moments
         checkpoint = _load(cfg, resume or init_from, groups, say)
-        if moments and not set(MOMENTS) <= set(checkpoint.arrays):
-            raise ValueError(f"--init-moments: {init_from.path} has none; allowed: a run that has")
     _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
     if checkpoint:  # before the text is read, which may take long
         check = check_same_run if resume else check_same_model

@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config.load import load_json
+from dsv3_jax.convert import main as convert
 from tests.runs import SmallRun
 
 LONGER = ("--data.length", 32, "--model.yarn.original_length", 16, "--model.yarn.factor", 2.5)
@@ -50,3 +51,20 @@ def test_moments_of_nothing_are_refused(small: SmallRun, capsys: pytest.CaptureF
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: --init-moments: moments of what? allowed: with --init-from a run"
+
+
+@pytest.mark.slow
+def test_a_model_from_elsewhere_has_no_moments(
+    small: SmallRun, source: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    folder, imported = tmp_path / "hf", tmp_path / "imported"
+    assert not convert(["export", str(source), str(folder)])
+    assert not convert(["import", str(folder), str(imported)])
+    for model in (folder, imported):
+        start = ("--config", small.config, "--init-from", model, "--output.folder", tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            small.train(*start, "--init-moments")
+        assert stop.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == f"error: --init-moments: {model} has none; allowed: a run that was trained"
