@@ -91,8 +91,9 @@ def rows_of(length: int, options: argparse.Namespace, jax) -> list[list[str]]:
         if name not in seconds:
             rows.append([f"{length:,}", name, f"over {options.memory:g} GB", "", "", ""])
             continue
-        each, ratio = size / length / options.heads, seconds["blocks"] / seconds[name]
-        figures = f"{size / 1e6:,.1f}", f"{each:,.0f}", f"{seconds[name]:.3f}", f"{ratio:.2f}"
+        each = size / length / options.heads
+        ratio = f"{seconds['blocks'] / seconds[name]:.2f}" if "blocks" in seconds else ""
+        figures = f"{size / 1e6:,.1f}", f"{each:,.0f}", f"{seconds[name]:.3f}", ratio
         rows.append([f"{length:,}", name, *figures])
     return rows
 
@@ -138,7 +139,7 @@ def timed(programs: dict[str, Callable], operands: list, turns: int, jax) -> dic
                 continue
             begun = time.perf_counter()
             jax.block_until_ready(program(*operands))
-            if turn or turns == 0:  # the first one touches memory for the first time
+            if turn:  # the first one touches memory for the first time
                 spent[name].append(time.perf_counter() - begun)
     return {name: statistics.median(found) for name, found in spent.items()}
 
