@@ -251,8 +251,9 @@ def gather_parts(job: Job, backward: bool = False) -> list[Part]:
     gather = gather_of(job.cfg)
     if gather is None:
         return []
-    inside = job.cfg.mesh.row_shards <= job.hardware.devices_per_node.value
-    link = job.hardware.nvlink if inside and job.cfg.mesh.sequence == "local" else job.hardware.ib
+    mesh, size = job.cfg.mesh, job.hardware.devices_per_node.value
+    inside = mesh.row_shards == mesh.local <= size
+    link = job.hardware.nvlink if inside else job.hardware.ib
     moved = gather.backward if backward else gather.forward
     return [Part("latents of rows", moved, link.value, link.source, "bytes")]
 

@@ -16,6 +16,7 @@ from dsv3_jax.plan.layer_time import (
     exchange_parts,
     forward_parts,
     forward_time,
+    gather_parts,
     input_gradient_parts,
     input_gradient_time,
     weight_gradient_parts,
@@ -164,6 +165,16 @@ def test_within_one_node_rows_go_over_nvlink(report):
     dispatch, combine = exchange_parts(Job(cfg, H800))
     assert dispatch.seconds == pytest.approx(tokens * 8 * 7392 / 153e9)
     assert combine.seconds == pytest.approx(tokens * 8 * 14336 / 158e9)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "node", "link"),
+    [("local", 8, H800.nvlink), ("node_local", 8, H800.ib), ("node_local", 1, H800.nvlink)],
+)
+def test_latents_of_shared_rows_take_the_slowest_link_between_them(report, sequence, node, link):
+    mesh = replace(report.mesh, sequence=sequence, node=node)
+    (part,) = gather_parts(Job(replace(report, mesh=mesh), H800))
+    assert (part.rate, part.source) == (link.value, link.source)
 
 
 def test_a_slow_nvlink_bounds_the_exchange(job, report):
