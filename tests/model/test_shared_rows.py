@@ -19,6 +19,7 @@ from dsv3_jax.parallel.sequence import RowPlaces, RowShards
 from dsv3_jax.quant.gemm import linear
 from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.train.quantized_weights import with_quantized_weights
+from tests.jaxprs import equations
 from tests.shapes import compiled, normal, random_part, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 
@@ -42,9 +43,9 @@ def computed(params: nnx.State, recipe) -> nnx.State:
     return with_quantized_weights({"mla": params}, recipe)["mla"] if recipe else params
 
 
-def shared(dtype, recipe, shards: int, isolate: bool):
-    """Output and gradients on a mesh."""
-    graphdef, params = layer(dtype)
+def sharing(dtype, recipe, shards: int):
+    """The program of a mesh: of parameters and `inputs` gradients and output."""
+    graphdef, _ = layer(dtype)
     mesh, rows = make_mesh(MeshConfig(1, 1, 1, shards)), RowShards(("local",), shards)
 
     def body(params, x_BTD, dy_BTD, segments_BT):
@@ -63,8 +64,12 @@ def shared(dtype, recipe, shards: int, isolate: bool):
         whole = rows.whole(y_BTD), rows.whole(dx_BTD)
         return lax.psum(dparams, TOKEN_AXES), *(lax.pmax(x, TOKEN_AXES) for x in whole)
 
-    f = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
-    return compiled(f)(params, *inputs(dtype, isolate))
+    return jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P())
+
+
+def shared(dtype, recipe, shards: int, isolate: bool):
+    """Gradients and output on a mesh."""
+    return compiled(sharing(dtype, recipe, shards))(layer(dtype)[1], *inputs(dtype, isolate))
 
 
 def by_hand(dtype, recipe, shards: int, isolate: bool):
@@ -120,3 +125,14 @@ def test_fp8_products_of_shared_rows_have_the_same_blocks(monkeypatch, shards: i
     monkeypatch.setattr(blockwise, "BLOCK", 4)
     case = jnp.float32, recipe_of(QuantConfig("fp8")), shards, True
     assert_close(jax.device_get(shared(*case)), jax.device_get(by_hand(*case)), FLOAT32)
+
+
+def test_gradients_of_latents_are_summed_in_float32():
+    """Those of several devices, whatever the activations are."""
+    dtype = jnp.bfloat16
+    found = equations(sharing(dtype, None, 2), layer(dtype)[1], *inputs(dtype, False))
+    sums = [e.invars[0].aval for e in found if e.primitive.name == "reduce_scatter"]
+    assert [(x.dtype, x.shape[-1]) for x in sums] == [
+        (jnp.float32, CFG.kv_latent),
+        (jnp.float32, CFG.rope_dim),
+    ]

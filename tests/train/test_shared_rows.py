@@ -93,6 +93,21 @@ def test_all_is_as_on_one_device(x64):
     compare(run_of("2x1x2", "local"))
 
 
+def test_a_bad_row_is_named_by_its_place_in_the_batch(x64):
+    """And nothing of it reaches any weight."""
+    cfg = run_of("2x1x2", "local")
+    _, state = sharded.state_of(cfg, jnp.float64)
+    embed_VD = state.params["embed_VD"]
+    state.params["embed_VD"] = embed_VD.replace(embed_VD[...].at[63].set(jnp.nan))
+    batch = batch_of(cfg)
+    tokens_BT = (batch.tokens_BT % 63).at[2, T - 1].set(63)
+    before = jax.tree.map(np.array, state)
+    (after, metrics), _ = sharded.step_program(cfg)(state, batch._replace(tokens_BT=tokens_BT))
+    assert not metrics.applied
+    assert np.flatnonzero(~np.asarray(metrics.row_is_finite_B)).tolist() == [2]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
+
+
 @pytest.mark.slow
 def test_rows_over_nodes_are_as_on_one_device(x64):
     compare(run_of("1x2x4", "node_local", isolate=False, remat="report"))
