@@ -1,0 +1,389 @@
+"""Running generated code: what a box contains, what limits hold, and that it is refused without."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.posttrain import code_runner, containment
+from dsv3_jax.posttrain.code_runner import NoBox, Program, Ran, Runner, find_box
+from dsv3_jax.posttrain.containment import BOXES, Box
+from dsv3_jax.posttrain.sandbox.limits import Limits
+
+SMALL = Limits(seconds=10.0, cpu_seconds=5, memory_bytes=256 << 20, processes=8)
+
+
+DEEP = """
+import ctypes, sys
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def f(): return f()
+sys.setrecursionlimit(10**9)
+f()
+"""
+
+
+def why_not(box: Box) -> str | None:
+    """Of a box; root may try bubblewrap here, though the package does not take it."""
+    if box == "bubblewrap" and sys.platform == "linux" and shutil.which("bwrap"):
+        return code_runner._trial(box)
+    return containment.unavailable(box) or code_runner._trial(box)
+
+
+@pytest.fixture(scope="module", params=BOXES)
+def box(request: pytest.FixtureRequest) -> Box:
+    """Each that this system has."""
+    if why := why_not(request.param):
+        pytest.skip(f"{request.param}: {why}")
+    return request.param
+
+
+def run(box: Box | None, source: str, limits: Limits = SMALL, **more) -> Ran:
+    return Runner(box, limits).run(Program(("main.py",), {"main.py": source}, **more))
+
+
+def processes_with(mark: str) -> list[str]:
+    """Of the host, by their command lines."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark.encode() in line:
+            found.append(folder.name)
+    return found
+
+
+# --- limits, with a box and without --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["box", "none"])
+def place(request: pytest.FixtureRequest) -> Box | None:
+    """The box that is taken here, and none."""
+    if request.param == "none":
+        return None
+    found, reasons = find_box()
+    if found is None:
+        pytest.skip(f"no box: {reasons}")
+    return found
+
+
+def test_a_program_has_its_folder_its_input_and_nothing_of_our_environment(
+    place: Box | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SECRET_OF_OURS", "here")
+    source = (
+        "import os, sys\n"
+        "print(sys.stdin.read(), open('other.txt').read(), sorted(os.environ), os.listdir())\n"
+        "print(len(os.listdir('/proc/self/fd')) if sys.platform == 'linux' else 4)\n"
+        "print('said', file=sys.stderr)\n"
+    )
+    program = Program(("main.py",), {"main.py": source, "other.txt": "é\udc80"}, stdin="in")
+    ran = Runner(place, SMALL).run(program)
+    names = "['HOME', 'LANG', 'PATH', 'TMPDIR']"
+    folder = "['main.py', 'other.txt']"
+    assert ran.errors == "said\n"
+    assert (ran.code, ran.trouble) == (0, "")
+    first, descriptors = ran.output.splitlines()
+    assert first in (f"in é? {names} {folder}", f"in é? {names} ['other.txt', 'main.py']")
+    assert int(descriptors) == 4  # the three, and the one that lists them
+
+
+@pytest.mark.parametrize(
+    ("source", "trouble"),
+    [
+        ("x = 1\ny = x / 0\n", "main.py line 2: ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(3)", "exit code 3"),
+        ("if", "main.py line 1: SyntaxError: invalid syntax"),
+        ("import os\nos.abort()", "was ended by SIGABRT"),
+        ("def f(n): return f(n + 1)\nf(0)", "RecursionError"),
+        (DEEP, "was ended by SIGSEGV"),
+        ("bytearray(1 << 30)", "MemoryError"),
+        ("open('f', 'wb').write(bytes(20 << 20))", "OSError"),
+        ("files = [open('main.py') for _ in range(100)]", "OSError: [Errno 24]"),
+    ],
+)
+def test_how_a_program_ends_is_told_in_a_line(source: str, trouble: str):
+    said = run(find_box()[0], source).trouble
+    assert "\n" not in said
+    assert trouble in said
+
+
+def test_a_loop_ends_by_its_cpu_time_and_a_sleep_by_the_clock(place: Box | None):
+    loop = run(place, "while True: pass", Limits(cpu_seconds=1))
+    assert (loop.signal, loop.trouble) == (signal.SIGXCPU, "used up its CPU time")
+    stubborn = (
+        "import signal, time\n"
+        "for number in range(1, 32):\n"
+        "    if number not in (9, 19): signal.signal(number, signal.SIG_IGN)\n"
+        "while True: time.sleep(1)\n"
+    )
+    sleep = run(place, stubborn, Limits(seconds=0.5))
+    assert (sleep.limit, sleep.trouble) == ("seconds", "took longer than it may")
+    assert sleep.seconds < 10
+
+
+def test_a_program_that_prints_without_end_is_stopped_at_its_share(place: Box | None):
+    for stream in ("stdout", "stderr"):
+        ran = run(place, f"import sys\nwhile True: print('x' * 99, file=sys.{stream})")
+        assert (ran.limit, ran.trouble) == ("output_bytes", "printed more than it may")
+        assert len(ran.output) + len(ran.errors) == SMALL.output_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc finds the processes")
+def test_a_daemon_that_is_left_behind_is_ended(place: Box | None):
+    mark = f"mark_{os.getpid()}_{place}"
+    source = (
+        "import os, subprocess, sys, time\n"
+        "if not os.fork():\n"
+        "    os.setsid()\n"
+        "    if not os.fork():\n"
+        f"        os.execv(sys.executable, [sys.executable, '-c', "
+        f"'import time; print(1, flush=True); time.sleep(600)', '{mark}'])\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "time.sleep(0.3)\n"
+    )
+    ran = run(place, source)
+    assert (ran.code, ran.output) == (0, "1\n")
+    assert processes_with(mark) == []
+
+
+def test_programs_that_share_memory_out_among_them_are_ended(place: Box | None):
+    source = (
+        "import os, time\n"
+        "for _ in range(4):\n"
+        "    if not os.fork():\n"
+        "        kept = bytearray(100 << 20)\n"
+        "        time.sleep(60)\n"
+        "time.sleep(60)\n"
+    )
+    ran = run(place, source)
+    assert (ran.limit, ran.trouble) == ("memory_bytes", "used more memory than it may")
+
+
+def test_what_a_program_reads_and_tells_beside_its_output(place: Box | None):
+    source = (
+        "import os, sys\n"
+        "text = open(int(sys.argv[1])).read()\n"
+        "os.write(int(sys.argv[2]), text[::-1].encode())\n"
+    )
+    assert run(place, source, handed="abc").told == b"cba"
+    flood = "import os, sys\nwhile True: os.write(int(sys.argv[2]), bytes(9999))"
+    assert run(place, flood, handed="").limit == "output_bytes"
+
+
+# --- a box ---------------------------------------------------------------------------------------
+
+
+def test_forks_without_end_are_few_and_all_ended(box: Box):
+    if box == "bubblewrap" and os.geteuid() == 0:
+        pytest.skip("no limit counts root's processes: the package does not take this one for root")
+    source = (
+        "import os, time\n"
+        "count = 1\n"
+        "try:\n"
+        "    while count < 100:\n"
+        "        if not os.fork(): time.sleep(60)\n"
+        "        count += 1\n"
+        "except BlockingIOError:\n"
+        "    print(count, flush=True)\n"
+    )
+    ran = run(box, source)
+    assert ran.code == 0
+    assert SMALL.processes <= int(ran.output) <= SMALL.processes + 1
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
+    assert run(box, bomb, Limits(seconds=0.5)).trouble == "took longer than it may"
+
+
+def test_nothing_of_the_host_can_be_written_or_read(box: Box, tmp_path: Path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    tmp_path.chmod(0o777)
+    secret.chmod(0o666)
+    places = [str(secret), str(tmp_path / "new"), "/new", "/usr/new", "/dev/new", "/proc/1/mem"]
+    source = (
+        f"for place in {[*places, '/tmp/new', '/etc/passwd', '/box/../new']}:\n"
+        "    for mode in 'ra':\n"
+        "        try: open(place, mode)\n"
+        "        except OSError: continue\n"
+        "        print(place, mode)\n"
+        "import os\n"
+        "print(sorted(set(os.listdir('/')) & {'home', 'var', 'sys', 'run', 'mnt'}))\n"
+        "for place in (os.__file__, '/dev/null', '/bin/sh', '/box'):\n"
+        "    for change in (os.unlink, os.rmdir, lambda path: os.chmod(path, 0o666),\n"
+        "                   lambda path: os.rename(path, path + '_')):\n"
+        "        try: change(place)\n"
+        "        except OSError: continue\n"
+        "        print(place)\n"
+    )
+    ran = run(box, source)
+    assert (ran.output, ran.errors) == ("[]\n/box\n", "")
+    assert secret.read_text() == "secret"
+    assert os.listdir(tmp_path) == ["secret.txt"]
+
+
+def test_its_folder_holds_so_much_and_may_be_deleted(box: Box):
+    fill = (
+        "import os\n"
+        "size = 0\n"
+        "try:\n"
+        "    for n in range(100):\n"
+        "        with open(str(n), 'wb', buffering=0) as file:\n"
+        "            size += file.write(bytes(1 << 20))\n"
+        "except OSError as error:\n"
+        "    print(size, error.errno)\n"
+    )
+    room = 4 << 20
+    assert run(box, fill, Limits(folder_bytes=room)).output in (
+        f"{room - (1 << 20)} 28\n",  # the program's own file has a page of the last MiB
+        f"{room - 4096} 28\n",
+        f"{room} 28\n",
+    )
+    delete = (
+        "import os, shutil\nshutil.rmtree(os.getcwd(), ignore_errors=True)\nprint(os.listdir())"
+    )
+    assert run(box, delete).output == "[]\n"
+
+
+def test_no_socket_reaches_the_host(box: Box):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()):
+            pass  # one from here does
+        source = (
+            "import socket\n"
+            "families = ('AF_INET', 'AF_INET6', 'AF_NETLINK', 'AF_PACKET', 'AF_VSOCK', 'AF_ALG')\n"
+            "for name in families:\n"
+            "    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):\n"
+            "        try: socket.socket(getattr(socket, name), kind)\n"
+            "        except PermissionError: continue\n"
+            "        print(name)\n"
+            "one, other = socket.socketpair()\n"
+            "print(one.send(b'x'))\n"
+            f"try: socket.create_connection({server.getsockname()!r})\n"
+            "except OSError as error: print(error.errno)\n"
+        )
+        assert run(box, source).output == "1\n1\n"
+
+
+def test_no_other_process_is_seen_or_reached(box: Box):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        source = (
+            "import os, signal\n"
+            "numbers = sorted(int(name) for name in os.listdir('/proc') if name.isdecimal())\n"
+            f"print(len(numbers), os.getpid() in numbers, os.getppid())\n"
+            f"for number in ({other.pid}, {os.getpid()}):\n"
+            "    try: os.kill(number, 0)\n"
+            "    except ProcessLookupError: print('none')\n"
+            "for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):\n"
+            "    os.kill(1, number)\n"
+            "print(os.getppid())\n"
+        )
+        assert run(box, source).output == "2 True 1\nnone\nnone\n1\n"
+        assert other.poll() is None
+        other.communicate(b"\n")
+
+
+REFUSED = (
+    "c.unshare(0x10000000)",  # users
+    "c.unshare(0x20000)",  # mounts
+    "c.mount(b'none', b'/box', b'tmpfs', 0, None)",
+    "c.umount2(b'/proc', 2)",
+    "c.chroot(b'/usr')",
+    "c.sethostname(b'x', 1)",
+    "c.memfd_create(b'x', 0)",
+    "c.shmget(0, 4096, 0o1600)",
+    "c.ptrace(0, 0, 0, 0)",
+    "c.syscall(425, 1, None)",  # io_uring_setup
+    "c.clone(ctypes.cast(c.getpid, ctypes.c_void_p), stack, 0x10000011, None)",
+)
+
+
+def test_calls_that_lead_out_of_a_box_are_refused_and_it_has_no_privileges(box: Box):
+    source = (
+        "import ctypes, os\n"
+        "c = ctypes.CDLL(None, use_errno=True)\n"
+        "c.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_void_p]\n"
+        "memory = ctypes.create_string_buffer(65536)\n"
+        "stack = ctypes.c_void_p(ctypes.addressof(memory) + 32768)\n"
+        f"for attempt in {REFUSED}:\n"
+        "    ctypes.set_errno(0)\n"
+        "    if (eval(attempt), ctypes.get_errno()) != (-1, 1): print(attempt)\n"
+        "status = open('/proc/self/status').read()\n"
+        "print([line.split()[1] for line in status.splitlines()\n"
+        "       if line.startswith(('CapPrm', 'CapEff', 'NoNewPrivs', 'Seccomp:'))])\n"
+        "print(os.getresuid(), os.getresgid())\n"
+    )
+    ran = run(box, source)
+    none = "0" * 16
+    assert ran.output == f"['{none}', '{none}', '1', '2']\n(1, 1, 1) (1, 1, 1)\n"
+    assert ran.trouble == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc finds the processes")
+def test_a_box_ends_with_the_process_that_runs_it(box: Box):
+    mark = f"mark_{os.getpid()}_{box}"
+    source = (
+        "import os, sys\n"
+        "os.execv(sys.executable, [sys.executable, '-c', "
+        f"'import time; time.sleep(600)', '{mark}'])"
+    )
+    ours = (
+        "from dsv3_jax.posttrain.code_runner import Program, Runner\n"
+        f"Runner({box!r}).run(Program(('-c', {source!r})))"
+    )
+    with subprocess.Popen([sys.executable, "-c", ours], cwd=Path(__file__).parents[2]) as process:
+        wait_for(lambda: len(processes_with(f"\0{mark}")) >= 1)
+        process.kill()
+        process.wait()
+    wait_for(lambda: not processes_with(f"\0{mark}"))
+
+
+def wait_for(holds) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_without_a_box_code_is_refused_by_one_line(monkeypatch: pytest.MonkeyPatch):
+    reasons = {"namespaces": "unshare: Operation not permitted", "bubblewrap": "is not installed"}
+    monkeypatch.setattr(code_runner, "find_box", lambda: (None, reasons))
+    with pytest.raises(NoBox) as refused:
+        Runner.open()
+    assert str(refused.value) == (
+        "running generated code is refused: no box works here (namespaces: unshare: Operation not "
+        "permitted; bubblewrap: is not installed); allowed: a system with bubblewrap or user "
+        "namespaces, or --unsafe-local-exec"
+    )
+    assert Runner.open(unsafe_local_exec=True) == Runner(None, Limits())
+
+
+def test_a_box_that_does_not_contain_is_not_taken(monkeypatch: pytest.MonkeyPatch):
+    real = containment.command
+    monkeypatch.setattr(
+        containment, "command", lambda box, limits, settings: real(None, limits, settings)
+    )
+    monkeypatch.setattr(containment, "FOLDER", tempfile.gettempdir())
+    why = code_runner._trial("namespaces")
+    assert why is not None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seconds": 0.0}, {"cpu_seconds": -1}, {"memory_bytes": 1.5}, {"processes": 2**40}],
+)
+def test_limits_that_cannot_be_are_refused(wrong: dict):
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=rf"limits\.{name} is .*; allowed: above 0"):
+        Runner.open(Limits(**wrong))
