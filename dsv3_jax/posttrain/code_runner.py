@@ -15,8 +15,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import IO, Any
 
@@ -31,7 +31,9 @@ _TOLD = 4096  # most bytes that a program may tell beside its output
 
 @dataclass(frozen=True)
 class Program:
-    """What is run, by the interpreter below this one's virtual environment (`-I`)."""
+    """What is run, by the interpreter below this one's virtual environment: the standard library is
+    there, installed packages are not (`-I -S`).
+    """
 
     arguments: Sequence[str]
     """Of the interpreter, as in ("main.py",)"""
@@ -124,7 +126,7 @@ class Runner:
 
 def check_limits(limits: Limits) -> None:
     """ValueError, one line, for a limit that cannot be."""
-    for name, value in asdict(limits).items():
+    for name, value in limits._asdict().items():
         whole = name == "seconds" or type(value) is int
         check(f"limits.{name}", value, whole and 0 < value < 2**40, "above 0, below 2^40")
 
@@ -181,23 +183,23 @@ print(", ".join(wrong) or "contained")
 def _run(
     program: Program, box: Box | None, limits: Limits, folder: str, stack: contextlib.ExitStack
 ) -> Ran:
-    files = _file(json.dumps(dict(program.files)), stack)
-    stdin = _file(program.stdin, stack)
+    files = stack.enter_context(_file(json.dumps(dict(program.files))))
+    stdin = stack.enter_context(_file(program.stdin))
     passed, arguments = [files.fileno()], list(program.arguments)
     status, status_end = _pipe(stack)
     told, told_end = _pipe(stack)
     passed.append(status_end.fileno())
     if program.handed is not None:
-        handed = _file(program.handed, stack)
+        handed = stack.enter_context(_file(program.handed))
         arguments += [str(handed.fileno()), str(told_end.fileno())]
         passed += [handed.fileno(), told_end.fileno()]
     settings = {
-        "limits": asdict(limits),
+        "limits": limits._asdict(),
         "status": status_end.fileno(),
         "files": files.fileno(),
         "folder": folder,
         "shown": containment.shown() if box == "namespaces" else [],
-        "argv": [containment.python(), "-I", "-B", *arguments],
+        "argv": [containment.python(), "-I", "-S", "-B", *arguments],
         "environment": dict(containment.environment(folder)),
     }
     began = time.monotonic()
@@ -224,12 +226,13 @@ def _run(
     return _ran(texts, time.monotonic() - began)
 
 
-def _file(text: str, stack: contextlib.ExitStack) -> IO[bytes]:
+@contextlib.contextmanager
+def _file(text: str) -> Iterator[IO[bytes]]:
     """A file without a name that holds it, from its beginning."""
-    file = stack.enter_context(tempfile.TemporaryFile())
-    file.write(text.encode(errors="replace"))
-    file.seek(0)
-    return file
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode(errors="replace"))
+        file.seek(0)
+        yield file
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:

@@ -1,43 +1,19 @@
 """Counts, lengths and formats of texts, exactly: of all candidates, of those accepted and kept."""
 
-import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsv3_jax.posttrain.duplicates import words
+from dsv3_jax.posttrain.formats import FORMATS
 from dsv3_jax.posttrain.selection import FATES, Candidate, Selected
-from dsv3_jax.posttrain.verifiers import boxed
 
 STAGES = ("candidates", "accepted", "kept")
 
 
-def is_json(text: str) -> bool:
-    """Whether a text is an object or a list of JSON, all of it."""
-    if not text.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-FORMATS: dict[str, Callable[[str], bool]] = {
-    "boxed answer": lambda text: boxed(text) is not None,
-    "reasoning": lambda text: text.startswith("<think>"),
-    "code block": lambda text: re.search(r"^```", text, re.MULTILINE) is not None,
-    "list": lambda text: re.search(r"^\s*(?:[-*+]|\d+[.)])\s", text, re.MULTILINE) is not None,
-    "heading": lambda text: re.search(r"^#{1,6} ", text, re.MULTILINE) is not None,
-    "several paragraphs": lambda text: re.search(r"\S\s*\n\s*\n\s*\S", text) is not None,
-    "JSON": is_json,
-}
-
-
-def lengths(values: Sequence[int]) -> dict[str, float | int] | None:
-    """Of one length or more; percentiles are by the nearest rank, so each is one of them."""
+def lengths(values: Sequence[float]) -> dict[str, float] | None:
+    """Of one number or more; percentiles are by the nearest rank, so each is one of them."""
     if not values:
         return None
     ranked = sorted(values)
@@ -57,19 +33,22 @@ def lengths(values: Sequence[int]) -> dict[str, float | int] | None:
     }
 
 
-def of_texts(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Lengths of answers in characters, words and (where counted) tokens, and how many have each
+def of_texts(texts: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
+    """Lengths of texts in characters, words and (where counted) tokens, and how many have each
     format.
     """
-    texts = [one.answer for one in candidates]
-    counted = [one.entry["tokens"] for one in candidates if one.entry["tokens"] is not None]
     return {
         "count": len(texts),
         "characters": lengths([len(text) for text in texts]),
         "words": lengths([len(words(text)) for text in texts]),
-        "tokens": lengths(counted),
+        "tokens": lengths(tokens),
         "formats": {name: sum(map(has, texts)) for name, has in FORMATS.items()},
     }
+
+
+def _of_candidates(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    counted = [one.entry["tokens"] for one in candidates if one.entry["tokens"] is not None]
+    return of_texts([one.answer for one in candidates], counted)
 
 
 def statistics(
@@ -89,7 +68,7 @@ def statistics(
         "rejections": dict(_rejections(candidates).most_common(20)),
         "failures": dict(_failures(candidates).most_common(20)),
         "texts": {
-            kind: {stage: of_texts(_of(kind, stages[stage])) for stage in STAGES}
+            kind: {stage: _of_candidates(_of(kind, stages[stage])) for stage in STAGES}
             for kind in ("all", *dict.fromkeys(one.problem.kind for one in candidates))
         },
     }

@@ -10,7 +10,8 @@ import numpy as np
 from dsv3_jax.drawing import BLUE, ORANGE, new_figure, save_picture, short
 from dsv3_jax.files import replace_file
 from dsv3_jax.posttrain.duplicates import words
-from dsv3_jax.posttrain.sample_statistics import FORMATS, STAGES
+from dsv3_jax.posttrain.formats import FORMATS
+from dsv3_jax.posttrain.sample_statistics import STAGES
 from dsv3_jax.posttrain.selection import Candidate
 from dsv3_jax.posttrain.synthesis_folder import NUMBERS, PICTURE, REPORT
 

@@ -121,13 +121,14 @@ def judged(
 
 def _verdict(verifier: Verifier, answer: Answer) -> Verdict:
     try:
-        return _as_verdict(verifier.judge(answer))
+        return as_verdict(verifier.judge(answer))
     except Exception as error:  # the user's function may raise anything
         said = " ".join(str(error).split())
         return Verdict(False, f"{type(error).__name__}: {said}"[:300])
 
 
-def _as_verdict(said: Any) -> Verdict:
+def as_verdict(said: Any) -> Verdict:
+    """Of what a judge returned. TypeError, one line, for anything else."""
     match said:
         case Verdict():
             return said
@@ -208,7 +209,8 @@ def _words(span: str) -> Callable[[Answer], Verdict]:
     return judge
 
 
-def _python(path: str) -> Callable[[Answer], Any]:
+def plug_in(path: str) -> Callable[[Any], Any]:
+    """The function of `module:function`. ValueError, one line, if it cannot be imported."""
     module, separator, name = path.partition(":")
     if not (module and separator and name):
         raise ValueError("allowed: python:module:function")
@@ -230,7 +232,7 @@ _MAKERS: dict[str, Callable[[str], Callable[[Answer], Any]]] = {
     "regex": _regex,
     "json": _json,
     "words": _words,
-    "python": _python,
+    "python": plug_in,
 }
 
 

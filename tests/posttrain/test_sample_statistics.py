@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.posttrain.sample_statistics import FORMATS, lengths, of_texts, staged, statistics
+from dsv3_jax.posttrain.formats import FORMATS
+from dsv3_jax.posttrain.sample_statistics import lengths, of_texts, staged, statistics
 from dsv3_jax.posttrain.selection import select
 from dsv3_jax.posttrain.synthesis_options import Selection
 from dsv3_jax.posttrain.synthesis_report import markdown, write_report
@@ -92,7 +93,7 @@ def test_a_small_set_is_counted_exactly(few):
     assert found["texts"]["writing"]["kept"]["formats"]["boxed answer"] == 0
     assert found["texts"]["reasoning_original"]["kept"]["formats"]["boxed answer"] == 1
     assert list(found["texts"]) == ["all", "reasoning_original", "writing"]
-    assert of_texts([])["words"] is None
+    assert of_texts([], [])["words"] is None
 
 
 def test_the_report_shows_it_and_its_picture_is_small(few, tmp_path: Path):

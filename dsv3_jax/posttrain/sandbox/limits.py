@@ -1,11 +1,10 @@
 """What a program may use, and the system's own limits (setrlimit) that hold it to most of that."""
 
 import resource
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Of one program with all processes that it starts, where nothing else is said."""
 
     seconds: float = 15.0
