@@ -71,7 +71,7 @@ class Rated:
                 value, reason = said, ""
         try:
             number = float(value) if not isinstance(value, str | bytes) else math.nan
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever a plug-in returned may raise anything
             number = math.nan
         if not math.isfinite(number):
             allowed = "a finite number, or a pair of it and a reason"

@@ -228,10 +228,15 @@ def _run(
 
 @contextlib.contextmanager
 def _file(text: str) -> Iterator[IO[bytes]]:
-    """A file without a name that holds it, from its beginning."""
-    with tempfile.TemporaryFile() as file:
-        file.write(text.encode(errors="replace"))
-        file.seek(0)
+    """A file that holds it, to be read alone; it has no name any more."""
+    descriptor, name = tempfile.mkstemp(prefix="dsv3_code_")
+    try:
+        with os.fdopen(descriptor, "wb") as written:
+            written.write(text.encode(errors="replace"))
+        file = open(name, "rb", buffering=0)  # noqa: SIM115
+    finally:
+        os.unlink(name)
+    with file:
         yield file
 
 

@@ -88,6 +88,15 @@ def _bubblewrap(limits: Limits) -> list[str]:
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}", "--remount-ro", f"/dev/{name}"]
     for name in _OURS:
         options += ["--ro-bind", _ROOT / "dsv3_jax" / name, _ROOT / "dsv3_jax" / name]
-    options += ["--proc", "/proc", "--size", limits.folder_bytes, "--tmpfs", FOLDER]
+    options += [
+        "--proc",
+        "/proc",
+        "--remount-ro",
+        "/proc",
+        "--size",
+        limits.folder_bytes,
+        "--tmpfs",
+        FOLDER,
+    ]
     options += ["--remount-ro", "/", "--chdir", FOLDER]
     return [shutil.which("bwrap") or "bwrap", *map(str, options)]

@@ -108,6 +108,7 @@ def _make_files(limits: Limits, shown: list[str]) -> None:
         _show(f"/dev/{name}", devices=True)
     os.mkdir(f"{_NEW}/proc")
     linux.mount("proc", f"{_NEW}/proc", "proc", plain | linux.MS_NOEXEC)
+    linux.make_read_only(f"{_NEW}/proc")
     os.mkdir(_NEW + FOLDER)
     size = f"mode=755,size={limits.folder_bytes},nr_inodes={_NODES}"
     linux.mount("tmpfs", _NEW + FOLDER, "tmpfs", plain, size)
