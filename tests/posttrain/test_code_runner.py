@@ -179,6 +179,22 @@ def test_programs_that_share_memory_out_among_them_are_ended(place: Box | None):
     assert (ran.limit, ran.trouble) == ("memory_bytes", "used more memory than it may")
 
 
+def test_without_a_box_processes_are_limited_for_users_but_root():
+    if os.geteuid() == 0:
+        pytest.skip("no limit counts root's processes")
+    source = (
+        "import os, time\n"
+        "count = 1\n"
+        "try:\n"
+        "    while count < 1000:\n"
+        "        if not os.fork(): time.sleep(60)\n"
+        "        count += 1\n"
+        "except BlockingIOError:\n"
+        "    print(count, flush=True)\n"
+    )
+    assert 1 <= int(run(None, source).output) < 1000
+
+
 def test_what_a_program_reads_and_tells_beside_its_output(place: Box | None):
     source = (
         "import os, sys\n"

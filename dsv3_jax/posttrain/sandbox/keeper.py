@@ -75,8 +75,8 @@ def _become(limits: Limits, settings: Mapping[str, Any], boxed: bool) -> None:
             linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
             if boxed:
                 system_calls.install()
-        # The system counts all processes of a user: in a box, these and the two that keep it.
-        hold(limits, limits.processes + 2 if boxed else None)
+        # The system counts all threads of a user: in a box, these and the two that keep it.
+        hold(limits, limits.processes + (2 if boxed else _threads_of_user()))
         os.execve(settings["argv"][0], settings["argv"], settings["environment"])
     except BaseException as error:
         os.write(2, f"could not start: {error}\n".encode())
@@ -145,6 +145,18 @@ def _parents() -> Iterator[tuple[int, int]]:
                     yield int(name), int(file.read().rpartition(b")")[2].split()[1])
             except OSError:
                 continue
+
+
+def _threads_of_user() -> int:
+    """That run already, as far as /proc shows them."""
+    count = 0
+    for pid, _ in _parents():
+        try:
+            if os.stat(f"/proc/{pid}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{pid}/task"))
+        except OSError:
+            continue
+    return count
 
 
 def _resident() -> int:

@@ -18,16 +18,16 @@ class Limits(NamedTuple):
     folder_bytes: int = 64 << 20
     """Of all files in its folder, in a box"""
     processes: int = 16
-    """Threads count as such; in a box"""
+    """Threads count as such; without a box, beside those that the user has already"""
     open_files: int = 64
     """Of each process"""
     output_bytes: int = 64 << 10
     """What it prints, on both streams"""
 
 
-def hold(limits: Limits, processes: int | None) -> None:
+def hold(limits: Limits, processes: int) -> None:
     """This process and its children, for good; a system that already allows less stays as it is.
-    `processes` of this user altogether; None leaves them.
+    `processes` of this user altogether; root's are not counted.
     """
     cpu = limits.cpu_seconds
     _lower(resource.RLIMIT_CPU, cpu, cpu + 1)  # SIGXCPU, which can be ignored; then SIGKILL
@@ -35,8 +35,7 @@ def hold(limits: Limits, processes: int | None) -> None:
     _lower(resource.RLIMIT_FSIZE, limits.file_bytes)
     _lower(resource.RLIMIT_NOFILE, limits.open_files)
     _lower(resource.RLIMIT_CORE, 0)
-    if processes is not None:
-        _lower(resource.RLIMIT_NPROC, processes)
+    _lower(resource.RLIMIT_NPROC, processes)
 
 
 def _lower(kind: int, soft: int, hard: int | None = None) -> None:
