@@ -113,9 +113,8 @@ def _make_files(limits: Limits, shown: list[str]) -> None:
     size = f"mode=755,size={limits.folder_bytes},nr_inodes={_NODES}"
     linux.mount("tmpfs", _NEW + FOLDER, "tmpfs", plain, size)
     os.chown(_NEW + FOLDER, USER, USER)
-    linux.detach(_OLD)
     os.chdir(_NEW)
-    linux.change_root(".", ".")  # the old root lies over the new one
+    linux.change_root(".", ".")  # the old root lies over the new one, the host's within it
     linux.detach(".")
     os.chdir("/")
     _lock_root()
