@@ -6,6 +6,7 @@ weights and router biases and no optimiser: a run may start from it and cannot b
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,17 @@ def as_checkpoint(model: DeepSeekV3, source: Path) -> store.Checkpoint:
         "imported_from": str(source),
     }
     return store.Checkpoint(0, arrays, meta)
+
+
+def without_mtp(checkpoint: store.Checkpoint) -> store.Checkpoint:
+    """The same model without its MTP modules."""
+    arrays = {
+        group: {name: x for name, x in named.items() if not name.startswith("mtp.")}
+        for group, named in checkpoint.arrays.items()
+    }
+    config = checkpoint.meta["config"]
+    config = config | {"model": config["model"] | {"mtp_depth": 0}}
+    return replace(checkpoint, arrays=arrays, meta=checkpoint.meta | {"config": config})
 
 
 def _usable_tokenizer(source: Path) -> Tokenizer | None:

@@ -32,6 +32,12 @@ class DataConfig:
     """Share of the tokens that join punctuation with line ends that is split (unpublished)"""
     isolate: bool = False
     """Documents of one row do not see each other (for fine-tuning; not so in the report)"""
+    format: Literal["text", "messages"] = "text"
+    """What the source is: texts, or conversations to fine-tune on, JSONL with `messages` (5.1)"""
+    chat_template: str = ""
+    """Of conversations: a Jinja file; '': that of the weights' folder, else DeepSeek's"""
+    too_long: Literal["drop", "cut"] = "drop"
+    """Conversations of more tokens than a row has: left out, or their beginning is taken"""
 
     def __post_init__(self) -> None:
         check_types("data", self)
@@ -45,6 +51,7 @@ class DataConfig:
         if not entries or not all(entries):
             raise ValueError("data.source is empty; allowed: 'stdlib', globs or token folders")
         self._check_weights()
+        self._check_format()
 
     def _check_weights(self) -> None:
         sources = 1 if isinstance(self.source, str) else len(self.source)
@@ -57,3 +64,15 @@ class DataConfig:
             check("data.weights: a weight", weight, weight >= 0, "0 or more")
         if self.weights and not sum(self.weights):
             raise ValueError("data.weights sum to 0; allowed: at least one above 0")
+
+    def _check_format(self) -> None:
+        """What conversations need, and what would do nothing with them, or with texts."""
+        needed: dict[str, object] = {"chat_template": "", "too_long": "drop"}
+        if self.format == "messages":
+            needed = {"isolate": True, "fim_rate": 0, "split_rate": 0, "weights": ()}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)}; allowed with data.format "
+                    f"{self.format}: {value!r}"
+                )

@@ -38,7 +38,7 @@ DEEPSEEK = """{{ bos_token }}
 {%- if add_generation_prompt %}
 {{- '<｜Assistant｜>' }}
 {%- endif %}"""
-_SETTINGS = "tokenizer_config.json"
+TEMPLATE_FILE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 # Put into what only looks like a token; Unicode guarantees that this is no character.
 _APART = "\ufdd0"
 _FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -72,7 +72,7 @@ class ChatTemplate:
         """That of `chat_template.jinja` or tokenizer_config.json, else DeepSeek's. Errors as of
         `of_file`.
         """
-        file = folder / "chat_template.jinja"
+        file = folder / TEMPLATE_FILE
         if file.is_file():
             return cls.of_file(file, tokenizer)
         settings = folder / _SETTINGS

@@ -8,12 +8,14 @@ import numpy as np
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.cache import hash_texts
+from dsv3_jax.data.chat import TEMPLATE_FILE, ChatTemplate
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.fim import fim_of
 from dsv3_jax.data.hashing import key64
 from dsv3_jax.data.held_out import Survey, survey
 from dsv3_jax.data.mixture import Mixture
 from dsv3_jax.data.packing import Rows
+from dsv3_jax.data.samples import SampleRows
 from dsv3_jax.data.shards import TokenFolder, is_token_folder
 from dsv3_jax.data.sources import entries_of, load_documents
 from dsv3_jax.data.tokenised import (
@@ -24,6 +26,7 @@ from dsv3_jax.data.tokenised import (
     joined,
 )
 from dsv3_jax.data.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
+from dsv3_jax.files import replace_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +34,27 @@ class Corpus:
     """Rows to train on, rows held out in the order of their documents, and their tokenizer."""
 
     tokenizer: Tokenizer
-    train: Rows | Mixture
-    validation: Rows
+    train: Rows | Mixture | SampleRows
+    validation: Rows | SampleRows
     content_hash: str
     """Of all documents, both splits; weights do not count"""
+    template: ChatTemplate | None = None
+    """Of conversations"""
+
+    def opening(self, prompt: str) -> list[int]:
+        """What a model goes on from: a text's beginning, or a question.
+
+        ValueError, one line, for what the template refuses.
+        """
+        if self.template:
+            return self.template.encode([{"role": "user", "content": prompt}])
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
+
+    def save(self, folder: Path) -> None:
+        """Writes what makes ids of texts: the tokenizer and, if there is one, the template."""
+        self.tokenizer.save(folder / "tokenizer.json")
+        if self.template:
+            replace_file(folder / TEMPLATE_FILE, self.template.source.encode())
 
 
 def build_corpus(

@@ -4,7 +4,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,15 +19,25 @@ def read_jsonl(path: Path, name: str, field: str, bad_utf8: BadUtf8) -> Iterator
     bad UTF-8 (unless replaced) also with the offset in the file; and for a file that cannot be
     read.
     """
+    for number, record in json_lines(path, bad_utf8):
+        yield Document(f"{name}:{number}", _text(f"{path} line {number}", record, field, bad_utf8))
+
+
+def json_lines(
+    path: Path, bad_utf8: BadUtf8, parse: Callable[[str], Any] = json.loads
+) -> Iterator[tuple[int, Any]]:
+    """The number, from 1, and the content of each line that is not blank; errors are those of
+    `read_jsonl` for what is no JSON, bad UTF-8 and files that cannot be read.
+    """
     offset = 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if content.strip():
-                    start = offset + len(line) - len(content)
-                    text = _text(f"{path} line {number}", content, start, field, bad_utf8)
-                    yield Document(f"{name}:{number}", text)
+                    start, where = offset + len(line) - len(content), f"{path} line {number}"
+                    source = decode(where, content.rstrip(b"\r\n"), bad_utf8, start)
+                    yield number, _parsed(where, source, parse)
                 offset += len(line)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"data.source: cannot read {path}: {reason_of(error)}") from None
@@ -37,10 +47,9 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
-def _text(where: str, line: bytes, offset: int, field: str, bad_utf8: BadUtf8) -> str:
-    source = decode(where, line.rstrip(b"\r\n"), bad_utf8, offset)
+def _parsed(where: str, source: str, parse: Callable[[str], Any]) -> Any:
     try:
-        record = json.loads(source)
+        return parse(source)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"data.source: {where} is no JSON: {error.msg} at column {error.colno}"
@@ -48,12 +57,19 @@ def _text(where: str, line: bytes, offset: int, field: str, bad_utf8: BadUtf8) -
     except (RecursionError, ValueError) as error:  # brackets too deep, numbers too long
         reason = reason_of(error)
         raise ValueError(f"data.source: {where} is no JSON that can be read: {reason}") from None
-    text = _field(where, record, field)
+
+
+def _text(where: str, record: Any, field: str, bad_utf8: BadUtf8) -> str:
+    return whole_text(f"{where}, field {field!r}", _field(where, record, field), bad_utf8)
+
+
+def whole_text(where: str, text: str, bad_utf8: BadUtf8) -> str:
+    """A text out of JSON, which can spell halves of surrogate pairs, which no UTF-8 has: \\ud800
+    alone.
+    """
     if text.isascii():
         return text
-    # JSON can spell halves of surrogate pairs, which no UTF-8 has: \ud800 alone.
-    data = text.encode("utf-8", "surrogatepass")
-    return decode(f"{where}, field {field!r}", data, bad_utf8)
+    return decode(where, text.encode("utf-8", "surrogatepass"), bad_utf8)
 
 
 def _field(where: str, record: Any, field: str) -> str:

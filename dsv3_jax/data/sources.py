@@ -65,7 +65,7 @@ def _files_of(entry: str, field: str, bad_utf8: BadUtf8) -> _Files:
     if entry == "stdlib":
         read = partial(read_python, bad_utf8=bad_utf8)
         return {path: (name, read) for path, name in stdlib_files().items()}
-    return {path: (path.as_posix(), _reader(path, field, bad_utf8)) for path in _matching(entry)}
+    return {path: (path.as_posix(), _reader(path, field, bad_utf8)) for path in matching(entry)}
 
 
 def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], Iterator[Document]]:
@@ -77,8 +77,8 @@ def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], 
     return partial(read_text, bad_utf8=bad_utf8)
 
 
-def _matching(pattern: str) -> list[Path]:
-    """The files of a glob. Folders that a wildcard meets are passed over."""
+def matching(pattern: str) -> list[Path]:
+    """The files of a glob. Folders that a wildcard meets are passed over; ValueError for none."""
     literal = Path(pattern).expanduser()
     if literal.is_dir():
         raise ValueError(

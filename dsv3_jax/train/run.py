@@ -18,19 +18,28 @@ from dsv3_jax import process
 from dsv3_jax.checkpoint import joint, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
-from dsv3_jax.checkpoint.run_model import as_checkpoint, check_moments, check_trained
+from dsv3_jax.checkpoint.run_model import (
+    as_checkpoint,
+    check_moments,
+    check_trained,
+    without_mtp,
+)
 from dsv3_jax.config import RunConfig
-from dsv3_jax.config.load import load_json
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.cuts import check_pipeline, cuts_of
 from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.train import snapshot
-from dsv3_jax.train.beginning import check_processes, joint_corpus, joint_folder
+from dsv3_jax.train.beginning import (
+    check_processes,
+    joint_corpus,
+    joint_folder,
+    settled,
+    tokenizer_at_hand,
+)
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable
 from dsv3_jax.train.loop import Trainer
@@ -106,8 +115,10 @@ def prepare(
     watch: Watch = NO_WATCH,
     *,
     moments: bool = False,
+    epochs: int | None = None,
 ) -> Prepared:
-    """Reads all that a new or a resumed run reads, and makes its folder.
+    """Reads all that a new or a resumed run reads, and makes its folder; `epochs` over its samples
+    decide the number of steps.
 
     ValueError or OSError, one line, for what cannot work.
     """
@@ -131,14 +142,18 @@ def prepare(
             check_moments(init_from.path)
         groups = None if resume else WEIGHTS + MOMENTS * moments
         checkpoint = _load(cfg, resume or init_from, groups, say)
-    _check_profile(cfg, watch, checkpoint.step if checkpoint and resume else 0)
+    done = checkpoint.step if checkpoint and resume else 0
+    if epochs is None:
+        _check_profile(cfg, watch, done)
+    if checkpoint and init_from and not cfg.model.mtp_depth:
+        checkpoint = without_mtp(checkpoint)
     if checkpoint:  # before the text is read, which may take long
         check = check_same_run if resume else check_same_model
         check(cfg, checkpoint.meta)
-    kept = _tokenizer_at_hand(cfg, resume, init_from)
-    corpus = joint_corpus(cfg, kept, say)
-    ids = {"bos_id": corpus.tokenizer.bos_id, "eos_id": corpus.tokenizer.eos_id}
-    cfg = replace(cfg, model=replace(cfg.model, **ids))
+    kept = tokenizer_at_hand(cfg, resume, init_from)
+    corpus = joint_corpus(cfg, kept, say, resume, init_from)
+    cfg = settled(cfg, corpus, epochs, done)
+    _check_profile(cfg, watch, done)
     if checkpoint and resume:
         check_same_text(cfg, corpus, checkpoint.meta)
     elif checkpoint and checkpoint.meta["data"]["tokenizer"] != corpus.tokenizer.content_hash:
@@ -156,9 +171,8 @@ def prepare(
             else:
                 if init_from and kept and kept.name == str(init_from.tokenizer):
                     copy_tokenizer(init_from.path, run.path)  # a chat template, for one
-                corpus.tokenizer.save(run.path / "tokenizer.json")
-            done = (checkpoint.step if checkpoint else 0) if resume else None
-            writers = open_writers(cfg, run, done)
+                corpus.save(run.path)
+            writers = open_writers(cfg, run, done if resume else None)
         if not init_from:
             _write_config(cfg, run)
     weights_from = init_from and init_from.path
@@ -187,19 +201,6 @@ def _load(
     if wanted is not None:
         say(f"           process 0 has read {found.bytes_read / 1e6:,.2f} MB of step {found.step}")
     return found
-
-
-def _tokenizer_at_hand(
-    cfg: RunConfig, resume: RunFolder | None, init_from: RunFolder | None
-) -> Tokenizer | None:
-    """That the weights were trained with, which a new one would not fit, unless another one is
-    asked for by name. None if the text decides.
-    """
-    if resume:
-        return load_tokenizer(resume.tokenizer)
-    if init_from and cfg.data.tokenizer in ("train", load_json(init_from.config).data.tokenizer):
-        return load_tokenizer(init_from.tokenizer)
-    return None if cfg.data.tokenizer == "train" else load_tokenizer(cfg.data.tokenizer)
 
 
 def _write_config(cfg: RunConfig, run: RunFolder) -> None:

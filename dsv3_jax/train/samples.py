@@ -12,9 +12,10 @@ from dsv3_jax.train.step import TrainState
 
 
 def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corpus: Corpus) -> str:
-    """What the model writes after the prompt, at the beginning of a document."""
-    tokenizer = corpus.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(cfg.output.sample_prompt).tolist()]
+    """What the model writes after the prompt, at the beginning of a document; or its answer, if it
+    is trained on conversations.
+    """
+    tokenizer, ids = corpus.tokenizer, corpus.opening(cfg.output.sample_prompt)
     room = min(cfg.output.sample_tokens, cfg.model.max_length - len(ids))
     if room < 1:
         return ""

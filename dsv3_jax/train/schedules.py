@@ -66,6 +66,17 @@ def rows_after(cfg: RunConfig, consumed_rows: int, steps: int) -> int:
     return consumed_rows + sum(rows * n for rows, n in stairs(cfg, consumed_rows, steps))
 
 
+def steps_of(cfg: RunConfig, rows: int) -> int:
+    """Fewest steps of a run that consume so many rows."""
+    steps = 0
+    for size, count in stairs(cfg, 0, rows):
+        taken = min(count, -(-rows // size))
+        steps, rows = steps + taken, rows - taken * size
+        if rows <= 0:
+            break
+    return steps
+
+
 def value_at(start: float, phases: tuple[Phase, ...], tokens: int) -> float:
     """Value after `tokens` tokens of phases that follow one another from `start`.
 

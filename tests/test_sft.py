@@ -1,0 +1,237 @@
+"""`python -m dsv3_jax.sft`: a model fine-tuned from end to end, exactly resumed, and taken away."""
+
+import json
+import re
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dsv3_jax
+from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint.model_folder import open_model
+from dsv3_jax.config.load import load_json
+from dsv3_jax.convert import main as convert
+from dsv3_jax.data.held_out import is_held_out
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsv3_jax.sft import main
+from dsv3_jax.train.beginning import joint_corpus
+from dsv3_jax.train.folder import RunFolder
+from dsv3_jax.train.metrics import read_metrics
+from tests.commands import help_of
+from tests.runs import SmallRun, send_at_step, timeless
+from tests.shapes import compiled, random_model, tiny_model
+
+TEMPLATE = (
+    "{% for m in messages %}{{ ('=' if m.role == 'assistant' else '?') + m.content }}"
+    "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '=' }}{% endif %}"
+)
+FLAGS = (
+    *("--train.dtype", "float32", "--data.length", 32, "--train.rows", 2),
+    *("--data.validation-fraction", 0.25, "--output.sample-tokens", 0),
+    *("--output.log-every", 1, "--output.eval-every", 4, "--output.save-every", 4),
+)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model in a Hugging Face folder, samples, and a way to start the command here."""
+
+    home: Path
+
+    @property
+    def model(self) -> Path:
+        return self.home / "model"
+
+    @property
+    def samples(self) -> Path:
+        return self.home / "samples.jsonl"
+
+    def make(self) -> None:
+        """Additions, as if said in a chat; the template lies beside the model."""
+        cfg = tiny_model(vocab_size=300, num_layers=1, num_dense_layers=0, bos_id=0, eos_id=1)
+        dsv3_jax.save_pretrained(random_model(cfg), self.model, progress=False, dtype="float32")
+        train_tokenizer(["1+2=3 and so on\n"] * 9, 300).save(self.model / "tokenizer.json")
+        (self.model / "chat_template.jinja").write_text(TEMPLATE)
+        lines = []
+        for i in range(40):
+            turns = [("user", f"{i}+{i % 7}"), ("assistant", f"{i + i % 7}")] * (1 + i % 2)
+            lines.append({"messages": [{"role": r, "content": c} for r, c in turns], "kind": "x"})
+        self.samples.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def tune(self, out: Path, *args: object) -> int | None:
+        """The command in this process, into the folder `out`."""
+        given = ("--init-from", self.model, "--data.source", self.samples, *FLAGS)
+        return self.run("--output.folder", out, *given, *args)
+
+    def run(self, *args: object) -> int | None:
+        with SmallRun(self.home).quick():
+            return main(list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
+    made = Tuning(tmp_path_factory.mktemp("sft"))
+    made.make()
+    return made
+
+
+@pytest.fixture(scope="module")
+def tuned(tuning: Tuning) -> Path:
+    """A whole run of the default two epochs."""
+    assert tuning.tune(tuning.home / "runs") == 0
+    return tuning.home / "runs" / "sft-001"
+
+
+def entries_of(run: Path, kind: str) -> list[dict]:
+    return [entry for entry in read_metrics(run / "metrics.jsonl") if entry["kind"] == kind]
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_two_epochs_on_the_reports_cosine(tuned: Path):
+    train = entries_of(tuned, "train")
+    steps, rows = len(train), train[-1]["rows"]
+    assert rows == 2 * steps
+    result = json.loads((tuned / "result.json").read_text())
+    assert 2 <= result["passes"] <= 2 + 2 / 7  # ended by the step that ends the second one
+    rates = [entry["learning_rate"] for entry in train]
+    share = np.arange(steps) / steps
+    expected = 1e-6 + 4e-6 * (1 + np.cos(np.pi * share)) / 2
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert "sft-001" in (tuned / "report.html").read_text()
+    assert json.loads((tuned / "config.json").read_text())["train"]["steps"] == steps
+
+
+def test_the_loss_is_that_of_the_answers_alone(tuning: Tuning, tuned: Path):
+    """Of the whole held-out split, by hand: each sample alone, its answers by the template."""
+    opened = open_model(tuned, dtype=np.float32)
+    model, tokenizer = compiled(opened.model), opened.tokenizer
+    nats, count = 0.0, 0
+    for line in map(json.loads, tuning.samples.read_text().splitlines()):
+        users = [m["content"] for m in line["messages"] if m["role"] == "user"]
+        if not is_held_out(json.dumps(users), 0.25):
+            continue
+        ids, answers = ids_of(line["messages"], tokenizer)
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        logprob_TV = jax.nn.log_softmax(np.asarray(model(padded))[0])
+        for place in np.flatnonzero(answers):
+            nats, count = nats - float(logprob_TV[place - 1, ids[place]]), count + 1
+    result = json.loads((tuned / "result.json").read_text())
+    assert result["validation_loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def ids_of(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """A conversation by the template, and which of its ids are an answer's."""
+    ids, answers = [], []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        text = message["content"] if is_answer else f"?{message['content']}="
+        found = tokenizer.encode(text).tolist() + [tokenizer.eos_id] * is_answer
+        ids, answers = ids + found, answers + [is_answer] * len(found)
+    return ids, answers
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tuning: Tuning, tuned: Path, tmp_path: Path):
+    """In the middle of an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        send_at_step(patch, 6, signal.SIGTERM)
+        assert tuning.tune(tmp_path) == 128 + signal.SIGTERM
+    run = tmp_path / "sft-001"
+    assert len(entries_of(run, "train")) == 6
+    assert tuning.run("--resume", run) == 0
+    last = store.steps(tuned / "checkpoints")[-1]
+    one, two = (timeless(path) for path in (run, tuned))
+    assert [e for e in one if e["kind"] == "train"] == [e for e in two if e["kind"] == "train"]
+    assert_same_arrays(run, tuned, last)
+
+
+def test_a_resumed_run_has_its_template_whatever_became_of_the_file(tuned: Path):
+    cfg, folder = load_json(tuned / "config.json"), RunFolder(tuned)
+    gone = replace(cfg, data=replace(cfg.data, chat_template="gone.jinja"))
+    kept, said = load_tokenizer(folder.tokenizer), []
+    one = joint_corpus(cfg, kept, said.append, folder, None)
+    two = joint_corpus(gone, kept, said.append, folder, None)
+    assert one.content_hash == two.content_hash
+    with pytest.raises(ValueError, match=r"data\.chat_template gone\.jinja: No such file"):
+        joint_corpus(gone, kept, said.append, None, folder)
+
+
+def assert_same_arrays(run: Path, other: Path, step: int) -> None:
+    """Weights, biases and moments bit for bit."""
+    one, two = (store.load(path / "checkpoints", step).arrays for path in (run, other))
+    assert one.keys() == two.keys() >= {"params", "router_bias", "mu", "nu"}
+    for group, named in one.items():
+        for name, array in named.items():
+            np.testing.assert_array_equal(array, two[group][name], err_msg=f"{group}/{name}")
+
+
+def test_an_export_holds_weights_tokenizer_and_template(tuned: Path, tmp_path: Path):
+    convert(["export", str(tuned), str(tmp_path / "out"), "--dtype", "float32"])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+    back = open_model(tmp_path / "out")
+    tokens = np.arange(64, dtype=np.int32)[None]
+    one, two = (
+        np.asarray(compiled(m)(tokens))
+        for m in (back.model, open_model(tuned, dtype=np.float32).model)
+    )
+    np.testing.assert_array_equal(one, two)
+
+
+# --- what a user may get wrong -------------------------------------------------------------------
+
+
+def test_help_names_the_options_and_loads_no_jax():
+    shown, loaded = help_of("dsv3_jax.sft")
+    assert loaded.isdisjoint({"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain", "numpy"})
+    assert {"--epochs", "--init-from", "--data.too-long", "--data.chat-template"} <= set(
+        re.findall(r"--[a-z][\w.-]*", shown)
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--init-from="], "--init-from is needed"),
+        (["--init-from", "nowhere"], "--init-from nowhere: no run there"),
+        (["--epochs", "0"], "--epochs is 0; allowed: 1 or more"),
+        (["--epochs", "1", "--train.steps", "3"], "--epochs and --train.steps: allowed: one"),
+        (["--print-config"], "need --train.steps"),
+        (["--data.format", "text"], "data.format is text; allowed for"),
+        (["--data.no-isolate"], "data.isolate is False; allowed with data.format messages"),
+        (["--data.fim-rate", "0.1"], "data.fim_rate is 0.1; allowed with data.format messages: 0"),
+        (["--data.source", "none.jsonl"], "no file matches"),
+        (["--data.length", "4"], "no sample is left of 40; 40 dropped, longer than data.length 4"),
+        (["--data.chat-template", "{t}"], "samples.jsonl line 1: {t}: no chats"),
+        (["--data.source", "{s}"], "bad.jsonl line 2: messages[0].role is 'tool'; allowed: 'sys"),
+        (["--model.d-model", "48"], "another model: model.d_model is 48"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_run_behind(
+    tuning: Tuning, tmp_path: Path, args: list[str], line: str, capsys: pytest.CaptureFixture
+):
+    places = {"{t}": tmp_path / "t.jinja", "{s}": tmp_path / "bad.jsonl"}
+    places["{t}"].write_text("{{ raise_exception('no chats') }}")
+    good = tuning.samples.read_text().splitlines()[0]
+    places["{s}"].write_text(f"{good}\n{good.replace('user', 'tool')}\n")
+    for short, path in places.items():
+        args, line = [arg.replace(short, str(path)) for arg in args], line.replace(short, str(path))
+    given = ["--output.folder", str(tmp_path / "runs"), "--data.source", str(tuning.samples)]
+    if not any(arg.startswith("--init-from") for arg in args):
+        given += ["--init-from", str(tuning.model)]
+    elif "--init-from=" in args:
+        args = []
+    small = ["--data.length", "32", "--train.rows", "2", "--train.dtype", "float32"]
+    with pytest.raises(SystemExit) as stop:
+        main([*given, *small, *args])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err.splitlines()  # behind the progress of loading the model
+    assert [place for place, one in enumerate(told) if one.startswith("error: ")] == [len(told) - 1]
+    assert line in told[-1]
+    assert not list(tmp_path.glob("runs/*"))
