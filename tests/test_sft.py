@@ -3,74 +3,29 @@
 import json
 import re
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-import dsv3_jax
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.model_folder import open_model
 from dsv3_jax.config.load import load_json
 from dsv3_jax.convert import main as convert
 from dsv3_jax.data.held_out import is_held_out
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from dsv3_jax.sft import main
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.sft import COMMAND, main
+from dsv3_jax.train import command
 from dsv3_jax.train.beginning import joint_corpus
 from dsv3_jax.train.folder import RunFolder
-from dsv3_jax.train.metrics import read_metrics
+from dsv3_jax.train.run import prepare
+from dsv3_jax.train.snapshot import weights_of
 from tests.commands import help_of
-from tests.runs import SmallRun, send_at_step, timeless
-from tests.shapes import compiled, random_model, tiny_model
-
-TEMPLATE = (
-    "{% for m in messages %}{{ ('=' if m.role == 'assistant' else '?') + m.content }}"
-    "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '=' }}{% endif %}"
-)
-FLAGS = (
-    *("--train.dtype", "float32", "--data.length", 32, "--train.rows", 2),
-    *("--data.validation-fraction", 0.25, "--output.sample-tokens", 0),
-    *("--output.log-every", 1, "--output.eval-every", 4, "--output.save-every", 4),
-)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """A model in a Hugging Face folder, samples, and a way to start the command here."""
-
-    home: Path
-
-    @property
-    def model(self) -> Path:
-        return self.home / "model"
-
-    @property
-    def samples(self) -> Path:
-        return self.home / "samples.jsonl"
-
-    def make(self) -> None:
-        """Additions, as if said in a chat; the template lies beside the model."""
-        cfg = tiny_model(vocab_size=300, num_layers=1, num_dense_layers=0, bos_id=0, eos_id=1)
-        dsv3_jax.save_pretrained(random_model(cfg), self.model, progress=False, dtype="float32")
-        train_tokenizer(["1+2=3 and so on\n"] * 9, 300).save(self.model / "tokenizer.json")
-        (self.model / "chat_template.jinja").write_text(TEMPLATE)
-        lines = []
-        for i in range(40):
-            turns = [("user", f"{i}+{i % 7}"), ("assistant", f"{i + i % 7}")] * (1 + i % 2)
-            lines.append({"messages": [{"role": r, "content": c} for r, c in turns], "kind": "x"})
-        self.samples.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-    def tune(self, out: Path, *args: object) -> int | None:
-        """The command in this process, into the folder `out`."""
-        given = ("--init-from", self.model, "--data.source", self.samples, *FLAGS)
-        return self.run("--output.folder", out, *given, *args)
-
-    def run(self, *args: object) -> int | None:
-        with SmallRun(self.home).quick():
-            return main(list(map(str, args)))
+from tests.runs import random_state, send_at_step, timeless
+from tests.shapes import compiled
+from tests.tuning import TEMPLATE, Tuning, assert_same_arrays, entries_of
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +40,6 @@ def tuned(tuning: Tuning) -> Path:
     """A whole run of the default two epochs."""
     assert tuning.tune(tuning.home / "runs") == 0
     return tuning.home / "runs" / "sft-001"
-
-
-def entries_of(run: Path, kind: str) -> list[dict]:
-    return [entry for entry in read_metrics(run / "metrics.jsonl") if entry["kind"] == kind]
 
 
 # --- a run ---------------------------------------------------------------------------------------
@@ -163,15 +114,6 @@ def test_a_resumed_run_has_its_template_whatever_became_of_the_file(tuned: Path)
         joint_corpus(gone, kept, said.append, None, folder)
 
 
-def assert_same_arrays(run: Path, other: Path, step: int) -> None:
-    """Weights, biases and moments bit for bit."""
-    one, two = (store.load(path / "checkpoints", step).arrays for path in (run, other))
-    assert one.keys() == two.keys() >= {"params", "router_bias", "mu", "nu"}
-    for group, named in one.items():
-        for name, array in named.items():
-            np.testing.assert_array_equal(array, two[group][name], err_msg=f"{group}/{name}")
-
-
 def test_an_export_holds_weights_tokenizer_and_template(tuned: Path, tmp_path: Path):
     convert(["export", str(tuned), str(tmp_path / "out"), "--dtype", "float32"])
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
@@ -182,6 +124,25 @@ def test_an_export_holds_weights_tokenizer_and_template(tuned: Path, tmp_path: P
         for m in (back.model, open_model(tuned, dtype=np.float32).model)
     )
     np.testing.assert_array_equal(one, two)
+
+
+def test_the_mtp_modules_of_a_run_are_left_out_on_demand(
+    tuning: Tuning, tuned: Path, tmp_path: Path
+):
+    """All else is what it was, also where a Hugging Face folder has them."""
+    named = {}
+    for folder in (tuned, tuning.model):
+        args = ["--init-from", str(folder), "--data.source", str(tuning.samples)]
+        args += ["--output.folder", str(tmp_path), "--data.length", "32", "--model.mtp-depth", "0"]
+        options, _, init_from = command.resolve(COMMAND, args)
+        prepared = prepare(options.run, None, lambda line: None, init_from, epochs=1)
+        named[folder] = set(prepared.checkpoint.arrays["params"])
+        assert prepared.cfg.model.mtp_depth == 0
+        weights_of(prepared.checkpoint, prepared.cfg, random_state(prepared.cfg))  # all fit
+    whole = store.load(tuned / "checkpoints").arrays
+    assert any(name.startswith("mtp.") for name in whole["params"])
+    kept = {name: x for name, x in whole["params"].items() if not name.startswith("mtp.")}
+    assert named[tuned] == named[tuning.model] == set(kept)
 
 
 # --- what a user may get wrong -------------------------------------------------------------------
