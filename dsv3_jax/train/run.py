@@ -15,15 +15,9 @@ from flax import nnx
 from rich.console import Console
 
 from dsv3_jax import process
-from dsv3_jax.checkpoint import joint, store
+from dsv3_jax.checkpoint import joint, run_model, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
-from dsv3_jax.checkpoint.run_model import (
-    as_checkpoint,
-    check_moments,
-    check_trained,
-    without_mtp,
-)
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.run import from_dict
 from dsv3_jax.data.corpus import Corpus
@@ -133,20 +127,20 @@ def prepare(
     check_processes(cfg, resume, init_from)
     say(f"machine    {describe()}")
     if resume:
-        check_trained(resume.path)
+        run_model.check_trained(resume.path)
     check_state(cfg)
     check_memory(cfg)
     checkpoint = None
     if (init_from or resume) and not (resume and _never_saved(resume)):
         if moments:
-            check_moments(init_from.path)
+            run_model.check_moments(init_from.path)
         groups = None if resume else WEIGHTS + MOMENTS * moments
         checkpoint = _load(cfg, resume or init_from, groups, say)
     done = checkpoint.step if checkpoint and resume else 0
     if epochs is None:
         _check_profile(cfg, watch, done)
     if checkpoint and init_from and not cfg.model.mtp_depth:
-        checkpoint = without_mtp(checkpoint)
+        checkpoint = run_model.without_mtp(checkpoint)
     if checkpoint:  # before the text is read, which may take long
         check = check_same_run if resume else check_same_model
         check(cfg, checkpoint.meta)
@@ -194,7 +188,7 @@ def _load(
     if is_hf_folder(source.path):
         skip_mtp = not cfg.model.mtp_depth
         model = load_pretrained(source.path, dtype="float32", skip_mtp=skip_mtp)
-        found = as_checkpoint(model, source.path)
+        found = run_model.as_checkpoint(model, source.path)
         # A pipeline's process has some stages, and nowhere to put the others' arrays.
         return replace(found, arrays=store.only(found.arrays, wanted or {}))
     found = joint.load(source.checkpoints, groups=groups, wanted=wanted, report=say)
