@@ -5,8 +5,9 @@ transposed function, without those that are weights or zeros. `input_gradients` 
 and takes the gradients of inputs; of linears it leaves a tape. `weight_gradients` (W) makes of the
 tape one product for each linear. What is no linear (gains of norms, routers, the embedding) has its
 gradient in b, and so have overflow rounds of the exchange, of which only the routing knows how many
-there are. The head's is made in F, by the products that the loss takes anyway: kept for b it would
-be a residual as large as the head.
+there are, and the weights that expand latents of shared rows, block by block. The head's is made in
+F, by the products that the loss takes anyway: kept for b it would be a residual as large as the
+head.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,7 +73,7 @@ class Returned(NamedTuple):
     row_is_finite_B: jax.Array | None
     """Of the first stage alone: whether each row's gradient is"""
     grads: Arrays
-    """Of what is no linear, and of experts in overflow rounds"""
+    """Of what is no linear, and of `Stage.overflowing`"""
     tape: dict[str, tuple[jax.Array, ...]]
 
 
@@ -211,7 +212,7 @@ class Stage:
         return Passed(h_BTD, kept, dhead, total, parts)
 
     def _slots(self, weights: Arrays) -> tuple[Any, Arrays]:
-        """Zeros for what linears leave, and for experts' gradients of overflow rounds."""
+        """Zeros for what linears leave, and for gradients of `overflowing` weights."""
         left = {name: self._left(name) for name in self.tape.entries}
         overflow = {name: self.zeros(name, weights[name]) for name in self.overflowing}
         return varying((left, overflow), TOKEN_AXES)
