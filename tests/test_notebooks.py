@@ -65,6 +65,22 @@ EXPECTED = {
         5,
         QUICK | {"NOTEBOOK_STEPS": "1", "NOTEBOOK_TOKENS": "6"},
     ),
+    "03_finetune_and_evaluate": Expected(
+        (
+            '{"messages": [{"role": "user", "content": "',
+            "tokens before: <",
+            "tokens in the loss: [",  # and no others
+            "of 24 exact, ",
+            " samples to train on, ",
+            "', right is '",  # behind what the model wrote
+            "bits per byte",
+            "| fine_tuning/text.txt |",  # the command's table
+        ),
+        2,
+        QUICK
+        | {"NOTEBOOK_STEPS": "1", "NOTEBOOK_SAMPLES": "24", "NOTEBOOK_EPOCHS": "1"}
+        | {"NOTEBOOK_TUNING": "--data.length 64"},
+    ),
 }
 
 
