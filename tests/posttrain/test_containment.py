@@ -210,7 +210,8 @@ def test_a_box_ends_with_the_process_that_runs_it(box: Box):
     )
     ours = (
         "from dsv3_jax.posttrain.code_runner import Program, Runner\n"
-        f"Runner({box!r}).run(Program(('-c', {source!r})))"
+        "from dsv3_jax.posttrain.sandbox.limits import Limits\n"
+        f"Runner({box!r}, Limits(seconds=3600.0)).run(Program(('-c', {source!r})))"
     )
     with subprocess.Popen([sys.executable, "-c", ours], cwd=Path(__file__).parents[2]) as process:
         wait_for(lambda: len(processes_with(f"\0{mark}")) >= 1)
