@@ -9,25 +9,21 @@ YaRN's factor is 20 in both phases, 1.25 times the whole extension, as the repor
 """
 
 from dataclasses import replace
+from pathlib import Path
 
-from dsv3_jax.config import MeshConfig, RunConfig, YarnConfig
-from dsv3_jax.config.presets import tiny_run
+from dsv3_jax.config import RunConfig
+from dsv3_jax.config.load import load_config
 
 LENGTH, ROWS = 4096, 1
 
 
 def config() -> RunConfig:
-    run = tiny_run()
+    run = load_config(Path(__file__).with_name("tiny_yarn_1k.py"))
     return replace(
         run,
-        model=replace(
-            run.model, max_length=LENGTH, yarn=YarnConfig(factor=20.0, original_length=256)
-        ),
+        model=replace(run.model, max_length=LENGTH),
         data=replace(run.data, length=LENGTH),
-        train=replace(run.train, steps=60, rows=ROWS),
-        schedule=replace(
-            run.schedule, learning_rate=3e-4, warmup_steps=0, bias_speed=0.0, mtp_weight=0.1
-        ),
-        mesh=MeshConfig(node=2, local=2, sequence="node_local", bucket_factor=2.0),
-        output=replace(run.output, name="tiny_yarn_4k", eval_every=30, eval_rows=4),
+        train=replace(run.train, rows=ROWS),
+        mesh=replace(run.mesh, node=2, sequence="node_local"),
+        output=replace(run.output, name="tiny_yarn_4k", eval_rows=4),
     )

@@ -10,36 +10,21 @@ configs/yarn_32k.py.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
-from dsv3_jax.config import (
-    DataConfig,
-    MeshConfig,
-    OutputConfig,
-    PipelineConfig,
-    QuantConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from dsv3_jax.config.presets import dsv3_671b
+from dsv3_jax.config import RunConfig
+from dsv3_jax.config.load import load_config
 
 LENGTH, ROWS = 128 * 1024, 480
 
 
 def config() -> RunConfig:
-    return RunConfig(
-        model=replace(dsv3_671b(), max_length=LENGTH),
-        data=DataConfig(length=LENGTH, fim_rate=0.1, split_rate=0.1),
-        train=TrainConfig(steps=1000, rows=ROWS, microbatches=120, remat="report"),
-        schedule=ScheduleConfig(
-            learning_rate=7.3e-6,
-            final_learning_rate=7.3e-6,
-            warmup_steps=0,
-            bias_speed=0.0,
-            mtp_weight=0.1,
-        ),
-        quant=QuantConfig("fp8"),
-        mesh=MeshConfig(pipe=16, data=2, node=8, local=8, sequence="node_local"),
-        pipeline=PipelineConfig("dualpipe"),
-        output=OutputConfig(name="yarn_128k", save_every=250),
+    run = load_config(Path(__file__).with_name("yarn_32k.py"))
+    return replace(
+        run,
+        model=replace(run.model, max_length=LENGTH),
+        data=replace(run.data, length=LENGTH),
+        train=replace(run.train, rows=ROWS),
+        mesh=replace(run.mesh, sequence="node_local"),
+        output=replace(run.output, name="yarn_128k"),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -70,6 +71,20 @@ def whole_lines(path: str | Path) -> Iterator[Callable[[str], None]]:
                 file.truncate(size)  # what a full disk, or ^C, has left of a line
                 if not size:
                     path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path, taken: Exception) -> Iterator[None]:
+    """The folder is this process's until the end. `taken` is raised if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -10,18 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from dsv3_jax.config import YarnConfig
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.generate import main
 from dsv3_jax.inference import generate
-from dsv3_jax.inference.programs import Programs
 from tests.checkpoint.hf_folders import random_tensors, write_folder
 from tests.checkpoint.run_folders import CFG, write_run
 from tests.commands import help_of
+from tests.inference.engines import programs_compiled_once
 from tests.runs import jax_option
 
 ROOT = Path(__file__).parents[1]
@@ -197,17 +195,7 @@ ENGINE = ("--drafts", 1, "--rows", 1, "--pages", 1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once() -> Iterator[None]:
-    """Engines of one model and the same sizes share their programs."""
-    known, real = {}, Programs._compile
-
-    def compile_(self, body, *args):
-        key = f"{body} {jax.tree.map(np.shape, args[2:])}"
-        if key not in known:
-            known[key] = real(self, body, *args)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Programs, "_compile", compile_)
+    with programs_compiled_once():
         yield
 
 

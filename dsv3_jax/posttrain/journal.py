@@ -5,12 +5,9 @@ seconds reach the disk (fsync), so that a power loss costs little. A torn last l
 the run goes on: its candidate is asked for again, with the same seed.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,17 +89,3 @@ class Journal:
         if self._pending:
             self._sync()
         self._file.close()
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder is this process's. ValueError if another one has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {folder}: another process is writing there") from None
-        yield
-    finally:
-        os.close(descriptor)

@@ -11,8 +11,7 @@ from typing import Any
 
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import read_table
-from dsv3_jax.files import replace_file
-from dsv3_jax.posttrain.journal import held
+from dsv3_jax.files import held, replace_file
 
 SETTINGS, JOURNAL = "settings.json", "candidates.jsonl"
 SAMPLES, FATES_FILE = "samples.jsonl", "fates.jsonl"
@@ -99,7 +98,8 @@ def synthesis_folder(path: Path) -> Iterator[SynthesisFolder]:
     path.mkdir(parents=True, exist_ok=True)
     was_begun = True
     try:
-        with held(path):
+        taken = ValueError(f"--out {path}: another process is writing there")
+        with held(path, taken):
             folder = SynthesisFolder(path)
             was_begun = folder.stored is not None
             yield folder

@@ -53,7 +53,7 @@ class TrainedWeight:
     """How a linear rounds its operands; None if `value` is an array"""
     taps: Taps | None = None
     overflow: jax.Array | None = None
-    """As a slot [..., D, F], beside a `Slot`: for products whose number only the routing decides"""
+    """As a slot [..., D, F], beside a `Slot`: for products that are not put off"""
 
     @property
     def shape(self) -> tuple[int, ...]:

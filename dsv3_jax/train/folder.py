@@ -1,7 +1,6 @@
 """A run's folder: what lies where, how a new one is named, which one is resumed."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_jax.config import OutputConfig
+from dsv3_jax.files import held
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,9 @@ def _made(cfg: OutputConfig) -> RunFolder:
         raise OSError(f"output.folder {parent} cannot be written to: {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def locked(run: RunFolder) -> Iterator[None]:
+def locked(run: RunFolder) -> contextlib.AbstractContextManager[None]:
     """Holds a run's folder for this process until it ends. OSError if another one has it."""
-    descriptor = os.open(run.path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"{run.path}: another process is training this run") from None
-        yield
-    finally:
-        os.close(descriptor)
+    return held(run.path, OSError(f"{run.path}: another process is training this run"))
 
 
 def check_writable(cfg: OutputConfig) -> None:

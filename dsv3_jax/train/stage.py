@@ -73,7 +73,7 @@ class Returned(NamedTuple):
     row_is_finite_B: jax.Array | None
     """Of the first stage alone: whether each row's gradient is"""
     grads: Arrays
-    """Of what is no linear, and of `Stage.overflowing`"""
+    """Of what is no linear, and of `Stage.not_put_off`"""
     tape: dict[str, tuple[jax.Array, ...]]
 
 
@@ -119,10 +119,10 @@ class Stage:
     def in_backward(self) -> tuple[str, ...]:
         """Parameters whose gradient comes with that of inputs, in whole or in part."""
         direct = [n for n in self.names if not is_linear(n) and (n != self.head or n == "embed_VD")]
-        return (*direct, *self.overflowing)
+        return (*direct, *self.not_put_off)
 
     @cached_property
-    def overflowing(self) -> tuple[str, ...]:
+    def not_put_off(self) -> tuple[str, ...]:
         """Weights with products whose gradient is not put off: experts', if there are overflow
         rounds, and of shared rows those that expand latents, block by block.
         """
@@ -212,9 +212,9 @@ class Stage:
         return Passed(h_BTD, kept, dhead, total, parts)
 
     def _slots(self, weights: Arrays) -> tuple[Any, Arrays]:
-        """Zeros for what linears leave, and for gradients of `overflowing` weights."""
+        """Zeros for what linears leave, and for gradients of weights that are `not_put_off`."""
         left = {name: self._left(name) for name in self.tape.entries}
-        overflow = {name: self.zeros(name, weights[name]) for name in self.overflowing}
+        overflow = {name: self.zeros(name, weights[name]) for name in self.not_put_off}
         return varying((left, overflow), TOKEN_AXES)
 
     def _left(self, name: str) -> tuple[jax.Array, ...]:

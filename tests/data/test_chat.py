@@ -4,27 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.tokenizer import Tokenizer
+from tests.chat_tokenizer import ASSISTANT, BOS, EOS, THOUGHT, USER, byte_backend, chat_tokenizer
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-USER, ASSISTANT, THOUGHT = "<｜User｜>", "<｜Assistant｜>", "</think>"
 ASK = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Bytes, and DeepSeek's marks: two special, three not, as published."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([BOS, EOS])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in (USER, ASSISTANT, THOUGHT)])
-    return Tokenizer(backend, "of the test")
+    return chat_tokenizer()
 
 
 def spelt(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -79,10 +69,7 @@ def test_what_takes_marks_apart_cannot_be_sent(tokenizer):
 
 
 def test_a_mark_of_one_character_is_text_too():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = byte_backend()
     backend.add_special_tokens([EOS, "☞"])
     tokenizer = Tokenizer(backend, "of the test")
     template = ChatTemplate(tokenizer, "☞{{ messages[0].content }}☞")

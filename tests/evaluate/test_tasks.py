@@ -7,16 +7,15 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import numpy as np
 import pytest
 
 from dsv3_jax.evaluate.__main__ import main
-from dsv3_jax.inference.programs import Programs
 from tests.checkpoint.run_folders import write_run
 from tests.commands import mistake_of
 from tests.evaluate.subjects import make_subject
 from tests.inference.conftest import _quick  # noqa: F401
+from tests.inference.engines import programs_compiled_once
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,17 +57,7 @@ def _lm_eval() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once() -> Iterator[None]:
-    """Engines of one model and the same sizes share their programs."""
-    known, real = {}, Programs._compile
-
-    def compile_(self, body, *args):
-        key = f"{body} {jax.tree.map(np.shape, args[2:])}"
-        if key not in known:
-            known[key] = real(self, body, *args)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Programs, "_compile", compile_)
+    with programs_compiled_once():
         yield
 
 

@@ -1,6 +1,5 @@
 """Retrieval documents, models with other positions, losses by position; the experiment in small."""
 
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from dsv3_jax.data.documents import Document
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.train.__main__ import resolve
+from tests.experiments.loading import run_module
 from tests.runs import jax_option
 from tests.shapes import compiled, random_model, random_tokens, tiny_model
 
@@ -35,14 +35,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Its run.py, with all that it imports."""
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    spec = importlib.util.spec_from_file_location("context_extension", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks for its module.
-    monkeypatch.setitem(sys.modules, "context_extension", module)
-    spec.loader.exec_module(module)
-    return module
+    return run_module("context_extension", monkeypatch)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Drafts along a text: counts without an engine are the engine's own; the experiment in small."""
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.settings import EngineConfig
 from dsv3_jax.inference.weights import lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
+from tests.experiments.loading import run_module
 from tests.inference.engines import MODEL
 from tests.runs import jax_option
 from tests.shapes import compiled, random_model
@@ -35,14 +34,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Its run.py, with all that it imports."""
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    spec = importlib.util.spec_from_file_location("mtp_acceptance", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks for its module.
-    monkeypatch.setitem(sys.modules, "mtp_acceptance", module)
-    spec.loader.exec_module(module)
-    return module
+    return run_module("mtp_acceptance", monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Experiments on routing without their runs: what is counted, tables' arithmetic, pictures."""
 
-import importlib.util
+import importlib
 import json
 import struct
 import subprocess
@@ -15,6 +15,7 @@ import pytest
 from dsv3_jax.config.load import load_config
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.tokenizer import train_tokenizer
+from tests.experiments.loading import run_module
 from tests.runs import jax_option
 from tests.shapes import compiled, random_model, random_tokens, tiny_model
 
@@ -27,10 +28,7 @@ def script(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
     patch.syspath_prepend(ROOT / "experiments")
     if (ROOT / "experiments" / f"{name}.py").exists():
         return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / name / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return run_module(name, patch)
 
 
 @pytest.fixture

@@ -1,27 +1,19 @@
 """The task of sft_tiny: questions that differ, answers that are right, shares that add up."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from dsv3_jax.data.conversations import read_conversations
+from tests.experiments.loading import run_module
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "sft_tiny"
 
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Its run.py, with all that it imports."""
-    monkeypatch.syspath_prepend(FOLDER.parent)
-    spec = importlib.util.spec_from_file_location("sft_tiny", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks for its module.
-    monkeypatch.setitem(sys.modules, "sft_tiny", module)
-    spec.loader.exec_module(module)
-    return module
+    return run_module("sft_tiny", monkeypatch)
 
 
 def test_no_question_is_learned_and_asked(experiment: ModuleType, tmp_path: Path):

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.programs import Programs
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.model.transformer import DeepSeekV3
 from tests.shapes import TINY, compiled, random_model
@@ -21,6 +23,22 @@ LARGER = replace(TINY, mtp_depth=2)
 DRAFTING = replace(MODEL, init_std=0.05)
 # Of the two likeliest logits: nearer ones may change places between two float32 programs.
 CLEAR = 1e-4
+
+
+@contextlib.contextmanager
+def programs_compiled_once() -> Iterator[None]:
+    """Engines of one model and the same sizes share their programs."""
+    known, real = {}, Programs._compile
+
+    def compile_(self, body, *args):
+        key = f"{body} {jax.tree.map(np.shape, args[2:])}"
+        if key not in known:
+            known[key] = real(self, body, *args)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "_compile", compile_)
+        yield
 
 
 @dataclass

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax.files import held
 from dsv3_jax.posttrain import journal
-from dsv3_jax.posttrain.journal import Journal, Key, held
+from dsv3_jax.posttrain.journal import Journal, Key
+
+TAKEN = ValueError("another process is writing there")
 
 
 def entry(number: int) -> dict:
@@ -97,10 +100,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path):
 
 def test_a_folder_is_one_process_s(tmp_path: Path):
     with (
-        held(tmp_path),
+        held(tmp_path, TAKEN),
         pytest.raises(ValueError, match="another process is writing"),
-        held(tmp_path),
+        held(tmp_path, TAKEN),
     ):
         raise AssertionError("two hold it")
-    with held(tmp_path):
+    with held(tmp_path, TAKEN):
         assert os.listdir(tmp_path) == []

@@ -110,7 +110,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_batch(x64):
 
 @pytest.mark.slow
 def test_rows_over_nodes_are_as_on_one_device(x64):
-    compare(run_of("1x2x4", "node_local", isolate=False, remat="report"))
+    compare(run_of("1x2x4", "node_local", remat="report"))
 
 
 @pytest.mark.exhaustive
@@ -130,6 +130,20 @@ def test_it_is_the_same_in_float32(monkeypatch, shape, sequence):
         cfg = replace(run_of("1x1x1", "none", dtype="float32"), train=alone)
         assert sharded.routing_margin(patch, cfg) > 1e-4
     compare(run_of(shape, sequence, dtype="float32"), FLOAT32)
+
+
+def test_a_row_is_bad_if_any_part_of_it_is():
+    """Rows 0 to 3 on two groups of two devices: of row 1 the late, of row 2 the early device's."""
+    cfg = run_of("2x1x2", "local", dtype="float32")
+    sharding = make_sharding(cfg, abstract_state(cfg)[1].params)
+
+    def body() -> jax.Array:
+        group, device = jax.lax.axis_index("data"), jax.lax.axis_index("local")
+        bad = jnp.stack([(group == 1) & (device == 0), (group == 0) & (device == 1)])
+        return sharding.of_rows(~bad)
+
+    found = jax.jit(sharding.per_device(body, (), sharding.row_spec))()
+    assert found.tolist() == [True, False, False, True]
 
 
 PIPELINES = [
