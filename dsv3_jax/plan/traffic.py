@@ -87,7 +87,8 @@ class Gather:
     backward: int
     """The same again, and what the device found of their gradients, in at least float32"""
     held: int
-    """Of whole rows: latents and gradients, while the layer is computed"""
+    """Of whole rows, while the layer is computed: latents, their gradients, and these once more on
+    their way to their owners"""
 
 
 def gather_of(cfg: RunConfig) -> Gather | None:
@@ -98,7 +99,7 @@ def gather_of(cfg: RunConfig) -> Gather | None:
     numbers = whole * (cfg.model.kv_latent + cfg.model.rope_dim)
     others = numbers - numbers // cfg.mesh.row_shards
     wide = max(FP32, item)
-    return Gather(others * item, others * (item + wide), numbers * (item + wide))
+    return Gather(others * item, others * (item + wide), numbers * (item + 2 * wide))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,22 @@ def value_and_gradients(function, *args, segments=None) -> tuple:
     return compiled(run)(*args)  # a new function each time: chunk sizes are no part of jit's key
 
 
+def segments_of(ends: list[list[int]]) -> jax.Array:
+    """int32 [B, T], from where each row's segments end."""
+    places = np.arange(ends[0][-1])
+    rows = [np.searchsorted(row, places, side="right") for row in ends]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def check_near_float32(form) -> None:
+    """Of 10 tokens in bfloat16."""
+    args = inputs(10, jnp.bfloat16)
+    actual = value_and_gradients(form, *args)
+    assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(jnp.bfloat16)}
+    exact = value_and_gradients(plain_attention, *(x.astype(jnp.float32) for x in args))
+    assert_close(actual, exact, BFLOAT16)
+
+
 def value_and_square(function):
     """Sum of squares of the output and its gradient: forward and backward in one trace."""
     return jax.value_and_grad(lambda q, k, v: jnp.sum(function(q, k, v, SCALE) ** 2), (0, 1, 2))
@@ -64,8 +80,7 @@ def test_a_segment_is_attended_to_as_if_it_stood_alone(x64, strict_dtypes, monke
     monkeypatch.setattr(source, "MIN_CHUNK", 4)
     args = inputs(10)
     ends = [[3, 10], [6, 7, 10]]
-    segments = np.stack([np.searchsorted(row, np.arange(10), side="right") for row in ends])
-    segments = jnp.asarray(segments, jnp.int32)
+    segments = segments_of(ends)
     plain = value_and_gradients(plain_attention, *args, segments=segments)
     assert_close(value_and_gradients(attention, *args, segments=segments), plain, FLOAT64)
     for b, row in enumerate(ends):
@@ -84,11 +99,7 @@ def test_chunked_equals_plain_at_full_chunk_size(strict_dtypes):
 
 def test_chunked_in_bfloat16_is_near_float32(strict_dtypes, monkeypatch):
     monkeypatch.setattr(source, "MIN_CHUNK", 4)
-    args = inputs(10, jnp.bfloat16)
-    actual = value_and_gradients(attention, *args)
-    assert {x.dtype for x in jax.tree.leaves(actual)} == {jnp.dtype(jnp.bfloat16)}
-    exact = value_and_gradients(plain_attention, *(x.astype(jnp.float32) for x in args))
-    assert_close(actual, exact, BFLOAT16)
+    check_near_float32(attention)
 
 
 @pytest.mark.parametrize("length", [300, 2100])

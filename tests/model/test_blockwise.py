@@ -2,16 +2,24 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dsv3_jax.model import blockwise, mla
 from dsv3_jax.model.attention import plain_attention
 from dsv3_jax.model.blockwise import blockwise_attention
 from tests.jaxprs import equations, intermediates
-from tests.model.test_attention import B, H, N, inputs, value_and_gradients, value_and_square
+from tests.model.test_attention import (
+    B,
+    H,
+    N,
+    check_near_float32,
+    inputs,
+    segments_of,
+    value_and_gradients,
+    value_and_square,
+)
 from tests.shapes import compiled, random_model, random_tokens, tiny_model
-from tests.tolerances import BFLOAT16, FLOAT64, assert_close
+from tests.tolerances import FLOAT64, assert_close
 
 
 @pytest.mark.parametrize("length", [1, 4, 10, 16])
@@ -26,10 +34,7 @@ def test_blocks_equal_plain(x64, strict_dtypes, monkeypatch, length: int):
 def test_segments_cross_blocks_and_hide_whole_ones(x64, strict_dtypes, monkeypatch):
     """Queries of a late segment see no key of the first blocks, where their maximum stays -inf."""
     monkeypatch.setattr(blockwise, "BLOCK", 4)
-    args = inputs(14)
-    ends = [[3, 14], [6, 7, 14]]
-    segments = np.stack([np.searchsorted(row, np.arange(14), side="right") for row in ends])
-    segments = jnp.asarray(segments, jnp.int32)
+    args, segments = inputs(14), segments_of([[3, 14], [6, 7, 14]])
     expected = value_and_gradients(plain_attention, *args, segments=segments)
     found = value_and_gradients(blockwise_attention, *args, segments=segments)
     assert_close(found, expected, FLOAT64)
@@ -37,11 +42,7 @@ def test_segments_cross_blocks_and_hide_whole_ones(x64, strict_dtypes, monkeypat
 
 def test_in_bfloat16_blocks_are_near_float32(strict_dtypes, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", 4)
-    args = inputs(10, jnp.bfloat16)
-    found = value_and_gradients(blockwise_attention, *args)
-    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    exact = value_and_gradients(plain_attention, *(x.astype(jnp.float32) for x in args))
-    assert_close(found, exact, BFLOAT16)
+    check_near_float32(blockwise_attention)
 
 
 @pytest.mark.parametrize("length", [600, 65_536])

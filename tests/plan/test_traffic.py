@@ -75,7 +75,7 @@ def test_latents_of_shared_rows_cross_once_forward_and_twice_back():
     others = 32768 * 7 // 8 * 576
     gather = gather_of(cfg)
     assert (gather.forward, gather.backward) == (2 * others, (2 + 4) * others)
-    assert gather.held == (2 + 4) * 32768 * 576
+    assert gather.held == (2 + 4 + 4) * 32768 * 576
 
 
 @pytest.mark.parametrize(
