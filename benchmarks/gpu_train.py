@@ -111,6 +111,7 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
     add("--experts", type=int, help="in place of the preset's")
     add("--layers", type=int, help="in place of the preset's; more than 9 are scanned")
+    add("--kernels-told", type=int, default=0, help="of one more step, traced: the longest")
     add("--json", type=command_line.new_file, help="file that keeps the figures")
     options = command_line.parsed(parser, args)
     for name in ("steps", "warm_up"):
@@ -234,7 +235,13 @@ def measured(cfg: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "losses": losses,
         "machine": describe(),
     }
-    print(line_of(found))
+    print(line_of(found), flush=True)
+    if options.kernels_told:
+        from contenders.kernel_times import traced
+
+        times = traced(lambda: step(state, batch, coefficients), step.as_text())
+        print("\n".join(times.lines(options.kernels_told)))
+        found["kernels"] = [kernel._asdict() for kernel in times.kernels]
     return found
 
 

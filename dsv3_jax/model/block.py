@@ -1,13 +1,14 @@
 """One layer on the residual stream, and what its backward pass keeps (report 2, 3.2.3)."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.fused_attention import FORWARD
 from dsv3_jax.model.layers import FeedForward, Init, rms_norm
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
@@ -84,7 +85,11 @@ def rematerialised(layer: Callable, remat: Remat, *, scanned: bool) -> Callable:
     """
     if remat == "none":
         return layer
-    policy = None
-    if remat == "report":
-        policy = jax.checkpoint_policies.save_only_these_names(*KEPT_BY_REPORT)
+    policy = _kept_by_report if remat == "report" else None
     return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+
+
+def _kept_by_report(primitive: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: whether an equation's results are kept."""
+    named = jax.checkpoint_policies.save_only_these_names(*KEPT_BY_REPORT)
+    return primitive.name == FORWARD or named(primitive, *args, **params)

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention, masked_attention
 from dsv3_jax.model.blockwise import blockwise_attention, latent_attention
+from dsv3_jax.model.fused_attention import fits, fused_attention
 from dsv3_jax.model.layers import Init, rms_norm
 from dsv3_jax.model.yarn import rotate, softmax_scale
 from dsv3_jax.parallel.sequence import RowShards
@@ -78,8 +79,13 @@ class MLA(nnx.Module):
         """The same with the rows' own latents given, for who wants to keep them."""
         q_BTH_NR = jnp.concatenate(self._queries(x_BTD, rope_BTR), -1)
         k_BSH_NR, v_BSHU = self._keys_and_values(c_kv_BSC, k_rope_BSR)
-        form = attention if x_BTD.shape[1] <= LONGEST_IN_CHUNKS else blockwise_attention
-        o_BTHU = form(q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg), segments_BT)
+        args = q_BTH_NR, k_BSH_NR, v_BSHU, softmax_scale(self.cfg)
+        if fits(q_BTH_NR, v_BSHU, segments_BT):
+            o_BTHU = fused_attention(*args)
+        elif x_BTD.shape[1] <= LONGEST_IN_CHUNKS:
+            o_BTHU = attention(*args, segments_BT)
+        else:
+            o_BTHU = blockwise_attention(*args, segments_BT)
         return linear(o_BTHU.reshape(*x_BTD.shape[:2], -1), self.w_o_HU_D[...])
 
     def naive_on(
