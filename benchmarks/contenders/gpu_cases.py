@@ -17,6 +17,7 @@ from dsv3_jax.quant import fp8
 from dsv3_jax.quant.kernels import quantize as passes
 from dsv3_jax.quant.kernels import rows_gemm, wgrad_gemm
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
+from dsv3_jax.quant.kernels.weights import quantize_weight
 from dsv3_jax.quant.swiglu import swiglu
 
 BLOCK = 128
@@ -124,6 +125,7 @@ def quantize_case(matrix: tuple[int, int], swiglu_output: tuple[int, int]) -> li
     wide_h, narrow_h = u * f * 2, u * f * (1 + 4 / BLOCK)
     x, gate_up = draws((t, d)), draws((u, 2 * f))
     q, q_gate_up = made_of(rows_of, x), made_of(rows_of, gate_up)
+    w = made_of(lambda x: (x.astype(jnp.float32),), x)
 
     def both_of(x):
         return *rows_of(x), *columns_of(x)
@@ -149,9 +151,11 @@ def quantize_case(matrix: tuple[int, int], swiglu_output: tuple[int, int]) -> li
         kernel("rows", rows, x, wide + narrow, rows_of),
         kernel("columns", columns, x, wide + narrow, columns_of),
         kernel("both tilings", both, x, wide + 2 * narrow, both_of),
+        kernel("weight", weight, w, 2 * wide + t * d, weight_of),
         kernel("columns of rows", retile, q, 2 * narrow, columns_of, dequantized),
         kernel("SwiGLU rows", h_rows, gate_up, h_bytes[0], rows_of, swiglu, BYTES),
         kernel("SwiGLU columns", h_columns, q_gate_up, h_bytes[1], columns_of, of_kept, BYTES),
+        Variant("weight through XLA", weight_of, w, 2 * wide + t * d),
         Variant("rows through XLA", rows_of, x, wide + narrow),
         Variant("both tilings through XLA", both_of, x, wide + 2 * narrow),
     ]
@@ -189,6 +193,17 @@ def columns_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """By definition, tiles 128x1, transposed."""
     made = fp8.quantize(x, (BLOCK, 1))
     return made.values.T, made.scales
+
+
+def weight(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    made = quantize_weight(w, "float32")
+    return made.values, made.scales
+
+
+def weight_of(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By definition."""
+    made = fp8.quantize(w, (BLOCK, BLOCK))
+    return made.values, made.scales
 
 
 def dequantized(values: jax.Array, scales: jax.Array) -> jax.Array:

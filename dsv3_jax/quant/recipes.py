@@ -67,6 +67,15 @@ class Rule:
     kernels: bool = False
     """Whether kernels for Hopper GPUs multiply where they can, instead of the definition"""
 
+    def quantized(self, w: jax.Array) -> Blocked:
+        """A weight [..., D, F] as products take it, by a kernel where one can."""
+        if self.kernels and (self.weight.fmt, self.weight.block) == ("e4m3", SQUARE):
+            from dsv3_jax.quant.kernels.weights import fits, quantize_weight  # not with older JAX
+
+            if fits(w):
+                return quantize_weight(w, self.weight.scale)
+        return self.weight.quantize(w)
+
 
 Recipe = Mapping[str, Rule]
 

@@ -32,7 +32,7 @@ def quantized(params: nnx.State, recipe: Recipe) -> Iterator[Quantized]:
 
 def quantize_weights(params: nnx.State, recipe: Recipe) -> dict[str, Blocked]:
     """Each of them in its blocks, by its parameter's name."""
-    return {name: rule.weight.quantize(w) for name, w, rule in quantized(params, recipe)}
+    return {name: rule.quantized(w) for name, w, rule in quantized(params, recipe)}
 
 
 def attach(

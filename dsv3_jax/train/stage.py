@@ -145,7 +145,7 @@ class Stage:
         """A master as forward and backward passes of a step take it."""
         rule = self._rule(name)
         if rule:
-            return rule.weight.quantize(master)
+            return rule.quantized(master)
         return master.astype(self.dtype) if is_linear(name) else master
 
     def zeros(self, name: str, weight: jax.Array | Blocked) -> jax.Array:

@@ -167,7 +167,17 @@ def quantised(x_SL: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
     """Rows in registers [S, 128] -> E4M3 [S, 128] and their scales [S], as `fp8.quantize` in blocks
     of 1x128. The sign of NaN is lost.
     """
-    s_S = scales_of_maxima(_finite_maxima(x_SL), format_of("e4m3").largest, scale)
+    s_S = scales_of(finite_maxima(x_SL), scale)
+    return over_scales(x_SL, s_S, scale), s_S
+
+
+def scales_of(maxima_S: jax.Array, scale: Scale) -> jax.Array:
+    """Scales of blocks with these largest magnitudes."""
+    return scales_of_maxima(maxima_S, format_of("e4m3").largest, scale)
+
+
+def over_scales(x_SL: jax.Array, s_S: jax.Array, scale: Scale) -> jax.Array:
+    """Rows [S, 128] over their scales [S] -> E4M3 [S, 128]."""
     x_SL = x_SL.astype(jnp.float32)
     if scale == "pow2":
         # Exactly the quotient, without a division: 2^-e has the bits of exponent -e.
@@ -178,7 +188,7 @@ def quantised(x_SL: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
         # nearest quotient: equal to the definition on the same device.
         quotient_SL = x_SL / along_rows(s_S, x_SL.shape)
     # The cast saturates, infinity as well; its product with 0 is NaN. Signs of 0 stay.
-    return (quotient_SL + x_SL * 0).astype(E4M3), s_S
+    return (quotient_SL + x_SL * 0).astype(E4M3)
 
 
 def along_rows(x_S: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -191,7 +201,7 @@ def along_columns(x_L: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x_L, shape, (1,))
 
 
-def _finite_maxima(x_SL: jax.Array) -> jax.Array:
+def finite_maxima(x_SL: jax.Array) -> jax.Array:
     """Largest finite magnitude in each row, float32 [S].
 
     Compared as integers, two of 16 bits in one instruction: raised so far that infinity becomes the

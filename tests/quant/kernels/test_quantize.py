@@ -17,6 +17,7 @@ from dsv3_jax.quant.kernels.quantize import (
 )
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
 from dsv3_jax.quant.kernels.tiles import Tuning
+from dsv3_jax.quant.kernels.weights import quantize_weight
 from dsv3_jax.quant.swiglu import swiglu
 from tests.quant.kernels.interpret import interpreted, lowered, needs_interpreter
 from tests.shapes import normal
@@ -83,6 +84,18 @@ def test_both_tilings_are_the_definitions(dtype, row_scale: str, column_scale: s
 
 
 @needs_interpreter
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(jnp.float32, "float32"), pytest.param(jnp.bfloat16, "pow2", marks=slow)]
+)
+def test_weights_are_quantised_as_the_definition_does(dtype, scale: str):
+    """Of two experts."""
+    w_EDF = hard_cases(dtype).reshape(2, T // 2, D)
+    made = interpreted(lambda w: quantize_weight(w, scale), w_EDF)
+    expected = jax.jit(partial(fp8.quantize, block=(128, 128), scale=scale))(w_EDF)
+    assert_same((made.values, made.scales), (expected.values, expected.scales))
+
+
+@needs_interpreter
 def test_rows_alone_are_the_definitions_where_blocks_walk_over_several_tiles():
     """Six tiles for four blocks, the next one on its way."""
     x_TD = hard_cases(jnp.bfloat16)
@@ -134,8 +147,9 @@ def test_columns_alone_are_those_of_both():
         (lambda q, s: retile(q, s, "pow2"), E4M3, 4),
         (lambda x: swiglu_rows(x, None, "float32"), jnp.bfloat16, 0),
         (lambda q, s: swiglu_columns(q, s, None, "pow2"), E4M3, 4),
+        (lambda w: quantize_weight(w, "float32"), jnp.float32, 0),
     ],
-    ids=["both", "both_float32", "retile", "swiglu_rows", "swiglu_columns"],
+    ids=["both", "both_float32", "retile", "swiglu_rows", "swiglu_columns", "weight"],
 )
 def test_lowers_for_a_gpu(run, dtype, scales: int):
     args = [jax.ShapeDtypeStruct((256, 512), dtype)]
