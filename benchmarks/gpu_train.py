@@ -2,6 +2,8 @@
 
     python benchmarks/gpu_train.py [--recipes bf16 fp8] [--steps 8] [--rows 4] [--json FILE]
 
+`--rows 8` is for an H200; `--kernels-told 30` adds where the time goes, kernel by kernel.
+
 A model of V3's shape that fills one 80 GB device: MLA with heads of 192 and 128, a dense layer,
 MoE layers of which a token uses 8 experts and a shared one, MTP; rows of 4096 random tokens, new
 ones at every step. The step is the one that training compiles: gradients summed over
@@ -106,7 +108,12 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="measured steps")
     add("--warm-up", type=int, default=2, help="steps before them, after compilation")
     add("--rows", type=int, default=4, help="rows of a step")
-    add("--microbatches", type=int, default=4, help="parts a step's rows are computed in")
+    add(
+        "--microbatches",
+        type=int,
+        help="parts a step's rows are computed in; default: 1 where kernels may multiply, else one "
+        "for each row, since a weight is gathered for every block of rows",
+    )
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
     add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
     add("--experts", type=int, help="in place of the preset's")
@@ -126,17 +133,18 @@ def config(options: argparse.Namespace, recipe: str) -> RunConfig:
     changes = {"num_experts": options.experts, "num_layers": options.layers}
     given = {name: value for name, value in changes.items() if value is not None}
     model = replace(preset(), **given)
+    kernels = options.kernels if recipe in WITH_KERNELS else "off"
     return RunConfig(
         model=model,
         data=DataConfig(length=length),
         train=TrainConfig(
             rows=options.rows,
-            microbatches=options.microbatches,
+            microbatches=options.microbatches or (options.rows if kernels == "off" else 1),
             dtype="bfloat16",
             remat=options.remat,
         ),
         optimizer=OptimizerConfig(),
-        quant=QuantConfig(recipe, options.kernels if recipe in WITH_KERNELS else "auto"),
+        quant=QuantConfig(recipe, kernels if recipe in WITH_KERNELS else "auto"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ def traced(run: Any, program: str) -> Times:
             jax.block_until_ready(run())
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-    return Times(_kernels(data, sources))
+    with warnings.catch_warnings():  # where they are errors, one about a type of JAX's ends Python
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return Times(_kernels(data, sources))
 
 
 def _origins(program: str) -> Iterator[tuple[str, str]]:

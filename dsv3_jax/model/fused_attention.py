@@ -16,6 +16,8 @@ from dsv3_jax.quant.kernels.choice import lacking
 FORWARD = "dot_product_attention_fwd_wrapper"
 OLDEST_CUDNN = 91000  # that knows two sizes of heads
 LARGEST_HEAD = 256
+TOKENS = 128
+"""Rows have a multiple of so many: others were never tried"""
 
 
 def fits(q_BTHN: jax.Array, v_BTHU: jax.Array, segments_BT: jax.Array | None) -> bool:
@@ -24,6 +26,7 @@ def fits(q_BTHN: jax.Array, v_BTHU: jax.Array, segments_BT: jax.Array | None) ->
     return (
         segments_BT is None
         and q_BTHN.dtype == jnp.bfloat16
+        and q_BTHN.shape[1] % TOKENS == 0
         and all(size % 8 == 0 and size <= LARGEST_HEAD for size in sizes)
         and _usable()
     )

@@ -249,7 +249,7 @@ def small_train(monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) ->
 def test_the_step_on_a_gpu_is_measured_on_a_cpu_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    found = small_train(monkeypatch, tmp_path, "--recipes", "bf16")
+    found = small_train(monkeypatch, tmp_path, "--recipes", "bf16", "--kernels-told", "3")
     assert found["recipe"] == "bf16"
     assert (found["tokens"], len(found["seconds"]), len(found["losses"])) == (256, 2, 3)
     assert found["tokens_per_second"] == pytest.approx(256 / found["step_seconds"])
@@ -259,8 +259,13 @@ def test_the_step_on_a_gpu_is_measured_on_a_cpu_in_small(
     assert peak == pytest.approx(989.4e12)
     assert found["compile_seconds"] > 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("bf16: ")
-    assert f"{found['tokens_per_second']:,.0f} tokens/s" in said[-1]
+    assert said[-5].startswith("bf16: ")
+    assert f"{found['tokens_per_second']:,.0f} tokens/s" in said[-5]
+    seconds = [kernel["seconds"] for kernel in found["kernels"]]
+    assert seconds == sorted(seconds, reverse=True)
+    assert said[-4].startswith(f"{sum(seconds) * 1e3:,.1f} ms in {len(seconds):,} kinds")
+    sources = {kernel["source"].split("/")[-1] for kernel in found["kernels"]}
+    assert {"dot_general", "gather", "reduce_sum"} <= sources
 
 
 def test_the_model_for_a_gpu_is_v3_in_shape_and_fits_one():
@@ -280,6 +285,16 @@ def test_the_model_for_a_gpu_is_v3_in_shape_and_fits_one():
     assert state_bytes(cfg) + sums < 0.7 * 80e9
 
 
+def test_rows_are_computed_together_where_no_weight_is_gathered_for_each_block():
+    from gpu_train import config, parsed
+
+    counts = {
+        (recipe, kernels): config(parsed(["--rows", "8", "--kernels", kernels]), recipe)
+        for recipe, kernels in (("bf16", "auto"), ("fp8", "auto"), ("fp8", "off"))
+    }
+    assert [cfg.train.microbatches for cfg in counts.values()] == [8, 1, 8]
+
+
 def test_a_benchmark_for_gpus_says_once_that_there_is_none():
     command = [sys.executable, "benchmarks/gpu_train.py", "--recipes", "bf16", "fp8"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -291,7 +306,7 @@ def test_a_benchmark_for_gpus_says_once_that_there_is_none():
     [
         ("--preset huge", "--preset: invalid choice: 'huge'"),
         ("--steps 0", "--steps is 0; allowed: at least 1"),
-        ("--rows 3", "train.microbatches is 4, which does not divide train.rows = 3"),
+        ("--rows 3 --microbatches 2", "train.microbatches is 2, which does not divide train.rows"),
         ("--experts 6", "model.num_groups is 4, which does not divide num_experts = 6"),
     ],
 )

@@ -50,6 +50,7 @@ def test_a_hopper_has_for_whole_rows_of_bfloat16(hopper):
     assert not source.fits(*q_and_v(), jnp.zeros((1, T), jnp.int32))
     assert not source.fits(*q_and_v(jnp.float32), None)
     assert not source.fits(*q_and_v(size=260), None)
+    assert not source.fits(*(x[:, :100] for x in q_and_v()), None)
 
 
 def test_an_older_cudnn_or_none_is_left_alone(hopper, monkeypatch: pytest.MonkeyPatch):
