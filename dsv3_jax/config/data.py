@@ -32,8 +32,9 @@ class DataConfig:
     """Share of the tokens that join punctuation with line ends that is split (unpublished)"""
     isolate: bool = False
     """Documents of one row do not see each other (for fine-tuning; not so in the report)"""
-    format: Literal["text", "messages"] = "text"
-    """What the source is: texts, or conversations to fine-tune on, JSONL with `messages` (5.1)"""
+    format: Literal["text", "messages", "prompts"] = "text"
+    """What the source is: texts; conversations to fine-tune on, JSONL with `messages` (5.1); or
+    prompts for reinforcement learning (5.2)"""
     chat_template: str = ""
     """Of conversations: a Jinja file; '': that of the weights' folder, else DeepSeek's"""
     too_long: Literal["drop", "cut"] = "drop"
@@ -53,6 +54,11 @@ class DataConfig:
         self._check_weights()
         self._check_format()
 
+    @property
+    def weighted(self) -> bool:
+        """Whether each label has a weight in the loss."""
+        return self.format == "prompts"
+
     def _check_weights(self) -> None:
         sources = 1 if isinstance(self.source, str) else len(self.source)
         if self.weights and len(self.weights) != sources:
@@ -68,8 +74,10 @@ class DataConfig:
     def _check_format(self) -> None:
         """What conversations need, and what would do nothing with them, or with texts."""
         needed: dict[str, object] = {"chat_template": "", "too_long": "drop"}
-        if self.format == "messages":
+        if self.format != "text":
             needed = {"isolate": True, "fim_rate": 0, "split_rate": 0, "weights": ()}
+        if self.format == "prompts":
+            needed["too_long"] = "drop"
         for name, value in needed.items():
             if getattr(self, name) != value:
                 raise ValueError(

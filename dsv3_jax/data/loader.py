@@ -35,6 +35,10 @@ class Batch(NamedTuple):
     """Of isolated rows: number of each token's document within its row, from 0, where attention
     sees equal numbers only; int32 [B, T]
     """
+    weights_BT: np.ndarray | None = None
+    """Of reinforcement learning: a factor of any sign for -log p of each label in the loss; float32
+    [B, T], float64 in a run of float64
+    """
 
 
 def batch_at(rows: "Rows | Mixture", consumed_rows: int, num_rows: int) -> Batch:

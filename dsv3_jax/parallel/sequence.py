@@ -95,5 +95,22 @@ class RowPlaces:
         """A device's part of its rows [B, T] -> [B, T / shards]."""
         if self.shards == 1:
             return x_BT
+        return np.concatenate(self._chunks(x_BT, device), 1)
+
+    def joined(self, parts_BT: np.ndarray, rows: int) -> np.ndarray:
+        """`rows` whole rows from all devices' parts, device by device: `part` undone."""
+        whole_BT = np.empty((rows, parts_BT.shape[1] * self.shards), parts_BT.dtype)
+        for device, own_BT in enumerate(np.split(parts_BT, self.devices)):
+            places = self.rows_of(device, rows)
+            whole = whole_BT[places.start : places.stop]
+            chunks = self._chunks(whole, device)
+            for chunk, found in zip(chunks, np.split(own_BT, len(chunks), axis=1), strict=True):
+                chunk[...] = found
+        return whole_BT
+
+    def _chunks(self, x_BT: np.ndarray, device: int) -> list[np.ndarray]:
+        """Views of those of a device, in whole rows."""
+        if self.shards == 1:
+            return [x_BT]
         chunks, place = np.split(x_BT, 2 * self.shards, axis=1), device % self.shards
-        return np.concatenate([chunks[place], chunks[2 * self.shards - 1 - place]], 1)
+        return [chunks[place], chunks[2 * self.shards - 1 - place]]

@@ -37,13 +37,14 @@ class StageOutput(NamedTuple):
     parts: LossParts
 
 
-# (hidden states, head [D, V], labels, d loss / d result) -> sum of -log p, as `cross_entropy`
-Nats = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (hidden states, head [D, V], labels, their weights, d loss / d result) -> sum of -log p, as
+# `cross_entropy`
+Nats = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array], jax.Array]
 
 
-def _nats(h_BTD, head_DV, labels_BT, share) -> jax.Array:
+def _nats(h_BTD, head_DV, labels_BT, weights_BT, share) -> jax.Array:
     del share
-    return cross_entropy(h_BTD, head_DV, labels_BT)
+    return cross_entropy(h_BTD, head_DV, labels_BT, weights_BT)
 
 
 def loss(
@@ -59,7 +60,8 @@ def loss(
     """Loss of one micro-batch.
 
     `valid_tokens` is the count of labels in the whole step, so that micro-batches and devices add
-    up to the step's mean; MTP divides by it too, as Eq. 24 divides by T. Balance is the mean over
+    up to the step's mean; MTP divides by it too, as Eq. 24 divides by T. A label's weight, if there
+    is one, counts wherever it is predicted. Balance is the mean over
     the step's rows, of which this micro-batch holds `row_share`, summed over MoE layers. `slot_B`
     are zeros whose gradient tells the rows whose gradient is not finite. With a `plan`, experts are
     spread over devices and all values are this device's; `row_share` is one device's, also of those
@@ -85,7 +87,7 @@ def stage_loss(
     """The part of `loss` that a stage adds, from what the stage before has handed on; the first
     one, where tokens enter, takes None and `slot_B`. `nats` gives the cross-entropy.
     """
-    tokens_BT, labels_BT, segments_BT = batch
+    tokens_BT, labels_BT, segments_BT, weights_BT = batch
     cut, valid_BT, shards = model.cut, labels_BT >= 0, plan and plan.rows
     if cut.embed:
         x_BTD = model.embed(tokens_BT, jnp.dtype(cfg.dtype), slot_B)
@@ -93,15 +95,16 @@ def stage_loss(
     main = mtp = jnp.zeros_like(stats.balance, shape=())
     if cut.head:
         x_BTD, share = model.normed(x_BTD), jnp.ones_like(main) / valid_tokens
-        main = nats(x_BTD, model.head(), labels_BT, share) / valid_tokens
+        main = nats(x_BTD, model.head(), labels_BT, weights_BT, share) / valid_tokens
     loads, balances, traffic = [stats.load_E], [stats.balance.sum()], [stats.traffic]
     depths = model.mtp_hidden(x_BTD, tokens_BT, valid_BT, cfg.remat, segments_BT, plan)
     for k, (x_BTD, stats_k) in enumerate(depths, start=cut.first_mtp + 1):
         counted_BT = valid_BT & same_segment(segments_BT, k, shards)
         labels_k = jnp.where(counted_BT, shift_left(labels_BT, k, -1, shards), -1)
+        weights_k = None if weights_BT is None else shift_left(weights_BT, k, 0, shards)
         tokens = valid_tokens * model.cfg.mtp_depth
         share = jnp.asarray(mtp_weight, main.dtype) / tokens
-        mtp += nats(x_BTD, model.head(), labels_k, share) / tokens
+        mtp += nats(x_BTD, model.head(), labels_k, weights_k, share) / tokens
         loads.append(stats_k.load_E[None])
         balances.append(stats_k.balance)
         traffic.append(jax.tree.map(jnp.atleast_1d, stats_k.traffic))

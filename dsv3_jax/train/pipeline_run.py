@@ -20,10 +20,11 @@ from dsv3_jax.plan.cuts import cuts_of
 from dsv3_jax.train.pipeline import Pipeline
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_state import joined, placed_shapes, weights_by_stage
+from dsv3_jax.train.scoring import Scores, scoring
 from dsv3_jax.train.sharding import RunSharding
-from dsv3_jax.train.stage_programs import by_device, first_shard, own
+from dsv3_jax.train.stage_programs import StagePrograms, by_device, first_shard, own
 from dsv3_jax.train.step import TrainState
-from dsv3_jax.train.validation import Sums, Validate, validating
+from dsv3_jax.train.validation import Validate, validating
 
 
 class PipelineRun:
@@ -148,28 +149,55 @@ class PipelineRun:
 
     def make_validate(self, byte_lengths_V: np.ndarray) -> Validate:
         """`validate(state, rows, indices)`, as `validation.make_validate`'s."""
+        like = (
+            jax.ShapeDtypeStruct((self.layout.meshes[0].size,), self.layout.high),
+            *[jax.ShapeDtypeStruct((self.layout.meshes[0].size,), np.dtype("int32"))] * 2,
+        )
+        evaluate = self._evaluate(lambda programs: programs.evaluating(byte_lengths_V), like)
+        return validating(self.cfg, evaluate, self.own_rows)
+
+    def make_scores(self) -> Scores:
+        """`scores(state, batch)`, as `scoring.make_scores`'s."""
+        places, (rows, length) = self.pipeline.rows_placed.rows, self._parts
+        like = jax.ShapeDtypeStruct((self.layout.meshes[0].size, rows, length), self.layout.high)
+        evaluate = self._evaluate(StagePrograms.scoring, like)
+        return scoring(self.cfg, evaluate, self.own_rows, places)
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """Parts of rows in a micro-batch, and tokens of each."""
+        return self.pipeline.rows * self.cfg.mesh.row_shards, self.cfg.part_length
+
+    def _evaluate(
+        self, make: Callable[[StagePrograms], Callable], like: Any
+    ) -> Callable[[TrainState], Callable[[Batch], Any]]:
+        """Forward through all stages up to the head, by the programs that `make` gives of each; the
+        last one's result is `like` this, by device, and on all ranks the same.
+        """
         pipeline, layout = self.pipeline, self.layout
         last = next(s for s, cut in enumerate(layout.cuts) if cut.head)
-        evaluating = {
-            stage: pipeline.ranks[rank].chunks[chunk].evaluating(byte_lengths_V)
+        programs = {
+            stage: make(pipeline.ranks[rank].chunks[chunk])
             for stage, (rank, chunk) in layout.home.items()
             if rank in pipeline.ranks and stage <= last
         }
 
-        def sums_of(state: TrainState) -> Sums:
+        def of_state(state: TrainState) -> Callable[[Batch], Any]:
             prepared = pipeline.prepare(weights_by_stage(state))
 
-            def sums(batch: Batch) -> tuple[jax.Array, ...]:
+            def of_batch(batch: Batch) -> Any:
                 x = None
                 for stage in range(last + 1):
-                    x = self._evaluated(stage, x, batch, prepared, evaluating)
-                return self._told(layout.rank_of(last), x)
+                    x = self._evaluated(stage, x, batch, prepared, programs)
+                given = {layout.rank_of(last): x} if layout.rank_of(last) in pipeline.ranks else {}
+                found = pipeline.crossings.summed(given, like)[pipeline.here[0]]
+                return jax.tree.map(lambda x: first_shard(x)[0], found)
 
-            return sums
+            return of_batch
 
-        return validating(self.cfg, sums_of, self.own_rows)
+        return of_state
 
-    def _evaluated(self, stage: int, x: Any, batch: Batch, prepared: Any, evaluating: Any) -> Any:
+    def _evaluated(self, stage: int, x: Any, batch: Batch, prepared: Any, programs: Any) -> Any:
         """What a stage makes of what the one before has handed on, from wherever that lies."""
         pipeline, layout = self.pipeline, self.layout
         rank, chunk = layout.home[stage]
@@ -181,16 +209,4 @@ class PipelineRun:
         weights, biases = prepared[rank]
         own = pipeline.ranks[rank].of_chunks(weights)[chunk]
         rows = pipeline.rows_placed.microbatch(rank, batch, 0, 1)
-        return evaluating[stage](own, biases[stage], x, rows)
-
-    def _told(self, rank: int, sums: Any) -> tuple[jax.Array, ...]:
-        """The sums of one rank, on all."""
-        pipeline = self.pipeline
-        devices = self.layout.meshes[0].size
-        like = (
-            jax.ShapeDtypeStruct((devices,), self.layout.high),
-            *[jax.ShapeDtypeStruct((devices,), np.dtype("int32"))] * 2,
-        )
-        given = {rank: sums} if rank in pipeline.ranks else {}
-        found = pipeline.crossings.summed(given, like)[pipeline.here[0]]
-        return tuple(first_shard(x)[0] for x in found)
+        return programs[stage](own, biases[stage], x, rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,18 @@ from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.quant.wide import wide
+from dsv3_jax.train.scoring import Scores, make_scores
 from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import Coefficients, TrainState, init_state, make_step
 from dsv3_jax.train.validation import Validate, make_validate
+
+
+def batch_of(cfg: RunConfig, array: Callable) -> Batch:
+    """A run's batch, each array of it made from its dtype."""
+    tokens, data = array(jnp.int32), cfg.data
+    weights = array(wide(jnp.dtype(cfg.train.dtype))) if data.weighted else None
+    return Batch(tokens, tokens, tokens if data.isolate else None, weights)
 
 
 class StepPrograms:
@@ -49,6 +59,10 @@ class StepPrograms:
         """Of the run's model."""
         return make_validate(self.graphdef, self.cfg, byte_lengths_V, self.sharding)
 
+    def make_scores(self) -> Scores:
+        """Of the run's model."""
+        return make_scores(self.graphdef, self.cfg, self.sharding)
+
     def begin(self, rows: int) -> None:
         """Compiles the step of `rows` rows in a thread of its own."""
         if rows not in self.programs:
@@ -73,7 +87,7 @@ class StepPrograms:
     def arguments(self, rows: int) -> tuple[TrainState, Batch, Coefficients]:
         """Of the step of so many rows, their shapes."""
         shape = rows * self.cfg.mesh.row_shards, self.cfg.part_length
-        array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.row_placement)
-        batch = Batch(array, array, array if self.cfg.data.isolate else None)
+        array = partial(jax.ShapeDtypeStruct, shape, sharding=self.sharding.row_placement)
+        batch = batch_of(self.cfg, array)
         coefficients = Coefficients(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
         return self.shapes, batch, coefficients

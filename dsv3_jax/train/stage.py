@@ -20,7 +20,7 @@ from flax import nnx
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.model.cross_entropy import cross_entropy, cross_entropy_and_dhead
+from dsv3_jax.model.cross_entropy import cross_entropy_and_dhead
 from dsv3_jax.model.precision import class_of, is_linear
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -225,8 +225,8 @@ class Stage:
         """(what is handed on, loss), (parts, the head's gradient)."""
         dheads = []
 
-        def nats(h_BTD, head_DV, labels_BT, share) -> jax.Array:
-            total, dhead_DV = cross_entropy_and_dhead(h_BTD, head_DV, labels_BT)
+        def nats(h_BTD, head_DV, labels_BT, weights_BT, share) -> jax.Array:
+            total, dhead_DV = cross_entropy_and_dhead(h_BTD, head_DV, labels_BT, weights_BT)
             dheads.append(dhead_DV.astype(wide(self.dtype)) * share)
             return total
 
@@ -250,9 +250,16 @@ class Stage:
         return (None if self.is_last else h_BTD, total), (parts, dhead)
 
     def evaluate(
-        self, weights: Arrays, biases: nnx.State, x_BTD: jax.Array | None, batch: Batch
+        self,
+        weights: Arrays,
+        biases: nnx.State,
+        x_BTD: jax.Array | None,
+        batch: Batch,
+        told: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """What the stage hands on, without gradients; the head's: the sum of -log p over labels."""
+        """What the stage hands on, without gradients; the head's: `told` of normed hidden states,
+        head [D, V] and labels.
+        """
         model = self._model(weights, biases, {}, {}, Tape())  # nothing is to be left
         valid_BT = batch.labels_BT >= 0
         if self.cut.embed:
@@ -262,7 +269,7 @@ class Stage:
         )
         if not self.cut.head:
             return x_BTD
-        return cross_entropy(model.normed(x_BTD), model.head(), batch.labels_BT)
+        return told(model.normed(x_BTD), model.head(), batch.labels_BT)
 
     def input_gradients(
         self,

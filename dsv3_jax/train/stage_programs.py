@@ -7,20 +7,23 @@ step's end. What a program adds to is given back to it.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.model.cross_entropy import cross_entropy, log_probs
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import AXES, TOKEN_AXES, varying, varying_axes
 from dsv3_jax.parallel.neighbours import PER_DEVICE
 from dsv3_jax.plan.cuts import layer_counts
 from dsv3_jax.quant.wide import wide
+from dsv3_jax.train.programs import batch_of
 from dsv3_jax.train.sharding import WHOLE, RunSharding
 from dsv3_jax.train.stage import Arrays, Passed, Stage
 from dsv3_jax.train.validation import counted
@@ -184,11 +187,24 @@ class StagePrograms:
         """
 
         def body(weights, biases, x, batch):
-            found = self.stage.evaluate(own(weights), own(biases), x, batch)
+            found = self.stage.evaluate(own(weights), own(biases), x, batch, cross_entropy)
             if not self.stage.cut.head:
                 return found
             sums = self.sharding.sum((found, *counted(batch.labels_BT, byte_lengths_V)))
             return by_device(sums)
+
+        return self._program(body, (PER_DEVICE,) * 4, PER_DEVICE, ())
+
+    def scoring(self) -> Callable:
+        """(weights, biases, x, batch) -> what the next stage takes; behind the head, by device, log
+        p of the labels of all devices, in their order.
+        """
+
+        def body(weights, biases, x, batch):
+            found = self.stage.evaluate(own(weights), own(biases), x, batch, log_probs)
+            if not self.stage.cut.head:
+                return found
+            return by_device(lax.all_gather(found, TOKEN_AXES, tiled=True))
 
         return self._program(body, (PER_DEVICE,) * 4, PER_DEVICE, ())
 
@@ -229,8 +245,7 @@ class StagePrograms:
     @property
     def batch(self) -> Batch:
         """A micro-batch."""
-        tokens = self.struct(self._parts, jnp.int32)
-        return Batch(tokens, tokens, tokens if self.stage.cfg.data.isolate else None)
+        return batch_of(self.stage.cfg, partial(self.struct, self._parts))
 
     @property
     def _parts(self) -> tuple[int, int]:

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.cross_entropy import NUM_CHUNKS, cross_entropy, plain_cross_entropy
+from dsv3_jax.model.cross_entropy import (
+    NUM_CHUNKS,
+    cross_entropy,
+    cross_entropy_and_dhead,
+    log_probs,
+    plain_cross_entropy,
+)
 from tests.jaxprs import intermediates
 from tests.shapes import compiled, normal
 from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64, assert_close
@@ -21,12 +27,14 @@ def inputs(rows: int, length: int, dtype=None) -> tuple[jax.Array, jax.Array, ja
     return h, head, jnp.asarray(labels, jnp.int32)
 
 
-def value_and_gradients(function, h, head, labels, cotangent: float = 1.0) -> tuple:
-    def run(h, head, labels):
-        value, pull = jax.vjp(lambda h, head: function(h, head, labels), h, head)
+def value_and_gradients(
+    function, h, head, labels, cotangent: float = 1.0, weights: jax.Array | None = None
+) -> tuple:
+    def run(h, head, labels, weights):
+        value, pull = jax.vjp(lambda h, head: function(h, head, labels, weights), h, head)
         return value, pull(jnp.asarray(cotangent, value.dtype))
 
-    return compiled(run)(h, head, labels)
+    return compiled(run)(h, head, labels, weights)
 
 
 def test_plain_equals_a_loop_over_tokens(x64):
@@ -48,6 +56,49 @@ def test_chunked_equals_plain(x64, strict_dtypes, rows: int, length: int, cotang
     assert_close(actual, value_and_gradients(plain_cross_entropy, *args, cotangent), FLOAT64)
     # Without a gradient the loss comes from a program of its own.
     assert_close(compiled(cross_entropy)(*args), actual[0], FLOAT64)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 5)])
+def test_a_weight_is_a_factor_of_its_label(x64, strict_dtypes, rows: int, length: int):
+    """Of any sign and 0, in value and gradients; where a label is not counted it counts nothing."""
+    args, weights = inputs(rows, length), normal(3, rows, length)
+    weights = weights.at[0, 0].set(0.0 if length > 1 else -2.0)
+    actual = value_and_gradients(cross_entropy, *args, 0.7, weights)
+    h, head, labels = args
+    of_one = [
+        value_and_gradients(cross_entropy, h, head, jnp.full_like(labels, -1).at[b, t].set(label))
+        for (b, t), label in np.ndenumerate(labels)
+    ]
+    expected = jax.tree.map(
+        lambda *x: jnp.einsum("i,i...->...", weights.ravel(), jnp.stack(x)), *of_one
+    )
+    expected = expected[0], jax.tree.map(lambda x: 0.7 * x, expected[1])
+    assert_close(actual, expected, FLOAT64)
+    assert_close(value_and_gradients(plain_cross_entropy, *args, 0.7, weights), expected, FLOAT64)
+    value, dhead = compiled(cross_entropy_and_dhead)(*args, weights)
+    assert_close((value, 0.7 * dhead), (expected[0], expected[1][1]), FLOAT64)
+
+
+def test_weights_of_one_are_none(strict_dtypes):
+    """Bit for bit."""
+    h, head, labels = inputs(3, 5, jnp.float32)
+    ones = jnp.ones(labels.shape, jnp.float32)
+    one, other = (
+        value_and_gradients(cross_entropy, h.astype(jnp.bfloat16), head, labels, 1.0, weights)
+        for weights in (ones, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_log_probs_are_the_terms_of_the_loss(x64, strict_dtypes):
+    h, head, labels = inputs(3, 5)
+    found = compiled(log_probs)(h, head, labels)
+    assert found.shape == labels.shape
+    np.testing.assert_array_equal(np.asarray(found)[labels < 0], 0.0)
+    for (b, t), label in np.ndenumerate(labels):
+        if label >= 0:
+            one = jnp.full_like(labels, -1).at[b, t].set(label)
+            assert_close(-found[b, t], plain_cross_entropy(h, head, one), FLOAT64)
 
 
 def test_no_label_gives_zero_loss_and_zero_gradients():

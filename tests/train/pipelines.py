@@ -70,6 +70,8 @@ class Case:
     """The step has this many times fewer rows, and micro-batches, than the run's later ones"""
     sequence: str = "none"
     """`mesh.sequence`: the devices that share a row"""
+    weighted: bool = False
+    """Labels have weights, as in reinforcement learning, and rows are isolated"""
 
     def __str__(self) -> str:
         said = [self.schedule, self.mesh, self.microbatches, self.stages or "balanced"]
@@ -77,7 +79,7 @@ class Case:
         said += [f"data {self.data}"] * (self.data > 1)
         said += [f"rows over {self.sequence}"] * (self.sequence != "none")
         return " ".join(map(str, said)) + "".join(
-            f" {name}" for name in ("isolate", "tied", "skewed") if getattr(self, name)
+            f" {name}" for name in ("isolate", "tied", "skewed", "weighted") if getattr(self, name)
         )
 
     @property
@@ -114,7 +116,11 @@ class Case:
         mesh = MeshConfig(pipe, self.data, node, local, bucket_factor=1.0, sequence=self.sequence)
         return RunConfig(
             model=self.model,
-            data=DataConfig(length=self.length, isolate=self.isolate),
+            data=DataConfig(
+                length=self.length,
+                isolate=self.isolate or self.weighted,
+                format="prompts" if self.weighted else "text",
+            ),
             train=TrainConfig(
                 rows=self.rows * count * mesh.row_groups,
                 microbatches=count,
@@ -155,8 +161,10 @@ def batch_of(case: Case) -> Batch:
     lengths_B1 = draw.integers(0, length + 1, (rows, 1))
     labels = np.where(np.arange(length)[None] < lengths_B1, sequence[:, 1:], -1)
     starts_BT = draw.integers(0, 2, (rows, length)).astype(np.int32)
-    segments = np.cumsum(starts_BT, axis=1, dtype=np.int32) if case.isolate else None
-    return Batch(sequence[:, :-1], labels, segments)
+    segments = np.cumsum(starts_BT, axis=1, dtype=np.int32)
+    weights = draw.standard_normal((rows, length)).astype(case.masters) if case.weighted else None
+    isolated = case.config.data.isolate
+    return Batch(sequence[:, :-1], labels, segments if isolated else None, weights)
 
 
 def state_for(case: Case) -> tuple[nnx.GraphDef, TrainState]:

@@ -12,7 +12,7 @@ from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.model.yarn import rope_table
 from dsv3_jax.train.loss import loss
-from tests.shapes import TINY_YARN, compiled, random_model, random_tokens, tiny_model
+from tests.shapes import TINY_YARN, compiled, normal, random_model, random_tokens, tiny_model
 from tests.tolerances import FLOAT64, assert_close
 
 B, T = 2, 7
@@ -37,8 +37,11 @@ def norm(x: np.ndarray, gain: jax.Array) -> np.ndarray:
     return x / np.sqrt((x**2).mean() + CFG.rms_eps) * np.asarray(gain[...])
 
 
-def mtp_loss_by_equations(model: DeepSeekV3, t: np.ndarray, h: np.ndarray) -> float:
-    """1/D sum_k L^k of one row t_1 .. t_{T+1} (0-based here), one token at a time.
+def mtp_loss_by_equations(
+    model: DeepSeekV3, t: np.ndarray, h: np.ndarray, weight_T: np.ndarray
+) -> float:
+    """1/D sum_k L^k of one row t_1 .. t_{T+1} (0-based here), one token at a time; `weight_T` of
+    t_2 .. t_{T+1}.
 
     TRM_k runs on T - k positions; nothing exists beyond them.
     """
@@ -56,16 +59,21 @@ def mtp_loss_by_equations(model: DeepSeekV3, t: np.ndarray, h: np.ndarray) -> fl
         rope = rope_table(CFG, jnp.arange(count)[None], x.dtype)
         y = np.asarray(run_block(module.block, x[None], rope, np.ones((1, count), bool))[0])
         h = np.stack([norm(y[i], module.norm_D) for i in range(count)])
-        total += sum(nll(h[i] @ head, t[i + k + 1]) for i in range(count)) / (len(t) - 1)
+        nats = [weight_T[i + k] * nll(h[i] @ head, t[i + k + 1]) for i in range(count)]
+        total += sum(nats) / (len(t) - 1)
     return total / depths
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
-    """Normalised by T for every depth, although depth k has T - k terms."""
+@pytest.mark.parametrize(("depth", "weighted"), [(1, False), (2, True)])
+def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int, weighted: bool):
+    """Normalised by T for every depth, although depth k has T - k terms; a label's weight goes
+    with it.
+    """
     model = random_model(replace(CFG, mtp_depth=depth), jnp.float64)
     sequence = np.asarray(random_tokens(CFG, B, T + 1))
+    weight_BT = np.asarray(normal(1, B, T)) if weighted else np.ones((B, T))
     batch = batch_of(jnp.asarray(sequence))
+    batch = batch._replace(weights_BT=jnp.asarray(weight_BT) if weighted else None)
 
     @compiled
     def run(model):
@@ -74,8 +82,10 @@ def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
     total, parts, hidden = run(model)
     hidden = np.asarray(hidden)
     head = np.asarray(model.head_DV[...])
-    main = [nll(hidden[b, t] @ head, sequence[b, t + 1]) for b, t in np.ndindex(B, T)]
-    mtp = [mtp_loss_by_equations(model, sequence[b], hidden[b]) for b in range(B)]
+    main = [
+        weight_BT[b, t] * nll(hidden[b, t] @ head, sequence[b, t + 1]) for b, t in np.ndindex(B, T)
+    ]
+    mtp = [mtp_loss_by_equations(model, sequence[b], hidden[b], weight_BT[b]) for b in range(B)]
     assert_close(parts.main, np.mean(main), FLOAT64)
     assert_close(parts.mtp, np.mean(mtp), FLOAT64)
     assert_close(total, parts.main + 0.3 * parts.mtp + 1e-4 * parts.balance, FLOAT64)
@@ -84,7 +94,7 @@ def test_main_and_mtp_loss_equal_a_loop_over_tokens(x64, depth: int):
 def test_labels_of_minus_one_count_neither_in_the_loss_nor_in_the_load(x64):
     """Depth k leaves out a position if its own label or the one k further does not count."""
     model, sequence = random_model(CFG, jnp.float64), random_tokens(CFG, B, T + 1)
-    tokens, labels, _ = batch_of(np.array(sequence))
+    tokens, labels, *_ = batch_of(np.array(sequence))
     labels[0, 4:] = labels[1, 2] = -1
 
     @compiled

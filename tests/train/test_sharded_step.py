@@ -203,7 +203,7 @@ def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, stepped):
     _, state = state_of(cfg, jnp.float64)
     embed_VD = state.params["embed_VD"]
     state.params["embed_VD"] = embed_VD.replace(embed_VD[...].at[63].set(jnp.nan))
-    tokens_BT, labels_BT, _ = batch_of(cfg)
+    tokens_BT, labels_BT, *_ = batch_of(cfg)
     tokens_BT, before = (tokens_BT % 63).at[11, 0].set(63), jax.tree.map(np.array, state)
     (after, metrics), _ = step_program(cfg)(state, Batch(tokens_BT, labels_BT.at[11].set(1)))
     assert not metrics.applied

@@ -142,7 +142,7 @@ def test_a_step_without_speed_moves_the_parameters_alone():
 
 def test_decay_leaves_norm_gains_and_biases_alone():
     """No label counts and no balance loss: gradients are zero, and what moves moves by decay."""
-    tokens, labels, _ = batch_of(RUN)
+    tokens, labels, *_ = batch_of(RUN)
     batch = Batch(tokens, jnp.full_like(labels, -1))
     before, after, metrics = take_step(learning_rate=0.5, bias_speed=0.25, batch=batch)
     assert metrics.grad_norm == metrics.loss == 0
