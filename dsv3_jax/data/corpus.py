@@ -31,11 +31,13 @@ from dsv3_jax.files import replace_file
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Rows to train on, rows held out in the order of their documents, and their tokenizer."""
+    """Rows to train on, rows held out in the order of their documents, if any are, and their
+    tokenizer.
+    """
 
     tokenizer: Tokenizer
     train: Rows | Mixture | SampleRows
-    validation: Rows | SampleRows
+    validation: Rows | SampleRows | None
     content_hash: str
     """Of all documents, both splits; weights do not count"""
     template: ChatTemplate | None = None

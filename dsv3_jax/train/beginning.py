@@ -55,6 +55,8 @@ def joint_corpus(
 
     def build() -> str:
         seed, size = cfg.train.seed, cfg.model.vocab_size
+        if cfg.data.format == "prompts":
+            raise ValueError("data.format is prompts; allowed: with python -m dsv3_jax.grpo")
         if cfg.data.format == "text":
             built.append(build_corpus(cfg.data, size, seed, say, kept))
             return ""

@@ -41,7 +41,7 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result | None:
     if not processes.is_first():
         return None
     if text:
-        records.append(sample_record(cfg, trained.position, text))
+        records.append(sample_record(cfg, trained.position, cfg.output.sample_prompt, text))
     known = read_metrics(run.metrics)
     for record in records:
         if record not in known:  # a finished run may be resumed

@@ -1,6 +1,6 @@
 """A step on its way, and how a loop of them ended."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,3 +29,5 @@ class Flight(NamedTuple):
     metrics: StepMetrics
     signals: jax.Array | None
     """That came to any process, for `Lockstep.take`"""
+    told: dict[str, Any]
+    """Of its batch, for its record"""

@@ -17,13 +17,13 @@ from dsv3_jax import process
 from dsv3_jax.checkpoint.arrays import CheckpointError
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.loader import Batch, batch_at, load
 from dsv3_jax.parallel import processes
 from dsv3_jax.plan.cost import train_flops_per_token
 from dsv3_jax.train import ema, snapshot
 from dsv3_jax.train.checkpoints import Checkpoints
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.diagnose import first_bad_layer
+from dsv3_jax.train.feed import Feed, RowFeed
 from dsv3_jax.train.flight import Flight, Trained
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.lockstep import Lockstep
@@ -67,6 +67,7 @@ class Trainer:
         start: Snapshot,
         matmul_peak: float,
         *,
+        feed: Feed | None = None,
         debug_nans: bool = False,
         profile: Profile | None = None,
         hang_seconds: float = 0.0,
@@ -79,6 +80,7 @@ class Trainer:
         self.probe, self.probed = make_probe(graphdef, cfg), False
         lengths_V = corpus.tokenizer.byte_lengths_V
         self.sharding = programs.sharding
+        self.feed = feed or RowFeed(cfg, corpus, self.sharding.own_rows)
         self.validate = programs.make_validate(lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
@@ -94,7 +96,6 @@ class Trainer:
         self.load_LE = start.load_LE  # since the last entry about experts
         self.bias_LE: np.ndarray | None = None
         self.warned, self.rewinds = False, []
-        self.batches: Iterator[Batch] = iter(())
         self._count_tokens()
 
     @property
@@ -102,7 +103,8 @@ class Trainer:
         """Where the run stands now."""
         seconds = self.clock.seconds() if self.clock else self.position.seconds
         position = self.position._replace(seconds=seconds)
-        return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE)
+        kept = self.feed.kept()
+        return Snapshot(self.state, position, self.average, self.meter.state, self.load_LE, kept)
 
     def whole_weights(self) -> TrainState | None:
         """Weights and biases on one device, for what knows of one; None in the processes that have
@@ -126,7 +128,7 @@ class Trainer:
         spoilt the weights: nothing is saved then.
         """
         self.clock = Clock(self.position.consumed_rows, self.position.seconds)
-        self._open_batches()
+        self.feed.open(self.position.consumed_rows, self._batch_sizes())
         self.watchdog = Watchdog(out.message, lambda: self.doing(), self.hang_seconds)
         with self.lockstep.hearing(out.message), contextlib.closing(self.profile):
             try:
@@ -139,7 +141,7 @@ class Trainer:
                 self.checkpoints.settle(out)
                 raise
             finally:
-                self.batches.close()
+                self.feed.close()
                 self.watchdog.close()
                 self.checkpoints.close()  # while the run's folder is still held, a second ^C or not
             if self.position.step == self.cfg.train.steps:
@@ -155,6 +157,7 @@ class Trainer:
     def _steps(self, out: Output) -> None:
         """To the last step or a signal; none is in flight over a pause, or with --debug-nans."""
         wait_for_each = self.debug_nans or jax.default_backend() == "cpu"
+        wait_for_each |= self.feed.needs_weights
         flight = None
         while flight or self._goes_on():
             self.checkpoints.look(out)
@@ -182,10 +185,10 @@ class Trainer:
                 self.programs.of(values.rows)
                 process.give_back()
                 processes.wait("compiled")
-        self.doing = "reading rows".format
+        self.doing = self.feed.where
         self.watchdog.begin(self.position.step + 1)
         with self.clock.waiting():
-            batch = next(self.batches)
+            batch = self.feed.batch(self.state, self.position)
         self.doing = self.programs.where
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
@@ -198,7 +201,7 @@ class Trainer:
         rows = self.position.consumed_rows + values.rows
         self.position = self.position._replace(step=self.position.step + 1, consumed_rows=rows)
         self.profile.after(self.position.step, metrics)
-        return Flight(self.position, values, metrics, signals)
+        return Flight(self.position, values, metrics, signals, self.feed.told())
 
     def _land(self, flight: Flight, out: Output) -> bool:
         """Waits for a step's results and tells them. True if it made the run go back: what was
@@ -230,6 +233,7 @@ class Trainer:
         record = train_record(
             self.cfg, position, flight.values, metrics, self.clock, self.flops_share
         )
+        record |= flight.told
         step, every = position.step, self.cfg.output.log_every
         if measured := self.programs.measured():
             out.keep(pipeline_record(self.cfg, position, *measured))
@@ -244,12 +248,6 @@ class Trainer:
         limit = self.meter.limit(self.position.step + 1)
         rate, speed, weight, _ = values
         return Coefficients(*(jnp.float32(x) for x in (rate, speed, weight, limit)))
-
-    def _open_batches(self) -> None:
-        """From the next row on."""
-        consumed, readers = self.position.consumed_rows, self.cfg.data.readers
-        own = self.sharding.own_rows
-        self.batches = load(self.corpus.train, consumed, self._batch_sizes(), readers, own)
 
     def _batch_sizes(self) -> Iterator[int]:
         """Asked for the next batch, says how many rows it has: those of the step to come."""
@@ -273,7 +271,7 @@ class Trainer:
         first = flight.position.consumed_rows - flight.values.rows
         rows = [first + int(b) for b in np.flatnonzero(~metrics.row_is_finite_B)]
         # Of a few rows, if all are bad: names may have to be read from shards.
-        names = dict.fromkeys(name for row in rows[:8] for name in self.corpus.train.names_of(row))
+        names = dict.fromkeys(name for row in rows[:8] for name in self.feed.names_of(row))
         total = flight.values.rows
         text = said_of(flight.position.step, main, rows, list(names), total, spike=is_spike)
         if self.debug_nans and not is_spike:
@@ -291,7 +289,7 @@ class Trainer:
 
     def _bad_layer(self, row: int) -> str:
         """Where one row stops being finite: the whole batch may not fit at once."""
-        weights, one = self.whole_weights(), batch_at(self.corpus.train, row, 1)
+        weights, one = self.whole_weights(), self.feed.one(row)
         text = weights and first_bad_layer(self.graphdef, weights, one, self.cfg.train)
         processes.wait("bad layer")
         return text or ""
@@ -319,8 +317,8 @@ class Trainer:
         if self.update_average:
             self.average = ema.on_host(restored.average or restored.state.params)
         self.meter = SpikeMeter(self.cfg.train, restored.spike)
-        self.batches.close()
-        self._open_batches()
+        self.feed.close()
+        self.feed.open(self.position.consumed_rows, self._batch_sizes())
         self._count_tokens()
         text = f"back to the weights of step {self.position.step}, on with later data"
         out.event(event_record(self.cfg, self.position, "rewound", text))
@@ -341,13 +339,12 @@ class Trainer:
         """What is due after this step."""
         if self._due(self.position, self.cfg.output.eval_every):
             rows = self.corpus.validation
-            chosen = spread(len(rows), self.cfg.output.eval_rows)
-            result = self.validate(self.state, rows, chosen)
-            whole = result.rows == len(rows)
-            out.validation(validation_record(result, self.position, self.cfg, whole))
-            text = self.sample()
-            if text:
-                out.keep(sample_record(self.cfg, self.position, text))
+            if rows is not None:
+                chosen = spread(len(rows), self.cfg.output.eval_rows)
+                result = self.validate(self.state, rows, chosen)
+                whole = result.rows == len(rows)
+                out.validation(validation_record(result, self.position, self.cfg, whole))
+            self._tell_samples(out)
             self._tell_experts(out)
             self._tell_quant(out)
             self.tell_page(out)
@@ -358,6 +355,13 @@ class Trainer:
         ):
             self.checkpoints.hand_over(self.snapshot, out)
 
+    def _tell_samples(self, out: Output) -> None:
+        """What the model writes, asked for or as it was trained on it."""
+        text = self.sample()
+        asked = [(self.cfg.output.sample_prompt, text)] if text else []
+        for prompt, text in (*asked, *self.feed.samples()):
+            out.keep(sample_record(self.cfg, self.position, prompt, text))
+
     def _tell_experts(self, out: Output) -> None:
         """Loads since the last time, and biases."""
         if self.load_LE is None or self.bias_LE is None or not self.load_LE.size:
@@ -367,7 +371,7 @@ class Trainer:
 
     def _tell_quant(self, out: Output) -> None:
         """What low precision does to weights, inputs and gradients; not finite ones at once."""
-        if not self.probe:
+        if not self.probe or self.corpus.validation is None:
             return
         if not self.probed:
             out.message("  compiling what measures low precision (up to a minute, once)")

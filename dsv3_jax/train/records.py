@@ -110,8 +110,7 @@ def event_record(cfg: RunConfig, position: Position, event: str, text: str) -> d
     return _entry("event", cfg, position) | {"event": event, "text": text}
 
 
-def sample_record(cfg: RunConfig, position: Position, text: str) -> dict[str, Any]:
-    prompt = cfg.output.sample_prompt
+def sample_record(cfg: RunConfig, position: Position, prompt: str, text: str) -> dict[str, Any]:
     return _entry("sample", cfg, position) | {"prompt": prompt, "text": text}
 
 

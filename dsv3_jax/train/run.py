@@ -1,14 +1,12 @@
 """A training run from configuration to summary: prepare, execute."""
 
 import contextlib
-import dataclasses
 import math
 import signal
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -19,8 +17,6 @@ from dsv3_jax.checkpoint import joint, run_model, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.config import RunConfig
-from dsv3_jax.config.run import from_dict
-from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
@@ -29,13 +25,12 @@ from dsv3_jax.quant.recipes import recipe_of
 from dsv3_jax.train import snapshot
 from dsv3_jax.train.beginning import (
     check_processes,
-    joint_corpus,
     joint_folder,
     settled,
     tokenizer_at_hand,
 )
-from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder, check_writable
+from dsv3_jax.train.kind import Kind
 from dsv3_jax.train.loop import Trainer
 from dsv3_jax.train.machine import describe, matmul_peak
 from dsv3_jax.train.memory import check_memory
@@ -45,15 +40,13 @@ from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.planned import Planned, is_exhaustion, planned_of, told_of_exhaustion
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
-from dsv3_jax.train.records import event_record
-from dsv3_jax.train.report import summary
-from dsv3_jax.train.sameness import check_same_model, check_same_run, check_same_text, differences
-from dsv3_jax.train.schedules import rows_after, rows_at
+from dsv3_jax.train.sameness import check_same_model, check_same_run, check_same_text
+from dsv3_jax.train.schedules import rows_after
 from dsv3_jax.train.sharding import described, make_sharding
-from dsv3_jax.train.snapshot import Position, Snapshot
+from dsv3_jax.train.start import Prepared, never_saved, next_rows, origin_of, started
 from dsv3_jax.train.step import abstract_state, check_state
 from dsv3_jax.train.trouble import BadSteps
-from dsv3_jax.train.writers import Writer, open_writers, packages_of
+from dsv3_jax.train.writers import open_writers, packages_of
 
 COMPILING = (  # a run without a pipeline, and one with
     "compiling the training step (up to a minute",
@@ -61,31 +54,6 @@ COMPILING = (  # a run without a pipeline, and one with
 )
 BAD_STEPS = 3  # exit code
 WEIGHTS, MOMENTS = ("params", "router_bias"), ("mu", "nu")  # groups of a checkpoint
-
-
-@dataclasses.dataclass
-class Prepared:
-    """What `execute` needs."""
-
-    cfg: RunConfig
-    run: RunFolder
-    corpus: Corpus
-    checkpoint: store.Checkpoint | None
-    """Let go once its arrays are on the device"""
-    is_new: bool
-    """The folder is this run's first; of a checkpoint only the weights are taken"""
-    writers: list[Writer]
-    weights_from: Path | None = None
-    """Whose weights a new run starts from, if it does"""
-    moments: bool = False
-    """And whose moments"""
-
-    @property
-    def origin(self) -> str:
-        """Of the weights that a new run starts from; what is no run has no steps."""
-        imported = "imported_from" in self.checkpoint.meta
-        step = "" if imported else f"step {self.checkpoint.step} of "
-        return f"{'and moments ' * self.moments}of {step}{self.weights_from}"
 
 
 class Watch(NamedTuple):
@@ -110,6 +78,7 @@ def prepare(
     *,
     moments: bool = False,
     epochs: int | None = None,
+    kind: Kind | None = None,
 ) -> Prepared:
     """Reads all that a new or a resumed run reads, and makes its folder; `epochs` over its samples
     decide the number of steps.
@@ -131,7 +100,7 @@ def prepare(
     check_state(cfg)
     check_memory(cfg)
     checkpoint = None
-    if (init_from or resume) and not (resume and _never_saved(resume)):
+    if (init_from or resume) and not (resume and never_saved(resume)):
         if moments:
             run_model.check_moments(init_from.path)
         groups = None if resume else WEIGHTS + MOMENTS * moments
@@ -145,8 +114,9 @@ def prepare(
         check = check_same_run if resume else check_same_model
         check(cfg, checkpoint.meta)
     kept = tokenizer_at_hand(cfg, resume, init_from)
-    corpus = joint_corpus(cfg, kept, say, resume, init_from)
-    cfg = settled(cfg, corpus, epochs, done)
+    kind = kind or Kind()
+    corpus = kind.corpus(cfg, kept, say, resume, init_from)
+    cfg = kind.settled(settled(cfg, corpus, epochs, done), corpus)
     _check_profile(cfg, watch, done)
     if checkpoint and resume:
         check_same_text(cfg, corpus, checkpoint.meta)
@@ -166,11 +136,13 @@ def prepare(
                 if init_from and kept and kept.name == str(init_from.tokenizer):
                     copy_tokenizer(init_from.path, run.path)  # a chat template, for one
                 corpus.save(run.path)
+            kind.save(run)
             writers = open_writers(cfg, run, done if resume else None)
         if not init_from:
             _write_config(cfg, run)
     weights_from = init_from and init_from.path
-    return Prepared(cfg, run, corpus, checkpoint, resume is None, writers, weights_from, moments)
+    is_new = resume is None
+    return Prepared(cfg, run, corpus, checkpoint, is_new, writers, weights_from, moments, kind)
 
 
 def _load(
@@ -248,7 +220,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     say(f"run        {run.path}")
     say(f"           {cfg.train.steps:,} steps, {tokens / 1e6:.2f} M tokens")
     graphdef, params, programs = _programs(cfg)
-    rows = _next_rows(prepared)
+    rows = next_rows(prepared)
     if rows:
         say(f"           {COMPILING[cfg.mesh.pipe > 1]}, kept for the next time)")
     if rows and prepared.checkpoint is None:  # one that does not fit is refused without waiting
@@ -256,7 +228,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     planned = planned_of(cfg, params, say) if rows else None
     if planned:
         say(planned.begin())
-    start = _start(prepared, programs, say)
+    start = started(prepared, programs, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb
         process.give_back()
@@ -273,6 +245,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         programs,
         start,
         peak,
+        feed=prepared.kind.feed(prepared, programs, start, say),
         debug_nans=watch.debug_nans,
         # The first process traces its own devices.
         profile=Profile(*watch.profile, run.profile)
@@ -281,7 +254,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         hang_seconds=watch.hang_seconds,
     )
     consumed = start.position.consumed_rows * cfg.data.length
-    origin = _origin(prepared, start.position)
+    origin = origin_of(prepared, start.position)
     if origin and not prepared.is_new:
         for change in origin["text"].split("; ")[1:]:
             say(f"           {change}")
@@ -298,7 +271,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
             if origin:
                 out.keep(origin)
-            return _train(trainer, out, console, planned)
+            return _train(trainer, out, console, planned, prepared.kind)
 
 
 def _programs(cfg: RunConfig) -> tuple[nnx.GraphDef, nnx.State, StepPrograms | PipelineRun]:
@@ -310,7 +283,9 @@ def _programs(cfg: RunConfig) -> tuple[nnx.GraphDef, nnx.State, StepPrograms | P
     return graphdef, shapes.params, StepPrograms(cfg, graphdef, shapes, sharding)
 
 
-def _train(trainer: Trainer, out: Output, console: Console, planned: Planned | None) -> int:
+def _train(
+    trainer: Trainer, out: Output, console: Console, planned: Planned | None, kind: Kind
+) -> int:
     """Trains, says how that ended, and returns the exit code."""
     run, say = trainer.run, partial(console.print, soft_wrap=True)
     try:
@@ -328,68 +303,7 @@ def _train(trainer: Trainer, out: Output, console: Console, planned: Planned | N
             raise trained.unsaved
         say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
         return 128 + trained.stopped_by
-    say("           validating on all held-out text, sampling")
-    result = finish(trainer, trained.snapshot, out)
-    if result:
-        summary(result, console)
-        if planned:
-            say(planned.end(result.tokens_per_second))
+    kind.finish(trainer, trained.snapshot, out, console, planned)
     if trained.unsaved:  # what takes less room may have been written all the same
         raise trained.unsaved
     return 0
-
-
-def _next_rows(prepared: Prepared) -> int:
-    """Rows of the next step, the first one's unless a run is resumed; 0 if all steps are done."""
-    cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    if prepared.is_new or checkpoint is None:
-        return rows_at(cfg, 0)
-    if checkpoint.step == cfg.train.steps:
-        return 0
-    return rows_at(cfg, checkpoint.meta["consumed_rows"] * cfg.data.length)
-
-
-def _start(
-    prepared: Prepared, programs: StepPrograms | PipelineRun, say: Callable[[str], None]
-) -> Snapshot:
-    """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
-    cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    state = programs.init_state()
-    if checkpoint is None:
-        if not prepared.is_new:
-            say("           never saved: starting over")
-        return Snapshot(state, Position())
-    if prepared.is_new:
-        say(f"           from the weights {prepared.origin}")
-        if prepared.moments:
-            return Snapshot(snapshot.restore(checkpoint, cfg, state).state, Position())
-        return Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
-    start = snapshot.restore(checkpoint, cfg, state)
-    say(f"           resumed after step {start.position.step:,}")
-    return start
-
-
-def _origin(prepared: Prepared, position: Position) -> dict[str, Any] | None:
-    """What the run's entries tell of how it came by its weights; None for fresh ones."""
-    cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    if checkpoint is None or position.step == cfg.train.steps:  # nothing will come of it
-        return None
-    if prepared.is_new:
-        return event_record(cfg, position, "weights", prepared.origin)
-    before = from_dict(RunConfig, checkpoint.meta["config"])
-    changed = [
-        text
-        for name in ("train", "schedule", "optimizer", "data", "quant", "mesh", "pipeline")
-        for text in differences(name, getattr(cfg, name), getattr(before, name))
-    ]
-    text = "; ".join([f"after step {position.step}", *changed])
-    return event_record(cfg, position, "resumed", text)
-
-
-def _never_saved(run: RunFolder) -> bool:
-    """Whether a run was stopped before its first checkpoint was complete.
-
-    A kill leaves at most one folder that lacks its mark; two are no kill's work.
-    """
-    whole = [path for path in run.checkpoints.glob("step_*") if ".tmp-" not in path.name]
-    return not store.steps(run.checkpoints) and len(whole) <= 1

@@ -47,6 +47,8 @@ class Snapshot(NamedTuple):
     spike: SpikeState = SpikeState()
     load_LE: np.ndarray | None = None
     """Token copies per expert that no entry of the metrics has told yet"""
+    feed: np.ndarray | None = None
+    """What its feed goes on from, uint8, if that is not told by its position"""
 
 
 def contents(
@@ -72,11 +74,14 @@ def contents(
     }
     if snapshot.average is not None:
         arrays["average"] = named(snapshot.average)
-    load_LE = snapshot.load_LE
-    if load_LE is not None and processes.count() == 1:
-        arrays["experts"] = {"load_LE": load_LE}
-    elif load_LE is not None and processes.is_first():  # all have the same
-        arrays["experts"] = {"load_LE": [Piece(load_LE.shape, (0, 0), load_LE)]}
+    for group, name, x in (
+        ("experts", "load_LE", snapshot.load_LE),
+        ("feed", "state", snapshot.feed),
+    ):
+        if x is not None and processes.count() == 1:
+            arrays[group] = {name: x}
+        elif x is not None and processes.is_first():  # all have the same
+            arrays[group] = {name: [Piece(x.shape, (0,) * x.ndim, x)]}
     meta = {
         "config": json.loads(cfg.to_json()),
         **snapshot.position._asdict(),
@@ -133,10 +138,17 @@ def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> 
     position = Position(*(checkpoint.meta[name] for name in Position._fields))
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     average = part("average", state.params) if "average" in checkpoint.arrays else None
-    load_LE = checkpoint.arrays.get("experts", {}).get("load_LE")
-    if isinstance(load_LE, Parts):
-        (load_LE,) = load_LE.boxes.values()
-    return Snapshot(restored, position, average, SpikeState(*checkpoint.meta["spike"]), load_LE)
+    spike = SpikeState(*checkpoint.meta["spike"])
+    load_LE, feed = (_alone(checkpoint, *of) for of in (("experts", "load_LE"), ("feed", "state")))
+    return Snapshot(restored, position, average, spike, load_LE, feed)
+
+
+def _alone(checkpoint: store.Checkpoint, group: str, name: str) -> np.ndarray | None:
+    """An array that all processes have whole, if the checkpoint has it."""
+    found = checkpoint.arrays.get(group, {}).get(name)
+    if isinstance(found, Parts):
+        (found,) = found.boxes.values()
+    return found
 
 
 def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> TrainState:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import Phase
-from dsv3_jax.train import programs, run
+from dsv3_jax.train import programs, start
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.step import abstract_state
 from tests.runs import SmallRun
@@ -94,5 +94,5 @@ def test_the_first_program_is_that_of_the_next_step(small, is_new, step, consume
         small.cfg, schedule=schedule, train=replace(small.cfg.train, rows=6, microbatches=2)
     )
     checkpoint = SimpleNamespace(step=step, meta={"consumed_rows": consumed})
-    assert run._next_rows(SimpleNamespace(cfg=cfg, checkpoint=checkpoint, is_new=is_new)) == rows
-    assert run._next_rows(SimpleNamespace(cfg=cfg, checkpoint=None, is_new=False)) == 3
+    assert start.next_rows(SimpleNamespace(cfg=cfg, checkpoint=checkpoint, is_new=is_new)) == rows
+    assert start.next_rows(SimpleNamespace(cfg=cfg, checkpoint=None, is_new=False)) == 3

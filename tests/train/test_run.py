@@ -20,6 +20,7 @@ from dsv3_jax.train import run as run_module
 from dsv3_jax.train.folder import RunFolder, locked
 from dsv3_jax.train.run import prepare
 from dsv3_jax.train.snapshot import Position
+from dsv3_jax.train.start import started
 from tests.runs import SmallRun, contents, random_state, with_model
 
 ROOT = Path(__file__).parents[2]
@@ -259,7 +260,7 @@ def test_a_run_that_was_never_saved_starts_over(small: SmallRun, copy: Path):
         prepared = prepare(load_json(copy / "config.json"), RunFolder(copy), lambda line: None)
         said: list[str] = []
         *_, programs = run_module._programs(prepared.cfg)
-        start = run_module._start(prepared, programs, said.append)
+        start = started(prepared, programs, said.append)
     assert (prepared.run.path, prepared.is_new) == (copy, False)
     assert start.position == Position()
     assert not list((copy / "checkpoints").iterdir())
