@@ -25,15 +25,16 @@ from dsv3_jax.inference.mover import Mover
 from dsv3_jax.inference.programs import Programs, placed
 from dsv3_jax.inference.requests import Answer, Request, Text, pairs
 from dsv3_jax.inference.scheduler import Scheduler
-from dsv3_jax.inference.settings import EngineConfig, bucket, buckets
+from dsv3_jax.inference.settings import EngineConfig, bucket
 from dsv3_jax.inference.speculative import Verdict
 from dsv3_jax.inference.statistics import Statistics
 from dsv3_jax.inference.step import MOST_STEPS, ReadScores
-from dsv3_jax.inference.weights import Weights, lay_out
+from dsv3_jax.inference.weights import Weights, check_alike, lay_out
 from dsv3_jax.model.transformer import DeepSeekV3
 
 # One call makes as many steps as it can in this time: a new request should not wait for longer.
 PATIENCE = 0.05
+STEADY_STEPS = 4  # of an engine that does not look at the clock: a text may end before the others
 MOST_COUNTED = 2**28  # tokens that devices count in int32; a step with drafts has a few of each
 SHORTEST_CHUNK, NARROWEST = 16, 4  # the least buckets of a chunk's tokens and a table's pages
 
@@ -62,17 +63,17 @@ class Engine:
         self.service = ExpertService(cfg, settings, mesh, clock)
         self.programs = Programs(self.service.experts, mesh, settings, self.statistics)
         self.weights = placed(self.service.laid_out(weights), mesh)
-        self.longest = cfg.max_length
+        self.longest = min(cfg.max_length, settings.longest or cfg.max_length)
         pages = settings.num_pages(self.longest)
         self.scheduler = Scheduler(settings, self.programs.shards, pages, self.statistics)
         self.state = self.programs.empty_state(weights, settings, pages)
         self.mover = Mover(self.programs, self.scheduler)
-        self._row_buckets = buckets(settings.rows)
+        self._row_buckets = settings.buckets(settings.rows)
         chunk = min(settings.chunk, self.longest, pages * settings.page_slots)
-        self._chunk_buckets = buckets(chunk, min(SHORTEST_CHUNK, chunk))
+        self._chunk_buckets = settings.buckets(chunk, min(SHORTEST_CHUNK, chunk))
         widest = min(pages, -(-self.longest // settings.page_slots))
-        self._width_buckets = buckets(widest, min(NARROWEST, widest))
-        self._ids, self._steps = ids(), 1
+        self._width_buckets = settings.buckets(widest, min(NARROWEST, widest))
+        self._ids, self._steps = ids(), STEADY_STEPS if settings.steady else 1
         self._texts: dict[int, Text] = {}
         self._loads: np.ndarray | int = 0
         self._total_loads: np.ndarray | int = 0
@@ -90,6 +91,18 @@ class Engine:
         """Over a model's weights, laid out for decoding; `consume` as of `lay_out`."""
         drafts = settings.drafts if settings else 0
         return cls(lay_out(model, consume=consume, drafts=drafts), settings, mesh)
+
+    def take_weights(self, weights: Weights) -> None:
+        """Goes on with other values of the same model's weights; nothing is compiled for them.
+
+        ValueError, one line, while requests are pending, or for another model's.
+        """
+        if self.pending:
+            raise ValueError(f"{self.pending} requests have not ended; allowed: none with weights")
+        weights = self.service.laid_out(weights)
+        check_alike(weights, self.weights)
+        self.weights = placed(weights, self.programs.mesh)
+        self.scheduler.forget()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -109,14 +122,8 @@ class Engine:
         `submit`. Other threads may ask, too.
         """
         request.check(self.weights.rest.cfg.vocab_size, self.longest)
-        if request.prompt_logprobs and not self.settings.prompt_logprobs:
-            raise ValueError("prompt_logprobs; allowed where the engine's prompt_logprobs is set")
         limit = min(len(request.prompt) + request.max_tokens, self.longest)
-        if limit > self.room:
-            raise ValueError(
-                f"a text of {limit} tokens, prompt and answer; allowed: at most the {self.room} "
-                "that the cache has room for"
-            )
+        self.settings.check_request(request, limit, self.room)
         return limit
 
     @property
@@ -325,7 +332,8 @@ class Engine:
         before = self.statistics.going_on
         verdict = self._run_go_on(grid, width, steps)
         fitting = steps * PATIENCE / (self.statistics.going_on - before)
-        self._steps = min(max(int(fitting), 1), MOST_STEPS)
+        if not self.settings.steady:
+            self._steps = min(max(int(fitting), 1), MOST_STEPS)
         return [
             self._take_steps(text, steps, verdict, place)
             for place, text in enumerate(grid)

@@ -25,8 +25,12 @@ class Scheduler:
         self.settings, self.statistics = settings, statistics
         self.waiting: deque[Text] = deque()
         self.rows: list[list[Text | None]] = [[None] * settings.rows for _ in range(shards)]
-        sizes = pages, settings.page_slots, settings.drafts
-        self.pages = [Pages(*sizes) for _ in range(shards)]
+        self._sizes = pages, settings.page_slots, settings.drafts
+        self.forget()
+
+    def forget(self) -> None:
+        """No beginning of a text is known any more; nobody may hold a page."""
+        self.pages = [Pages(*self._sizes) for _ in self.rows]
 
     @property
     def running(self) -> list[Text]:

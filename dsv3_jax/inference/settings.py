@@ -1,10 +1,13 @@
 """An engine's sizes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import check, check_types
+
+if TYPE_CHECKING:
+    from dsv3_jax.inference.requests import Request
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class EngineConfig:
     """So many likeliest tokens are told of with each token"""
     prompt_logprobs: bool = False
     """Requests may wish to be told of their prompts' tokens"""
+    longest: int | None = None
+    """Tokens of the longest text, prompt and answer; default: model.max_length"""
+    steady: bool = False
+    """Neither neighbours nor the clock decide what is computed for a text: every program has one
+    size, a prompt is read as one chunk that holds it, and nothing is shared or given up"""
 
     def __post_init__(self) -> None:
         check_types("engine", self)
@@ -59,6 +67,12 @@ class EngineConfig:
         check("engine.bucket_factor", factor, 0 < factor <= 1024, "above 0, up to 1024")
         seconds = self.rebalance_seconds
         check("engine.rebalance_seconds", seconds, seconds > 0, "above 0")
+        longest = self.longest
+        check("engine.longest", longest, longest is None or longest >= 2, "at least 2")
+        if self.steady:
+            for name, needed in (("share_prefixes", False), ("pages", None), ("replicas", 0)):
+                found = getattr(self, name)
+                check(f"engine.{name}", found, found == needed, f"{needed} with engine.steady")
 
     def check_model(self, model: ModelConfig) -> None:
         """ValueError for what the model has not."""
@@ -70,9 +84,30 @@ class EngineConfig:
         most = min(20, model.vocab_size)
         check("engine.top_logprobs", self.top_logprobs, self.top_logprobs <= most, f"0 to {most}")
 
+    def check_request(self, request: "Request", limit: int, room: int) -> None:
+        """ValueError for what an engine with room for so many tokens of a text is not set to;
+        `limit` are the text's.
+        """
+        if request.prompt_logprobs and not self.prompt_logprobs:
+            raise ValueError("prompt_logprobs; allowed where the engine's prompt_logprobs is set")
+        if self.steady and len(request.prompt) > self.chunk:
+            raise ValueError(
+                f"the prompt has {len(request.prompt)} tokens; allowed with engine.steady: at most "
+                f"engine.chunk = {self.chunk}"
+            )
+        if limit > room:
+            raise ValueError(
+                f"a text of {limit} tokens, prompt and answer; allowed: at most the {room} that "
+                "the cache has room for"
+            )
+
     def num_pages(self, longest: int) -> int:
         """Of a device's pools, for texts of at most so many tokens."""
         return self.pages or self.rows * -(-longest // self.page_slots)
+
+    def buckets(self, most: int, least: int = 1) -> tuple[int, ...]:
+        """Sizes that programs are compiled for."""
+        return (most,) if self.steady else buckets(most, least)
 
 
 def buckets(most: int, least: int = 1) -> tuple[int, ...]:

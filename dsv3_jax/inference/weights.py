@@ -69,6 +69,23 @@ def lay_out(model: DeepSeekV3, *, consume: bool = False, drafts: int = 0) -> Wei
     return Weights(tuple(_layer(block, dtype) for block in blocks), rest, depths)
 
 
+def check_alike(weights: Weights, known: Weights) -> None:
+    """ValueError, one line, for weights that have not the shapes and dtypes of the known ones,
+    which programs are compiled for.
+    """
+    found, wanted = (
+        {
+            jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (weights, known)
+    )
+    for name in {**wanted, **found}:
+        one, other = found.get(name, "missing"), wanted.get(name, "none")
+        if one != other:
+            raise ValueError(f"weights{name}: {one}; allowed: {other}, as the engine began with")
+
+
 def _layer(block: Block, dtype: jnp.dtype) -> Layer:
     return Layer(block, *block.mla.expansion(dtype))
 

@@ -91,7 +91,7 @@ def _problems(
     kind = found.get("kind", default)
     if kind is None:
         raise ValueError(f"no kind; allowed as kind or as --kind: {', '.join(EXPANDED)}")
-    turns = _turns(found)
+    turns = turns_of(found)
     named = {**values, **_values(found.get("values", {}))}
     for each in EXPANDED[check_kind(kind)]:
         template = templates[each]
@@ -100,13 +100,13 @@ def _problems(
         if system and messages[0]["role"] != "system":  # a conversation may bring its own
             messages = [{"role": "system", "content": system}, *messages]
         yield Problem(
-            id=str(found.get("id", number)),
+            id=id_of(found, number),
             kind=each,
             where=where,
             prompt=turns[-1]["content"],
             messages=messages,
-            reference=_text_or_none(found, "reference"),
-            response=_text_or_none(found, "response") if each == EXPANDED["reasoning"][0] else None,
+            reference=text_or_none(found, "reference"),
+            response=text_or_none(found, "response") if each == EXPANDED["reasoning"][0] else None,
             template={"kind": each, "version": VERSION, "hash": template.hash},
             keeps_reasoning=template.keeps_reasoning,
         )
@@ -119,13 +119,20 @@ def _fields(line: str) -> dict[str, Any]:
     for name in found:
         if name not in _FIELDS:
             raise ValueError(f"unknown field {shown(name)}; allowed: {', '.join(_FIELDS)}")
-    if type(found.get("id", "")) not in (str, int) or found.get("id") == "":
-        raise ValueError(f"id is {shown(found['id'])}; allowed: text or a whole number")
     return found
 
 
-def _turns(found: Mapping[str, Any]) -> Messages:
-    """A conversation whose last turn is a user's."""
+def id_of(found: Mapping[str, Any], number: int) -> str:
+    """A line's `id`, else its number. ValueError, one line, for what is none."""
+    if type(found.get("id", "")) not in (str, int) or found.get("id") == "":
+        raise ValueError(f"id is {shown(found['id'])}; allowed: text or a whole number")
+    return str(found.get("id", number))
+
+
+def turns_of(found: Mapping[str, Any]) -> Messages:
+    """Of a line's `prompt` or `messages`, a conversation whose last turn is a user's. ValueError,
+    one line, for what is none.
+    """
     if ("prompt" in found) == ("messages" in found):
         raise ValueError("one of prompt and messages is needed, and no two")
     if "prompt" in found:
@@ -154,7 +161,8 @@ def _values(found: Any) -> dict[str, str]:
     return {name: _text(f"values.{name}", value) for name, value in found.items()}
 
 
-def _text_or_none(found: Mapping[str, Any], name: str) -> str | None:
+def text_or_none(found: Mapping[str, Any], name: str) -> str | None:
+    """A field of a line. ValueError, one line, for what is no text."""
     return None if found.get(name) is None else _text(name, found[name])
 
 
