@@ -14,7 +14,7 @@ so one training step, whatever its mesh, schedule and recipe, needs w_i for each
 `std` is the population's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,7 @@ def _bounded(difference_N: np.ndarray) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """Of an answer's tokens among the labels of a batch."""
+    """Where an answer is predicted: `labels_BT[row, begin:end]` are its tokens."""
 
     row: int
     begin: int
@@ -140,18 +140,3 @@ def drift(logp_BT: np.ndarray, places: Sequence[Place], drawn: Sequence[Sequence
         np.array([size.max() for size in sizes]),
         np.array([np.exp(_bounded(np.nan_to_num(one).sum())) for one in differences]),
     )
-
-
-def statistics(weighed: Weighed, drift: Drift, left_out_N: np.ndarray) -> Mapping[str, float]:
-    """Means over a step's answers, for its record."""
-    finite_N = np.isfinite(drift.mean_N)
-    return {
-        "objective": float(weighed.objective_N.mean()),
-        "kl": float(weighed.kl_N.mean()),
-        "ratio": float(weighed.ratio_N.mean()),
-        "clipped": float(weighed.is_clipped_N.mean()),
-        "drift": float(drift.mean_N[finite_N].mean()) if finite_N.any() else float("inf"),
-        "drift_most": float(drift.most_N.max()),
-        "drift_ratio": float(drift.ratio_N.mean()),
-        "left_out": int(left_out_N.sum()),
-    }

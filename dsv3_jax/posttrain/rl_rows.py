@@ -12,16 +12,9 @@ import numpy as np
 
 from dsv3_jax.data.first_fit import first_fit
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.posttrain.grpo_objective import Place
 from dsv3_jax.posttrain.rl_prompts import PromptSet
 from dsv3_jax.posttrain.rollouts import Group
-
-
-class Place(NamedTuple):
-    """Where an answer is predicted: `labels_BT[row, begin:end]` are its tokens."""
-
-    row: int
-    begin: int
-    end: int
 
 
 class Packed(NamedTuple):

@@ -32,7 +32,8 @@ class Checkpoints:
         """
         self.cfg, self.data, self.folder, self._wanted = cfg, data, run.checkpoints, wanted
         output = cfg.output
-        retention = Retention(output.keep_last, output.keep_every, output.save_every)
+        first = cfg.data.format == "prompts"  # from which the divergence is measured
+        retention = Retention(output.keep_last, output.keep_every, output.save_every, first)
         self._saver = Saver(run.checkpoints, retention, loaded=start.step)
         self._handed_over = start
 

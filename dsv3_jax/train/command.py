@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
@@ -19,6 +19,9 @@ from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.parallel import launch
 from dsv3_jax.parallel.launch import LaunchOptions
 from dsv3_jax.train.folder import RunFolder, find_run, locked, run_at
+
+if TYPE_CHECKING:
+    from dsv3_jax.train.kind import Kind
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def perform(
     resume: RunFolder | None,
     init_from: RunFolder | None,
     epochs: int | None = None,
+    make_kind: Callable[[], "Kind"] | None = None,
 ) -> int | None:
     """Prints what is asked for, or trains. Returns the exit code; SystemExit 2 for the user's
     mistakes.
@@ -140,9 +144,9 @@ def perform(
         if options.launch.processes > 1 and not started:
             return launch.run(options.launch)
     if not started and not options.launch.cluster:
-        return _train(options, resume, init_from, epochs)
+        return _train(options, resume, init_from, epochs, make_kind)
     with launch.leaving_at_once():
-        return _train(options, resume, init_from, epochs, started)
+        return _train(options, resume, init_from, epochs, make_kind, started)
 
 
 def _train(
@@ -150,6 +154,7 @@ def _train(
     resume: RunFolder | None,
     init_from: RunFolder | None,
     epochs: int | None,
+    make_kind: Callable[[], "Kind"] | None,
     started: launch.Started | None = None,
 ) -> int:
     devices = options.devices
@@ -181,6 +186,7 @@ def _train(
                 locks.enter_context(locked(resume))
             say = partial(console.print, soft_wrap=True)
             more = {"moments": options.init_moments, "epochs": epochs}
+            more["kind"] = make_kind and make_kind()
             prepared = prepare(options.run, resume, say, init_from, watch, **more)
             if not resume and is_first():
                 locks.enter_context(locked(prepared.run))

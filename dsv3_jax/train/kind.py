@@ -1,6 +1,6 @@
 """What differs between runs that learn from different things; here, from texts and samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from dsv3_jax.train.feed import Feed, RowFeed
 from dsv3_jax.train.finish import finish
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.loop import Trainer
+from dsv3_jax.train.metrics import LOSSES
 from dsv3_jax.train.output import Output
 from dsv3_jax.train.planned import Planned
 from dsv3_jax.train.report import summary
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 class Kind:
     """A run on texts, or on conversations. Others override what they do otherwise."""
+
+    measures: Mapping[str, str] = LOSSES
+    """Two values of training records that the display shows first, with their labels"""
 
     def corpus(
         self,

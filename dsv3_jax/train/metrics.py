@@ -8,6 +8,7 @@ of loss-free balancing.
 import json
 import math
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ from dsv3_jax.files import replace_file
 HEADER_EVERY = 20  # plain lines between two headers: one is always on a screen of 24
 PACE_WINDOW = 100  # updates over which the remaining time is estimated
 CURVE_POINTS = 48
+LOSSES = {"main_loss": "main loss", "mtp_loss": "MTP loss"}
 CURVE_BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -115,9 +117,15 @@ class Progress:
         first_step: int = 0,
         title: str = "training",
         console: Console | None = None,
+        measures: Mapping[str, str] = LOSSES,
     ) -> None:
+        """`measures`: what is learned by, as names of training records' values with labels; the
+        first one's curve is shown.
+        """
         self.console = console or Console()
         self.total_steps, self.title = total_steps, title
+        self._measures, self._first = measures, next(iter(measures))
+        self._labels = {**measures, **_LABELS}
         self._step, self._train, self._validation = first_step, {}, {}
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW)
         self._finish: float | None = None
@@ -150,7 +158,7 @@ class Progress:
         if record["kind"] == "train":
             self._step, self._train = record["step"], record
             self._estimate()
-            self._curve.add(record["main_loss"])
+            self._curve.add(record[self._first])
             if not self._live:
                 self._print_line(record)
         elif record["kind"] == "validation":
@@ -184,9 +192,10 @@ class Progress:
         width = max(9, 2 * len(str(self.total_steps)) + 1)
         row = "{:>{w}}{:>11}{:>11}{:>11}{:>12}{:>12}{:>9}{:>9}{:>10}"
         if self._lines % HEADER_EVERY == 0:
-            names = "main loss,MTP loss,grad norm,learn rate,tokens/s,of peak,MaxVio,ETA"
-            self.message(row.format("step", *names.split(","), w=width))
-        cells = [_shown(record, name) for name in ("main_loss", "mtp_loss", *_AFTER_LOSSES)]
+            names = "grad norm,learn rate,tokens/s,of peak,MaxVio,ETA"
+            heads = (*self._measures.values(), *names.split(","))
+            self.message(row.format("step", *heads, w=width))
+        cells = [_shown(record, name) for name in (*self._measures, *_AFTER_LOSSES)]
         step = f"{self._step}/{self.total_steps}"
         self.message(row.format(step, *cells, self._remaining(), w=width))
         self._lines += 1
@@ -203,12 +212,13 @@ class Progress:
             f"ETA {self._remaining()}",
         )
         bars = "" if self.console.options.ascii_only else self._curve.bars
-        curve = [Text.assemble((f"{'loss curve':15}", "dim"), (bars, "cyan"), no_wrap=True)]
+        label = f"{self._measures[self._first].split()[-1]} curve"
+        curve = [Text.assemble((f"{label:15}", "dim"), (bars, "cyan"), no_wrap=True)]
         return Group(head, *(curve if bars else []), self._numbers())
 
     def _numbers(self) -> Table:
         """Labelled values, as many beside each other as fit (a pair takes 26 columns)."""
-        cells = [cell for name in _LABELS for cell in self._cell(name)]
+        cells = [cell for name in self._labels for cell in self._cell(name)]
         cells += ["elapsed", clock(self.console.get_time() - self._start)]
         per_row = 2 * max(1, min(3, self.console.width // 26))
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -223,12 +233,10 @@ class Progress:
         record = self._validation if name == "bits_per_byte" else self._train
         value = record.get(name)
         broken = value is not None and not math.isfinite(value)
-        return _LABELS[name], Text(_shown(record, name), "bold red" if broken else "")
+        return self._labels[name], Text(_shown(record, name), "bold red" if broken else "")
 
 
 _LABELS = {
-    "main_loss": "main loss",
-    "mtp_loss": "MTP loss",
     "bits_per_byte": "val bits/byte",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
@@ -239,6 +247,8 @@ _LABELS = {
 _FORMATS = {
     "main_loss": "#.4g",
     "mtp_loss": "#.4g",
+    "reward": "#.4g",
+    "kl": "#.3g",
     "grad_norm": "#.4g",
     "learning_rate": ".2e",
     "max_violation": ".3f",

@@ -15,7 +15,14 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.drawing import short
 from dsv3_jax.files import replace_file
-from dsv3_jax.train import exchange_page, expert_pictures, page_pictures, pipeline_page, quant_page
+from dsv3_jax.train import (
+    exchange_page,
+    expert_pictures,
+    page_pictures,
+    pipeline_page,
+    quant_page,
+    reward_page,
+)
 from dsv3_jax.train.console import printable
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.page_pictures import LARGE, Picture
@@ -54,6 +61,7 @@ def page_html(
     facts, loads = facts_of(cfg, entries, result), expert_pictures.loads_of(entries)
     body = [
         _head(name, facts, loads),
+        _rewards(entries),
         _learning(cfg, entries, result),
         _experts(entries, loads),
         _recipe(cfg, entries),
@@ -117,10 +125,16 @@ def _bits_tile(facts: Facts) -> str:
     return f'<dl class="tile"><dt>bits per byte</dt><dd>{value}</dd><dd>{below}{bars}</dd></dl>'
 
 
+def _rewards(entries: Sequence[dict]) -> str:
+    pictures = _grid(reward_page.large(entries), "pictures large")
+    pictures += _grid(reward_page.small(entries), "pictures")
+    return _section("Rewards", pictures, reward_page.NOTE)
+
+
 def _learning(cfg: RunConfig, entries: Sequence[dict], result: Result | None) -> str:
     zlib_bpb = result.zlib_bits_per_byte if result else None
     pictures = [
-        page_pictures.losses(entries),
+        None if cfg.data.weighted else page_pictures.losses(entries),
         page_pictures.bits(entries, zlib_bpb),
         page_pictures.gradients(entries, cfg.optimizer.clip_norm),
         page_pictures.single(entries, "balance_loss", "Balance loss, before its weight", LARGE),

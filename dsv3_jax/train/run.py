@@ -267,7 +267,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         if processes.is_first():
             log = MetricsLog(run.metrics, None if prepared.is_new else consumed)
             stack.enter_context(contextlib.closing(log))
-        progress = Progress(cfg.train.steps, step, title=run.path.name, console=console)
+        measures = prepared.kind.measures
+        progress = Progress(cfg.train.steps, step, run.path.name, console, measures)
         with contextlib.closing(Output(log, progress, prepared.writers)) as out:
             if origin:
                 out.keep(origin)

@@ -157,11 +157,18 @@ def weights_of(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) 
     With `cfg`'s number of dense layers; optimiser and position start anew. The checkpoint's arrays
     are moved and the memory of `state`'s weights is given back.
     """
-    numbering = numbering_of(cfg)
     params, biases = _emptied((state.params, state.biases))
-    return state._replace(
-        params=from_layers(params, checkpoint.arrays["params"], numbering),
-        biases=from_layers(biases, checkpoint.arrays["router_bias"], numbering),
+    found = weights_in(checkpoint, cfg, TrainState(params, biases, ()))
+    return state._replace(params=found.params, biases=found.biases)
+
+
+def weights_in(checkpoint: store.Checkpoint, cfg: RunConfig, like: TrainState) -> TrainState:
+    """Weights and router biases alone, where an abstract state says. Else as `weights_of`."""
+    numbering = numbering_of(cfg)
+    return TrainState(
+        from_layers(like.params, checkpoint.arrays["params"], numbering),
+        from_layers(like.biases, checkpoint.arrays["router_bias"], numbering),
+        (),
     )
 
 

@@ -82,8 +82,9 @@ def state(facts: Facts) -> Sentence:
     """How the run ended, or that it has not."""
     steps, done = facts.cfg.train.steps, int(facts.last.get("step", 0))
     diverged = bool(facts.train) and not math.isfinite(facts.latest("main_loss"))
-    if facts.result and math.isfinite(facts.result.bits_per_byte):
-        return Sentence(f"Finished: all {facts.result.steps:,} steps", GOOD)
+    rewarded = facts.cfg.data.weighted and done == steps and not diverged
+    if rewarded or (facts.result and math.isfinite(facts.result.bits_per_byte)):
+        return Sentence(f"Finished: all {done:,} steps", GOOD)
     if facts.result or diverged:
         return Sentence(f"The loss is not finite after {done:,} of {steps:,} steps", BAD)
     return Sentence(f"Not finished: {done:,} of {steps:,} steps ({done / steps:.0%})", WARN)
@@ -93,7 +94,8 @@ def sentences(facts: Facts, last_shares_LE: Any) -> list[Sentence]:
     """The run in a few sentences. `last_shares_LE`: expert loads over their layer's mean at the
     end, or None.
     """
-    said = [_yardstick(facts), _losses(facts), _validations(facts), _balance(facts)]
+    learned = _rewards if facts.cfg.data.weighted else _losses
+    said = [_yardstick(facts), learned(facts), _validations(facts), _balance(facts)]
     said += [_idle(last_shares_LE), _trouble(facts), _waiting(facts)]
     return [sentence for sentence in said if sentence]
 
@@ -111,6 +113,13 @@ def _losses(facts: Facts) -> Sentence | None:
     if len(finite) < 2:
         return None
     return Sentence(f"Training loss went from {finite[0]:.3f} to {finite[-1]:.3f} nats per token.")
+
+
+def _rewards(facts: Facts) -> Sentence | None:
+    finite = [value for value in smoothed(column(facts.train, "reward")) if math.isfinite(value)]
+    if len(finite) < 2:
+        return None
+    return Sentence(f"The mean reward went from {finite[0]:.3f} to {finite[-1]:.3f}.")
 
 
 def _validations(facts: Facts) -> Sentence | None:
@@ -179,14 +188,20 @@ def _waiting(facts: Facts) -> Sentence | None:
 def tiles(facts: Facts) -> list[Tile]:
     """The figures that say most; those that nobody measured are left out."""
     made = [_progress_tile(facts), _time_tile(facts), _speed_tile(facts)]
-    loss = facts.result.validation_loss if facts.result else facts.latest("main_loss")
-    kind = "validation" if facts.result else "training"
-    made.append(Tile("loss", _number(loss, ".4f"), f"nats per token, {kind}"))
+    made.append(_learning_tile(facts))
     made.append(Tile("MaxVio", _number(facts.latest("max_violation"), ".2f"), "last entry"))
     memory = facts.latest("peak_memory") / 1e9
     made.append(Tile("peak memory", _number(memory, ".2f", " GB"), "of the host process"))
     made.append(_trouble_tile(facts))
     return [tile for tile in made if tile.value]
+
+
+def _learning_tile(facts: Facts) -> Tile:
+    if facts.cfg.data.weighted:
+        return Tile("reward", _number(facts.latest("reward"), ".4g"), "mean of the last step")
+    loss = facts.result.validation_loss if facts.result else facts.latest("main_loss")
+    kind = "validation" if facts.result else "training"
+    return Tile("loss", _number(loss, ".4f"), f"nats per token, {kind}")
 
 
 def _trouble_tile(facts: Facts) -> Tile:

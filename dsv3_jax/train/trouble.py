@@ -17,6 +17,12 @@ class BadSteps(RuntimeError):
     """Too many updates in a row were not finite; the message says which and what is kept."""
 
 
+class NoBatch(OSError):
+    """There is no next batch to learn from; one line says why. The weights are as good as before,
+    so they are saved.
+    """
+
+
 class SpikeState(NamedTuple):
     """Statistics of the loss: how many were seen, their fading mean and variance, and the newest,
     which is not part of them yet.
