@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.config import DataConfig, MeshConfig, QuantConfig, RunConfig, TrainConfig
+from dsv3_jax.config import (
+    DataConfig,
+    MeshConfig,
+    PipelineConfig,
+    QuantConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.inference import programs
 from dsv3_jax.model.router import RouterBias
@@ -18,6 +25,8 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.posttrain.rl_prompts import PromptSet, RLPrompt, encode_prompts
 from dsv3_jax.posttrain.rl_rows import pack, rows_needed
 from dsv3_jax.posttrain.rollouts import Drawing, Group, Rollouts, handed_over
+from dsv3_jax.train.pipeline_run import PipelineRun
+from dsv3_jax.train.pipeline_state import from_whole
 from dsv3_jax.train.sharding import make_sharding
 from dsv3_jax.train.step import TrainState, abstract_state
 from tests.chat_tokenizer import chat_tokenizer
@@ -198,9 +207,21 @@ def test_weights_are_rounded_as_a_training_step_rounds_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, node=2, local=2)])
-def test_weights_of_a_mesh_are_gathered_from_its_devices(prompts, groups, mesh: MeshConfig):
-    cfg = replace(CFG, mesh=mesh, train=replace(CFG.train, rows=8))
+def test_weights_of_a_mesh_are_gathered_from_its_devices(prompts, groups):
+    cfg = replace(CFG, mesh=MeshConfig(data=2, node=2, local=2), train=replace(CFG.train, rows=8))
     sharding = make_sharding(cfg, abstract_state(cfg)[1].params)
     weights = sharding.on_one_device(random_state(cfg, sharding)._replace(optimizer=()))
+    assert rollouts_of(prompts, cfg).groups(weights, [2, 0, 3], batch=7) == groups
+
+
+@pytest.mark.slow
+def test_weights_of_a_pipeline_are_gathered_from_its_stages(prompts, groups):
+    cfg = replace(
+        CFG,
+        mesh=MeshConfig(pipe=2, local=2),
+        pipeline=PipelineConfig("1f1b", "E+1|1+H+M"),
+        train=replace(CFG.train, rows=8, microbatches=2),
+    )
+    run = PipelineRun(cfg)
+    weights = run.on_one_device(from_whole(run.layout, random_state(cfg)))
     assert rollouts_of(prompts, cfg).groups(weights, [2, 0, 3], batch=7) == groups
