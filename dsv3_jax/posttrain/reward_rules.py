@@ -16,7 +16,7 @@ from dsv3_jax.posttrain.verifiers import Answer, Verifier, as_verdict, plug_in, 
 
 Rule = Callable[[Attempt], Any]
 RULES = (
-    "boxed, exact, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST, format:NAME, "
+    "boxed, exact, proof, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST, format:NAME, "
     "length:FREE-MOST, python:module:function"
 )
 FORMAT_NAMES = {name.replace(" ", "-").lower(): name for name in FORMATS}
@@ -34,7 +34,7 @@ def rule(name: str) -> Rule:
         return _format(argument)
     if what == "length":
         return _length(argument)
-    if name in ("boxed", "exact") or what in ("regex", "json", "words"):
+    if name in ("boxed", "exact", "proof") or what in ("regex", "json", "words"):
         try:
             return _verified(*verifiers([name]))
         except ValueError as error:

@@ -17,13 +17,15 @@ from typing import Any, Literal
 from dsv3_jax.config.fields import shown
 from dsv3_jax.posttrain.completions import Completion
 from dsv3_jax.posttrain.duplicates import normalised
+from dsv3_jax.posttrain.formulas import statement_of
+from dsv3_jax.posttrain.natural_deduction import checked
 from dsv3_jax.posttrain.problems import Messages, Problem
 from dsv3_jax.posttrain.templates import TEMPLATES
 
 By = Literal["rule", "model", "human"]
 _RANKS = ("rule", "model", "human")
 _NAMES = (
-    "exact, boxed, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST, "
+    "exact, boxed, proof, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST, "
     "python:module:function"
 )
 
@@ -62,6 +64,8 @@ class Verifier:
     needs_reference: bool = False
     kind: str | None = None
     """The one it judges; None: all"""
+    read_reference: Callable[[str], Any] = str
+    """ValueError, one line, for a reference that nothing can be compared with"""
 
 
 def verifiers(specs: Sequence[str]) -> list[Verifier]:
@@ -77,14 +81,14 @@ def _verifier(spec: str) -> Verifier:
         kind, name = None, spec
     what, _, argument = name.partition(":")
     make = _MAKERS.get(what)
-    if make is None or (argument and what in ("exact", "boxed")):
+    if make is None or (argument and what in _WITH_REFERENCE):
         raise ValueError(f"--verifier is {shown(spec)}; allowed: {_NAMES}, behind KIND= if wished")
     try:
         judge = make(argument)
     except ValueError as error:
         raise ValueError(f"--verifier {shown(spec)}: {error}") from None
-    needs = what in ("exact", "boxed") or name == "regex"
-    return Verifier(spec, judge, needs, kind)
+    needs = what in _WITH_REFERENCE or name == "regex"
+    return Verifier(spec, judge, needs, kind, _READERS.get(what, str))
 
 
 def judged(
@@ -169,6 +173,18 @@ def _boxed(_: str) -> Callable[[Answer], Verdict]:
     return judge
 
 
+def _proof(_: str) -> Callable[[Answer], Verdict]:
+    def judge(answer: Answer) -> Verdict:
+        statement = statement_of(answer.reference)
+        try:
+            lines = checked(statement, answer.text)
+        except ValueError as error:
+            return Verdict(False, str(error))
+        return Verdict(True, f"{len(lines) - len(statement.premises)} steps")
+
+    return judge
+
+
 def _regex(pattern: str) -> Callable[[Answer], Verdict]:
     try:
         fixed = re.compile(pattern, re.DOTALL)
@@ -226,9 +242,12 @@ def plug_in(path: str) -> Callable[[Any], Any]:
     return partial(function)
 
 
+_WITH_REFERENCE = ("exact", "boxed", "proof")
+_READERS: dict[str, Callable[[str], Any]] = {"proof": statement_of}
 _MAKERS: dict[str, Callable[[str], Callable[[Answer], Any]]] = {
     "exact": _exact,
     "boxed": _boxed,
+    "proof": _proof,
     "regex": _regex,
     "json": _json,
     "words": _words,

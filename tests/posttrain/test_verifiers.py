@@ -25,6 +25,9 @@ def verdict(spec: str, text: str, reference: str | None = None, **changes) -> Ve
         ("boxed", "so 4", "4", False),
         ("boxed", "\\boxed{4} no, \\boxed{5}", "5", True),
         ("boxed", "\\boxed{4} no, \\boxed{5}", "4", False),
+        ("proof", "2. q | p by or_right 1", "p |- q | p", True),
+        ("proof", "2. q | p by or_right 1", "p |- q | r", False),
+        ("proof", "2. q | p by or_right 1", "p |- q | ", False),
         ("regex:^a.*z$", "a\nz", None, True),
         ("regex:^a.*z$", "b", None, False),
         ("regex", "The year 1789.", r"\b1789\b", True),
@@ -163,7 +166,7 @@ def test_a_pattern_in_a_reference_that_is_none_rejects_with_its_reason():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("boxd", "--verifier is 'boxd'; allowed: exact, boxed, regex, "),
+        ("boxd", "--verifier is 'boxd'; allowed: exact, boxed, proof, "),
         ("poem=boxed", "--verifier is 'poem=boxed'; allowed: exact"),
         ("exact:1", "--verifier is 'exact:1'; allowed: exact"),
         ("writing=", "--verifier is 'writing='; allowed: exact"),
