@@ -52,6 +52,12 @@ def _files(entry: str) -> list[Path]:
         raise ValueError(
             "data.source is stdlib; allowed with data.format messages: files or globs of .jsonl"
         )
+    folder = Path(entry).expanduser()
+    if folder.is_dir():
+        raise ValueError(
+            f"data.source: {folder} is a folder; allowed with data.format messages: files, as in "
+            f"'{folder}/**/*.jsonl'"
+        )
     paths = matching(entry)
     for path in paths:
         if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsv3_jax.config.plain_json import check_plain
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.text_files import BadUtf8, decode, reason_of
 
@@ -44,6 +45,7 @@ def json_lines(
 
 
 def _open(path: Path) -> BinaryIO:
+    check_plain(path)
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 

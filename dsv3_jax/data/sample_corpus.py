@@ -60,10 +60,11 @@ def build_samples(
     digest, counts = TextsHash(), _Counts()
     digest.add(template.source.encode())
     read = list(_samples(cfg, template, digest, counts, say))
-    if not read:
+    if len({one.asked for one in read}) < 2:
         raise ValueError(
-            f"data.source {' '.join(entries_of(cfg.source))}: no sample is left of {counts.all:,}"
-            f"{_told(cfg, counts)}"
+            f"data.source {' '.join(entries_of(cfg.source))}: {_left(read, counts)}"
+            f"{_told(cfg, counts)}; allowed: two questions or more, one to train on and one to "
+            "hold out"
         )
     train, held_out = _divided(read, cfg.validation_fraction)
     samples = _samples_of(train, tokenizer)
@@ -144,11 +145,6 @@ def _divided(read: list[_Read], fraction: float) -> tuple[list[_Read], list[_Rea
     """
     hashes = [text_hash(one.asked) for one in read]
     held_out = {h for h, one in zip(hashes, read, strict=True) if is_held_out(one.asked, fraction)}
-    if len(set(hashes)) == 1:
-        raise ValueError(
-            f"data.source: all {len(read):,} samples ask the same; allowed: two questions or more, "
-            "one to train on and one to hold out"
-        )
     if not held_out:
         held_out = {min(hashes)}
     elif len(held_out) == len(set(hashes)):
@@ -163,6 +159,15 @@ def _divided(read: list[_Read], fraction: float) -> tuple[list[_Read], list[_Rea
 def _samples_of(read: Iterable[_Read], tokenizer: Tokenizer) -> Samples:
     read = list(read)
     return Samples([one.sample for one in read], [one.name for one in read], tokenizer.eos_id)
+
+
+def _left(read: list[_Read], counts: _Counts) -> str:
+    """Of what is too little."""
+    if not read:
+        return f"no sample is left of {counts.all:,}" if counts.all else "no sample is in it"
+    if len(read) == 1:
+        return f"1 sample is left of {counts.all:,}"
+    return f"{len(read):,} samples are left of {counts.all:,}, and all ask the same"
 
 
 def _told(cfg: DataConfig, counts: _Counts) -> str:

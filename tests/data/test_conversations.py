@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def test_a_fault_is_told_with_file_line_and_field(tmp_path: Path, line: Any, mes
 
 def test_files_that_hold_no_conversations_are_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "pipe.jsonl")  # to read it would be to wait for who writes to it
     for source, message in (
+        (str(tmp_path), r"is a folder; allowed with data\.format messages: .*/\*\*/\*\.jsonl'$"),
+        (str(tmp_path / "pipe.jsonl"), r"cannot read .*pipe\.jsonl: not a plain file"),
         ("stdlib", "is stdlib; allowed with data.format messages"),
         (str(tmp_path / "a.txt"), r"a\.txt; allowed with data\.format messages: \.jsonl"),
         (str(tmp_path / "b.jsonl"), "no file matches"),

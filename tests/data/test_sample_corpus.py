@@ -82,7 +82,8 @@ def test_few_questions_still_leave_one_on_each_side(data: DataConfig, tokenizer:
         counts = [len(texts(rows, tokenizer)) for rows in (corpus.train, corpus.validation)]
         assert sorted(counts) == [1, 2]
     write(Path(data.source), [sample("a", "1"), sample("a", "2")])
-    with pytest.raises(ValueError, match="all 2 samples ask the same; allowed: two questions"):
+    same = "2 samples are left of 2, and all ask the same; allowed: two questions"
+    with pytest.raises(ValueError, match=same):
         build(data, tokenizer)
 
 
@@ -116,8 +117,12 @@ def test_no_sample_left_is_told_with_the_reasons(data: DataConfig, tokenizer: To
     write(Path(data.source), [sample("a", "0123456789" * 4)])
     with pytest.raises(ValueError, match=r"no sample is left of 1; 1 dropped, longer than data\.l"):
         build(data, tokenizer)
+    write(Path(data.source), [sample("a", "1"), sample("b", "0123456789" * 4)])
+    left = r"1 sample is left of 2; 1 dropped, longer than .* 24; allowed: two questions or more"
+    with pytest.raises(ValueError, match=left):
+        build(data, tokenizer)
     Path(data.source).write_text("\n")
-    with pytest.raises(ValueError, match=r"no sample is left of 0$"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: no sample is in it; allowed: two questions"):
         build(data, tokenizer)
 
 
