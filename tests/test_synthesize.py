@@ -276,6 +276,7 @@ def test_bad_input_is_one_line_and_exit_code_2(prompts, tmp_path, capsys, monkey
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3, "kind": "writing"}')
     (tmp_path / "exam.jsonl").write_text("{")
     (tmp_path / "own.json").write_text('{"reasoning_original": {"user": "{{ name }}"}}')
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.delenv("NO_KEY", raising=False)
     with scripted_server(answer_of) as (gone, _):
         pass
@@ -296,6 +297,7 @@ def test_bad_input_is_one_line_and_exit_code_2(prompts, tmp_path, capsys, monkey
         ((*by, "--server", "gone"), "--server is 'gone'; allowed: http://host:port"),
         ((*by, "--api-key-env", "NO_KEY"), "--api-key-env NO_KEY: no key there"),
         ((*at, "--checkpoint", tmp_path / "gone"), "gone: no such folder"),
+        ((*at, "--checkpoint", tmp_path, "--chat-template", tmp_path / "pipe"), "not a plain"),
         ((*by, "--prompts", tmp_path / "gone"), "No such file"),
         ((*by, "--prompts", tmp_path / "bad.jsonl"), "bad.jsonl line 1: prompt is 3; allowed: "),
         ((*by, "--kind", "poem"), "--kind is 'poem'; allowed: reasoning, "),

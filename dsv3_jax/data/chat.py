@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import read_table
+from dsv3_jax.config.plain_json import check_plain, read_table
 from dsv3_jax.data.tokenizer import Tokenizer
 
 # As published: system prompts first, then turns, an answer closed by the end of the sentence.
@@ -41,7 +41,10 @@ DEEPSEEK = """{{ bos_token }}
 TEMPLATE_FILE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 # Put into what only looks like a token; Unicode guarantees that this is no character.
 _APART = "\ufdd0"
-_FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+_FAILURES = (
+    *(TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError),
+)
 
 
 class ChatTemplate:
@@ -62,6 +65,7 @@ class ChatTemplate:
     @classmethod
     def of_file(cls, file: Path, tokenizer: Tokenizer) -> "ChatTemplate":
         """OSError if it cannot be read; ValueError, one line, if it is no template."""
+        check_plain(file)
         try:
             return cls(tokenizer, file.read_text("utf-8"), str(file))
         except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dsv3_jax import __version__
+from dsv3_jax.config.fields import shown
 from dsv3_jax.data.hashing import key64
 from dsv3_jax.posttrain.completions import Ask, Completion, Failure, Source
 from dsv3_jax.posttrain.journal import Journal, Key
@@ -102,3 +103,33 @@ def entry_of(
         "verifier": verifier,
         "verification": said,
     }
+
+
+# Types of an entry's fields, as `entry_of` writes them.
+_TYPES = {"hash": str, "seed": int, "source": dict, "time": str, "version": str}
+_ANSWERED = {
+    "text": str,
+    "reasoning": str | None,
+    "tokens": int | None,
+    "verifier": str | None,
+    "verification": dict,
+}
+_SAID = {"by": str, "verdict": str | None, "note": str}
+
+
+def check_entries(journal: Journal, name: str) -> None:
+    """ValueError, one line, for an entry of the file `name` that is not as it was written."""
+    for key, entry in journal.entries.items():
+        if "failed" in entry:
+            is_whole = _has(entry, _TYPES | {"failed": str})
+        else:
+            is_whole = _has(entry, _TYPES | _ANSWERED) and _has(entry["verification"], _SAID)
+        if not (is_whole and "model" in entry["source"]):
+            raise ValueError(
+                f"{name}: candidate {key.number} of {shown(key.id)} was changed; allowed: what "
+                "this command wrote"
+            )
+
+
+def _has(found: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    return all(name in found and isinstance(found[name], of) for name, of in types.items())

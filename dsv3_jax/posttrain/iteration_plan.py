@@ -117,16 +117,7 @@ def _check_problems(problems: Sequence[Problem], judges: Sequence[Verifier]) -> 
     for judge in judges:
         judged = [one for one in problems if judge.kind in (None, one.kind)]
         if judge.needs_reference:
-            check_references(judged, judge.name)
-            for problem in judged:
-                _check_reference(problem, judge)
-
-
-def _check_reference(problem: Problem, judge: Verifier) -> None:
-    try:
-        judge.read_reference(problem.reference)
-    except ValueError as error:
-        raise ValueError(f"{problem.where}: reference: {error}") from None
+            check_references(judged, judge.name, judge.check_reference)
 
 
 def _examples(file: Path | None) -> tuple[list[str], list[Messages]]:

@@ -4,7 +4,7 @@ becomes. A fault of any line is told before a model is opened.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,19 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def check_references(problems: Sequence[Problem], name: str) -> None:
-    """ValueError for the first problem that a verifier has nothing to compare with."""
+def check_references(
+    problems: Sequence[Problem], name: str, check: Callable[[str], Any] = str
+) -> None:
+    """ValueError for the first problem that a verifier has nothing to compare with: without a
+    reference, or with one that `check` raises a ValueError for.
+    """
     for problem in problems:
         if problem.reference is None:
             raise ValueError(f"{problem.where}: no reference; --verifier {name} compares with one")
+        try:
+            check(problem.reference)
+        except ValueError as error:
+            raise ValueError(
+                f"{problem.where}: reference is {shown(problem.reference)}; --verifier {name}: "
+                f"{error}"
+            ) from None

@@ -66,7 +66,7 @@ class Selected:
     fates: dict[Key, str] = field(default_factory=dict)
     """One of FATES for each"""
     because: dict[Key, str] = field(default_factory=dict)
-    """The sample or the evaluation text that it repeats"""
+    """The sample or the evaluation text that it repeats, or who has rejected it and why"""
 
 
 def candidates_of(problems: Iterable[Problem], entries: Mapping[Key, Entry]) -> list[Candidate]:
@@ -118,16 +118,18 @@ def _is_accepted(
     one: Candidate, reviews: Mapping[Key, Mapping[str, Any]], selected: Selected
 ) -> bool:
     """A person has the last word on what verifiers let pass."""
-    fate = None
+    review = reviews.get(one.key, {})
     if "failed" in one.entry:
-        fate = "failed"
+        fate, because = "failed", one.entry["failed"]
     elif one.entry["verification"]["verdict"] == "rejected":
         fate = "rejected"
-    elif reviews.get(one.key, {}).get("verdict") == "rejected":
-        fate = "rejected by a person"
-    if fate is not None:
-        selected.fates[one.key] = fate
-    return fate is None
+        because = f"{one.entry['verifier']}: {one.entry['verification']['note']}"
+    elif review.get("verdict") == "rejected":
+        fate, because = "rejected by a person", review["note"]
+    else:
+        return True
+    selected.fates[one.key], selected.because[one.key] = fate, because
+    return False
 
 
 def _without(

@@ -15,7 +15,13 @@ from typing import Any
 
 from dsv3_jax.cli import to_stderr
 from dsv3_jax.files import replace_file
-from dsv3_jax.posttrain.candidates import Entry, collect, remaining, take_responses
+from dsv3_jax.posttrain.candidates import (
+    Entry,
+    check_entries,
+    collect,
+    remaining,
+    take_responses,
+)
 from dsv3_jax.posttrain.completions import Source
 from dsv3_jax.posttrain.contamination import EvaluationTexts, read_evaluation_texts
 from dsv3_jax.posttrain.journal import Journal, Key
@@ -95,7 +101,7 @@ def read_work(inputs: Inputs) -> Work:
     for judge in judges:
         if judge.needs_reference:
             judged = [one for one in problems if judge.kind in (None, one.kind)]
-            check_references(judged, judge.name)
+            check_references(judged, judge.name, judge.check_reference)
     texts = None
     if inputs.decontaminate:
         size = inputs.selection.contamination_ngram
@@ -167,6 +173,7 @@ def synthesise(
     with closing(Journal(folder.path / JOURNAL)) as journal:
         if journal.torn:
             to_stderr(f"{folder.path / JOURNAL}: a torn last line was cut off")
+        check_entries(journal, str(folder.path / JOURNAL))
         take_responses(work.problems, work.judges, journal)
         asks = remaining(work.problems, work.candidates, work.seed, journal.entries)
         if asks:

@@ -41,9 +41,14 @@ class Template:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def render(self, prompt: str, values: Mapping[str, str]) -> tuple[str, str]:
-        """System prompt and user's turn. ValueError, one line, if one of them fails."""
+        """System prompt and user's turn. ValueError, one line, if one of them fails, or leaves
+        nothing to ask.
+        """
         named = {**values, "prompt": prompt}
-        return _rendered("system", self.system, named), _rendered("user", self.user, named)
+        system, user = _rendered("system", self.system, named), _rendered("user", self.user, named)
+        if not user.strip():
+            raise ValueError("its user template gives no text; allowed: one that asks something")
+        return system, user
 
 
 _REFLECT = """\
@@ -120,6 +125,10 @@ def _template(where: str, fields: Any) -> Template:
     return template
 
 
+_FAILURES = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError),
+)
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
@@ -133,7 +142,7 @@ def _compiled(where: str, source: str) -> Any:
 def _rendered(part: str, source: str, values: Mapping[str, str]) -> str:
     try:
         return _compiled(part, source).render(values)
-    except (TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+    except _FAILURES as error:
         given = ", ".join(sorted(values))
         raise ValueError(f"its {part} template fails: {_line(error)}; given: {given}") from None
 

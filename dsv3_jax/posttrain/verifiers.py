@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
@@ -64,7 +64,7 @@ class Verifier:
     needs_reference: bool = False
     kind: str | None = None
     """The one it judges; None: all"""
-    read_reference: Callable[[str], Any] = str
+    check_reference: Callable[[str], Any] = str
     """ValueError, one line, for a reference that nothing can be compared with"""
 
 
@@ -87,8 +87,8 @@ def _verifier(spec: str) -> Verifier:
         judge = make(argument)
     except ValueError as error:
         raise ValueError(f"--verifier {shown(spec)}: {error}") from None
-    needs = what in _WITH_REFERENCE or name == "regex"
-    return Verifier(spec, judge, needs, kind, _READERS.get(what, str))
+    needs = name in (*_WITH_REFERENCE, "regex")
+    return Verifier(spec, judge, needs, kind, _READERS.get(name, str))
 
 
 def judged(
@@ -125,10 +125,12 @@ def judged(
 
 def _verdict(verifier: Verifier, answer: Answer) -> Verdict:
     try:
-        return as_verdict(verifier.judge(answer))
-    except Exception as error:  # the user's function may raise anything
+        verdict = as_verdict(verifier.judge(answer))
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         said = " ".join(str(error).split())
-        return Verdict(False, f"{type(error).__name__}: {said}"[:300])
+        verdict = Verdict(False, f"{type(error).__name__}: {said}"[:300])
+    # Of halves of surrogate pairs, which no file of ours can hold, question marks.
+    return replace(verdict, note=verdict.note.encode("utf-8", "replace").decode())
 
 
 def as_verdict(said: Any) -> Verdict:
@@ -185,14 +187,18 @@ def _proof(_: str) -> Callable[[Answer], Verdict]:
     return judge
 
 
-def _regex(pattern: str) -> Callable[[Answer], Verdict]:
+def _pattern(source: str) -> re.Pattern:
     try:
-        fixed = re.compile(pattern, re.DOTALL)
-    except re.error as error:
+        return re.compile(source, re.DOTALL)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"no regular expression: {error}") from None
 
+
+def _regex(source: str) -> Callable[[Answer], Verdict]:
+    fixed = _pattern(source)
+
     def judge(answer: Answer) -> Verdict:
-        found = (fixed if pattern else re.compile(answer.reference, re.DOTALL)).search(answer.text)
+        found = (fixed if source else _pattern(answer.reference)).search(answer.text)
         return Verdict(found is not None, "" if found else "the pattern is nowhere in it")
 
     return judge
@@ -243,7 +249,7 @@ def plug_in(path: str) -> Callable[[Any], Any]:
 
 
 _WITH_REFERENCE = ("exact", "boxed", "proof")
-_READERS: dict[str, Callable[[str], Any]] = {"proof": statement_of}
+_READERS: dict[str, Callable[[str], Any]] = {"proof": statement_of, "regex": _pattern}
 _MAKERS: dict[str, Callable[[str], Callable[[Answer], Any]]] = {
     "exact": _exact,
     "boxed": _boxed,

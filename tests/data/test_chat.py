@@ -1,6 +1,7 @@
 """Conversations become the tokens that their template means, and nobody speaks for another."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,7 @@ def test_templates_have_what_transformers_gives_them(tokenizer):
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[0].content + 1 }}", "can only concatenate str"),
         ("{{ messages | xmlattr }}", "has no attribute 'items'"),
+        ("{{ 'x' * 2 ** 60 }}", "MemoryError"),
     ],
 )
 def test_a_template_that_fails_says_so_in_a_line(tokenizer, source, said):
@@ -136,6 +138,9 @@ def test_what_is_no_template_is_refused_with_its_file(tokenizer, tmp_path: Path)
     with pytest.raises(ValueError, match=r"chat_template.jinja: byte 1 is no UTF-8"):
         ChatTemplate.of_folder(tmp_path, tokenizer)
     (tmp_path / "chat_template.jinja").unlink()
+    os.mkfifo(tmp_path / "pipe.jinja")  # to read it would be to wait for who writes to it
+    with pytest.raises(OSError, match=r"not a plain file"):
+        ChatTemplate.of_file(tmp_path / "pipe.jinja", tokenizer)
     several = [{"name": ["default"]}, {"name": "default", "template": "{% break %}"}]
     for content, said in (
         ('{"chat_template": 5}', "chat_template is 5; allowed: text"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.posttrain.problems import check_references, read_problems
+from dsv3_jax.posttrain.verifiers import verifiers
 from dsv3_jax.posttrain.templates import TEMPLATES
 from tests.posttrain.scripted_models import problems_of
 
@@ -109,3 +110,14 @@ def test_what_a_verifier_compares_with_is_missed_by_file_and_line(tmp_path: Path
     check_references(found[:1], "boxed")
     with pytest.raises(ValueError, match=r"prompts.jsonl line 2: no reference; --verifier boxed"):
         check_references(found, "boxed")
+
+
+def test_a_reference_that_a_verifier_cannot_use_is_told_before_a_model_is_asked(tmp_path: Path):
+    found = problems_of(
+        tmp_path, {"prompt": "a", "reference": "1"}, {"prompt": "b", "reference": "("}
+    )
+    (judge,) = verifiers(["regex"])
+    check_references(found[:1], judge.name, judge.check_reference)
+    said = r"prompts.jsonl line 2: reference is '\('; --verifier regex: no regular expression"
+    with pytest.raises(ValueError, match=said):
+        check_references(found, judge.name, judge.check_reference)

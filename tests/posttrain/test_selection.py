@@ -65,6 +65,16 @@ def test_a_person_has_the_last_word_on_what_verifiers_let_pass():
     assert fates(a, b, reviews=reviews) == ["rejected by a person", "rejected"]
 
 
+def test_who_has_rejected_a_candidate_and_why_is_told():
+    said = {"by": "rule", "verdict": "rejected", "note": "3 differs from the reference"}
+    review = {"by": "human", "verdict": "rejected", "note": "rude"}
+    three = candidate(failed="too long"), candidate(number=1, verification=said), candidate(TWO)
+    selected = select(three, Selection(), None, {three[2].key: review})
+    assert [selected.because[one.key] for one in three] == [
+        *("too long", "boxed: 3 differs from the reference", "rude")
+    ]
+
+
 def test_the_shortest_are_preferred_if_wished_problem_by_problem():
     long, short, other = (
         candidate(number=0, text="a long answer"),

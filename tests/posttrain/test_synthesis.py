@@ -365,3 +365,23 @@ def test_a_torn_line_is_told_of(inputs, tmp_path, capsys):
     journal = Journal(out / "candidates.jsonl")
     assert not journal.torn
     journal.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("text", 5), ("verification", {"by": "rule"}), ("source", {}), ("seed", None)],
+)
+def test_a_journal_that_was_changed_is_told_before_anything_is_asked(
+    inputs: Inputs, tmp_path: Path, name: str, value: Any
+):
+    out = tmp_path / "out"
+    synthesised(inputs, out)
+    journal = out / "candidates.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()[:-1]]
+    place = next(place for place, entry in enumerate(entries) if "text" in entry)
+    entries[place][name] = value
+    write_lines(journal, *entries)
+    model = ScriptedModel(says)
+    with pytest.raises(ValueError, match=r"candidates\.jsonl: candidate \d of '.*' was changed"):
+        synthesised(inputs, out, model)
+    assert not model.asked

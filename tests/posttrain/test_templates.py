@@ -38,11 +38,22 @@ def test_a_value_that_is_missing_is_named():
         TEMPLATES["translation"].render("x", {})
 
 
-@pytest.mark.parametrize("source", ["{{ prompt / 2 }}", "{{ prompt[0](1) }}", "{{ 1 // 0 }}"])
+ENDLESS = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+HUGE = "{{ prompt * 2 ** 60 }}"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ prompt / 2 }}", "{{ prompt[0](1) }}", "{{ 1 // 0 }}", ENDLESS, HUGE]
+)
 def test_a_template_that_fails_is_one_line(source: str):
     with pytest.raises(ValueError, match="its user template fails: ") as failed:
         Template(user=source).render("x", {})
     assert "\n" not in str(failed.value)
+
+
+def test_a_template_that_asks_nothing_is_refused():
+    with pytest.raises(ValueError, match="its user template gives no text; allowed: one that asks"):
+        Template(user="{% if false %}{{ prompt }}{% endif %}\n").render("x", {})
 
 
 def test_a_template_cannot_reach_into_python():

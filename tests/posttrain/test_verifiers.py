@@ -124,6 +124,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "def pair(answer):\n    return answer.text == answer.reference, answer.id\n"
         "def model(answer):\n    return {'accepted': True, 'note': answer.kind, 'by': 'model'}\n"
         "def nothing(answer):\n    pass\n"
+        "def leaves(answer):\n    raise SystemExit(3)\n"
+        "def half(answer):\n    return False, 'so \\ud800'\n"
         "def wrong(answer):\n    return {'accepted': True, 'by': 'me'}\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -148,6 +150,8 @@ def test_a_users_own_function_judges():
         ("raises", "LookupError: not there"),
         ("nothing", "TypeError: the verifier returned None; allowed: a bool, "),
         ("wrong", "TypeError: the verifier returned {"),
+        ("leaves", "SystemExit: 3"),
+        ("half", "so ?"),
     ],
 )
 def test_a_function_that_raises_or_says_nothing_has_rejected(name: str, note: str):
