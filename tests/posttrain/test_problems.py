@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.posttrain.problems import check_references, read_problems
-from dsv3_jax.posttrain.verifiers import verifiers
 from dsv3_jax.posttrain.templates import TEMPLATES
+from dsv3_jax.posttrain.verifiers import verifiers
 from tests.posttrain.scripted_models import problems_of
 
 USER = {"role": "user", "content": "and 3?"}
