@@ -90,7 +90,7 @@ def main(args: Sequence[str]) -> int | None:
     """The command. Returns the exit code; SystemExit 2 for the user's mistakes."""
     args = list(args)
     with user_errors():
-        options, resume, init_from = _resolved(args)
+        options, resume, init_from = resolved(args)
         if not (resume or init_from):
             raise ValueError("--init-from is needed: the folder of a model; or --resume")
         options = _with_prompts(options, args, resume)
@@ -104,7 +104,7 @@ def main(args: Sequence[str]) -> int | None:
     return command.perform(options, resume, init_from, make_kind=lambda: _kind(options, rows_given))
 
 
-def _resolved(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | None]:
+def resolved(args: list[str]) -> tuple[Options, RunFolder | None, RunFolder | None]:
     """As `command.resolve`, a resumed run's own settings as the defaults."""
     options, resume, init_from = command.resolve(COMMAND, args)
     if resume is None:
@@ -139,10 +139,10 @@ def _with_prompts(options: Options, args: list[str], resume: RunFolder | None) -
 def _kind(options: Options, rows_given: bool) -> "Grpo":
     from dsv3_jax.posttrain.grpo_run import Grpo
 
-    return Grpo(options.grpo, _rewards(options), rows_given=rows_given)
+    return Grpo(options.grpo, rewards_of(options), rows_given=rows_given)
 
 
-def _rewards(options: Options) -> "Rewards":
+def rewards_of(options: Options) -> "Rewards":
     """ValueError, one line, for what cannot be rated by."""
     from dsv3_jax.posttrain.code_runner import Runner
     from dsv3_jax.posttrain.rewards import Means, rewards

@@ -112,22 +112,24 @@ class SmallRun:
             yield
 
 
-def train_process(home: Path, *args: object) -> subprocess.Popen:
-    """`python -m dsv3_jax.train ...` on its own, which compiles little and finds its programs again
-    below `home`.
-    """
+def train_environment(home: Path) -> dict[str, str]:
+    """Of a process that compiles little and finds its programs again below `home`."""
     flags = " ".join(f"--{name}={value}".lower() for name, value in FAST_COMPILATION.items())
-    environment = os.environ | {
+    return {
         "XLA_FLAGS": flags,
         "XDG_CACHE_HOME": str(home / "cache"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(home / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def train_process(home: Path, *args: object) -> subprocess.Popen:
+    """`python -m dsv3_jax.train ...` on its own, in its `train_environment`."""
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "dsv3_jax.train", *map(str, args)],
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=os.environ | train_environment(home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
