@@ -3,6 +3,7 @@ rewards that fail; what a user may get wrong.
 """
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.config.grpo import GrpoConfig, load_grpo
 from dsv3_jax.grpo import COMMAND, main, resolved, rewards_of
 from dsv3_jax.posttrain import code_runner
+from dsv3_jax.posttrain.grpo_feed import GrpoFeed
 from dsv3_jax.train import command
 from dsv3_jax.train.__main__ import main as train
 from tests.commands import help_of
@@ -74,22 +76,53 @@ def test_answers_are_left_with_rewards_and_reasons(ran: Path):
     assert found[0]["parts"]["python:tests.own_rewards:early"]["reason"] == "early characters"
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_bit_for_bit(
-    reinforcing: Reinforcing, ran: Path, tmp_path: Path, step: int
+def test_a_run_stopped_between_updates_on_a_batch_goes_on_bit_for_bit(
+    reinforcing: Reinforcing, ran: Path, tmp_path: Path
 ):
-    """Between two updates on a batch, and behind one."""
-    with pytest.MonkeyPatch.context() as patch, without_pictures():
-        send_at_step(patch, step, signal.SIGTERM)
-        assert reinforcing.begin(tmp_path) == 128 + signal.SIGTERM
-        run = tmp_path / "grpo-001"
-        assert len(entries_of(run, "train")) == step
-        assert reinforcing.run("--resume", run) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        look, looks = GrpoFeed._look, []
+
+        def stopping(feed: GrpoFeed, *args: np.ndarray) -> None:
+            looks.append(1)
+            if len(looks) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            look(feed, *args)
+
+        patch.setattr(GrpoFeed, "_look", stopping)
+        begin_and_stop(reinforcing, tmp_path, after=3)
+    resume(reinforcing, tmp_path)
+    assert_same_run(tmp_path / "grpo-001", ran)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_answers_are_drawn_goes_on_bit_for_bit(
+    reinforcing: Reinforcing, ran: Path, tmp_path: Path
+):
+    """At once: they are drawn anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        send_at_step(patch, 3, signal.SIGTERM)
+        begin_and_stop(reinforcing, tmp_path, after=2)
+    resume(reinforcing, tmp_path)
+    assert_same_run(tmp_path / "grpo-001", ran)
+
+
+def begin_and_stop(reinforcing: Reinforcing, folder: Path, after: int) -> None:
+    with without_pictures():
+        assert reinforcing.begin(folder) == 128 + signal.SIGTERM
+    run = folder / "grpo-001"
+    assert len(entries_of(run, "train")) == store.steps(run / "checkpoints")[-1] == after
+
+
+def resume(reinforcing: Reinforcing, folder: Path) -> None:
+    with without_pictures():
+        assert reinforcing.run("--resume", folder / "grpo-001") == 0
+
+
+def assert_same_run(run: Path, other: Path) -> None:
     assert [e for e in told(run) if e["kind"] == "train"] == [
-        e for e in told(ran) if e["kind"] == "train"
+        e for e in told(other) if e["kind"] == "train"
     ]
-    last = store.steps(ran / "checkpoints")[-1]
-    assert_same_arrays(run, ran, last)
+    assert_same_arrays(run, other, store.steps(other / "checkpoints")[-1])
 
 
 # --- rewards and policies that go wrong ----------------------------------------------------------

@@ -51,6 +51,10 @@ QUIET_SECONDS = 30.0  # between two lines of progress
 ANSWERS = "answers"  # folder of a run
 
 
+class _Stopped(Exception):
+    """The run is to end; a resumed one draws these answers anew."""
+
+
 class GrpoFeed:
     """A `train.feed.Feed`."""
 
@@ -95,14 +99,19 @@ class GrpoFeed:
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         self._first_row = consumed_rows
 
-    def batch(self, state: TrainState, position: Position) -> Batch:
-        """The next one. NoBatch if every reward failed, or if the engine and the training disagree
-        about most answers.
+    def batch(
+        self, state: TrainState, position: Position, stopped: Callable[[], bool]
+    ) -> Batch | None:
+        """The next one; None if the run was stopped while answers were drawn. NoBatch if every
+        reward failed, or if the engine and the training disagree about most answers.
         """
         number, update = divmod(position.step, self.settings.updates)
         if self.answers is None or self.answers.number != number:
             assert update == 0, (position.step, self.settings.updates)
-            self.answers, self._packed = self._drawn(state, position), None
+            try:
+                self.answers, self._packed = self._drawn(state, position, stopped), None
+            except _Stopped:
+                return None
         begun = time.perf_counter()
         self._doing = "scoring answers"
         batch, places = self.packed
@@ -191,11 +200,11 @@ class GrpoFeed:
     def _advantage_N(self) -> np.ndarray:
         return advantages(self.answers.rewards_PG).ravel()
 
-    def _drawn(self, state: TrainState, position: Position) -> Answers:
+    def _drawn(self, state: TrainState, position: Position, stopped: Callable[[], bool]) -> Answers:
         """A new batch, in all processes. NoBatch if all its rewards failed."""
         number = position.step // self.settings.updates
         weights = self.sharding.on_one_device(state._replace(optimizer=()))
-        make = partial(self._rated, weights, number, position)
+        make = partial(self._rated, weights, number, position, stopped)
         answers = Answers.of_json(processes.of_first("answers", lambda: make().to_json()))
         if all(answers.failed):
             reason = next(iter(answers.reasons), "no reason")
@@ -204,11 +213,13 @@ class GrpoFeed:
             )
         return answers
 
-    def _rated(self, weights: TrainState, number: int, position: Position) -> Answers:
+    def _rated(
+        self, weights: TrainState, number: int, position: Position, stopped: Callable[[], bool]
+    ) -> Answers:
         count, seed = self.settings.prompts_per_step, self.cfg.train.seed
         which = chosen(len(self.prompts.prompts), seed, number, count)
         begun = time.perf_counter()
-        groups = self.rollouts.groups(weights, which, number, self._heard())
+        groups = self.rollouts.groups(weights, which, number, self._heard(stopped))
         drawn = time.perf_counter()
         self._doing = "rating answers"
         totals = self.rewards.rate(self.rollouts.attempts(groups))
@@ -230,12 +241,14 @@ class GrpoFeed:
         lines = lines_of(answers, asked, totals, advantage_N)
         replace_file(folder / f"step_{step:08d}.jsonl", "".join(f"{x}\n" for x in lines).encode())
 
-    def _heard(self) -> Callable[[int, int], None]:
-        """What hears of answers that have ended."""
+    def _heard(self, stopped: Callable[[], bool]) -> Callable[[int, int], None]:
+        """What hears of answers that have ended; it raises _Stopped."""
         said = time.monotonic()
 
         def told(ended: int, total: int) -> None:
             nonlocal said
+            if stopped():
+                raise _Stopped
             self._doing = f"drawing answers: {ended} of {total} have ended"
             if time.monotonic() - said >= QUIET_SECONDS:
                 said = time.monotonic()

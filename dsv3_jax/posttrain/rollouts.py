@@ -138,7 +138,8 @@ class Rollouts:
         told: Callable[[int, int], None] = lambda ended, all_: None,
     ) -> list[Group]:
         """Answers to the chosen prompts of a batch, whose number it is. `weights` are the whole
-        model's on one device. `told` hears how many answers have ended, of how many.
+        model's on one device. `told` hears how many answers have ended, of how many; what it raises
+        ends the drawing.
         """
         engine = self._with_weights(weights)
         requests = [
@@ -179,17 +180,21 @@ class Rollouts:
         number_of = {engine.submit(request): i for i, request in enumerate(requests)}
         written: list[tuple[list[int], list[float]]] = [([], []) for _ in requests]
         ended: dict[int, bool] = {}
-        while engine.pending:
-            answers = engine.read_prompts()
-            if not answers:
-                answers = engine.go_on()
-            for answer in answers:
-                number = number_of[answer.id]
-                written[number][0].extend(answer.tokens)
-                written[number][1].extend(answer.logprobs)
-                if answer.ended:
-                    ended[number] = answer.ended == "stop"
-            told(len(ended), len(requests))
+        try:
+            while engine.pending:
+                answers = engine.read_prompts()
+                if not answers:
+                    answers = engine.go_on()
+                for answer in answers:
+                    number = number_of[answer.id]
+                    written[number][0].extend(answer.tokens)
+                    written[number][1].extend(answer.logprobs)
+                    if answer.ended:
+                        ended[number] = answer.ended == "stop"
+                told(len(ended), len(requests))
+        finally:  # whoever is told may stop it
+            for request_id in number_of:
+                engine.cancel(request_id)
         return [self._output(*pair, ended[i]) for i, pair in enumerate(written)]
 
     def _output(self, tokens: list[int], logprobs: list[float], ended: bool) -> Output:

@@ -21,8 +21,12 @@ class Feed(Protocol):
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         """Batches from there on; `sizes` in rows, taken one by one."""
 
-    def batch(self, state: TrainState, position: Position) -> Batch:
-        """The next one, on the host: this process's rows."""
+    def batch(
+        self, state: TrainState, position: Position, stopped: Callable[[], bool]
+    ) -> Batch | None:
+        """The next one, on the host: this process's rows. None if the run was `stopped` meanwhile,
+        which one that takes long may look for.
+        """
 
     def told(self) -> dict[str, Any]:
         """What the step's record says of it beside all else."""
@@ -60,7 +64,7 @@ class RowFeed:
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         self._batches = load(self._rows, consumed_rows, sizes, self._readers, self._own)
 
-    def batch(self, state: TrainState, position: Position) -> Batch:
+    def batch(self, state: TrainState, position: Position, stopped: Callable[[], bool]) -> Batch:
         return next(self._batches)
 
     def told(self) -> dict[str, Any]:

@@ -177,8 +177,8 @@ class Trainer:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _launch(self) -> Flight:
-        """Hands the next step to the device."""
+    def _launch(self) -> Flight | None:
+        """Hands the next step to the device; None if a signal came before there was a batch."""
         values = self._values()
         if values.rows not in self.programs:  # a stair of a batch ramp
             with self.clock.paused():
@@ -188,7 +188,9 @@ class Trainer:
         self.doing = self.feed.where
         self.watchdog.begin(self.position.step + 1)
         with self.clock.waiting():
-            batch = self.feed.batch(self.state, self.position)
+            batch = self.feed.batch(self.state, self.position, lambda: not self._goes_on())
+        if batch is None:
+            return self.watchdog.forget()
         self.doing = self.programs.where
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
