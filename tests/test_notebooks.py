@@ -74,11 +74,14 @@ EXPECTED = {
             " samples to train on, ",
             "', right is '",  # behind what the model wrote
             "bits per byte",
+            "24 prompts of up to ",
+            "mean reward: ",
             "| fine_tuning/text.txt |",  # the command's table
         ),
-        2,
+        3,
         QUICK
         | {"NOTEBOOK_STEPS": "1", "NOTEBOOK_SAMPLES": "24", "NOTEBOOK_EPOCHS": "1"}
+        | {"NOTEBOOK_UPDATES": "2"}
         | {"NOTEBOOK_TUNING": "--data.length 64"},
     ),
 }
