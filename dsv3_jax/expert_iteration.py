@@ -145,7 +145,7 @@ def divided(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _tuning(options: Options, given: Sequence[str]) -> list[str]:
     """The fine-tuning's arguments but for its data and place. ValueError for one that is taken;
-    SystemExit 2 for one that sft does not know.
+    SystemExit as of sft: 2 for one that it does not know, 0 after its --help.
     """
     for arg in given:
         name = arg.partition("=")[0].replace("_", "-")
@@ -154,9 +154,7 @@ def _tuning(options: Options, given: Sequence[str]) -> list[str]:
     if options.chat_template is not None:
         given = [*given, "--data.chat-template", str(options.chat_template.resolve())]
     words = ["--init-from", str(options.checkpoint), *given]
-    tried, _, init_from = command.resolve(sft.COMMAND, words)
-    if init_from is None:
-        raise ValueError("--help behind --: see python -m dsv3_jax.sft --help")
+    tried, _, _ = command.resolve(sft.COMMAND, words)
     check_fine_tuning(tried.run)
     sft.epochs_of(tried, words)
     return list(given)
