@@ -66,20 +66,31 @@ class Options:
     """Of the runs"""
     taught: int = 2500
     """Statements of one and two connectives with proofs"""
-    reviewed: int = 1000
-    """Of these, that are read again beside longer proofs and in each round"""
+    repeated: int = 1000
+    """Of these, that are read again beside longer ones"""
     shown: int = 500
     """Statements of three connectives with proofs"""
-    attempted: int = 80
+    reviewed: int = 250
+    """Of either, that are read again in each round"""
+    attempted: int = 200
     """Others of two and three, without proofs"""
-    held_out: int = 40
+    held_out: int = 60
     """Of the same kind, that are never learned"""
     rounds: int = 4
     attempts: int = 4
     """At each statement and at its negation, in each round"""
 
     def __post_init__(self) -> None:
-        for name in ("taught", "reviewed", "shown", "attempted", "held_out", "rounds", "attempts"):
+        for name in (
+            "taught",
+            "repeated",
+            "shown",
+            "reviewed",
+            "attempted",
+            "held_out",
+            "rounds",
+            "attempts",
+        ):
             value = getattr(self, name)
             check(f"--{name.replace('_', '-')}", value, value >= 1, "1 or more")
 
@@ -136,6 +147,11 @@ def longer(options: Options) -> list[Claim]:
     return claims(options.shown, LONG, SEEDS["shown"])
 
 
+def reviewed(options: Options) -> list[Claim]:
+    """Whose proofs are read again in each round."""
+    return [*easy(options)[: options.reviewed], *longer(options)[: options.reviewed]]
+
+
 def connectives(claim: Claim) -> int:
     """Each has its brackets."""
     return text_of(claim.statement).count("(")
@@ -170,7 +186,7 @@ def taught(options: Options) -> Path:
     texts.write_text("\n\n".join(f"{text_of(one.proved)}\n{one.proof}" for one in known))
     base = train(folder, "base", "--data.source", str(texts), config=CONFIG)
     first = tune(folder, "taught", base, known, TEACHING)
-    return tune(folder, "shown", first, [*known[: options.reviewed], *longer(options)], SHOWING)
+    return tune(folder, "shown", first, [*known[: options.repeated], *longer(options)], SHOWING)
 
 
 def tune(
@@ -186,8 +202,9 @@ def tune(
 
 
 def iterate(options: Options, model: Path, out: Path) -> None:
-    """Rounds of attempts and fine-tuning, from the model that knows easy proofs."""
-    folder = out.parent
+    """Rounds of attempts and fine-tuning, from the model that knows proofs."""
+    folder, known = out.parent, out.parent / "reviewed.jsonl"
+    write_lines(known, map(conversation_of, reviewed(options)))
     words = ["--statements", folder / "statements.jsonl", "--held-out", folder / "held_out.jsonl"]
     words += [
         "--samples",
@@ -216,7 +233,7 @@ def call(module: str, *words: object) -> None:
 def control(options: Options, model: Path) -> dict[str, float]:
     """pass@k at the held-out statements of a model that saw as many steps, and no new proof."""
     folder = options.folder.absolute()
-    samples = [*easy(options)[: options.reviewed], *longer(options)]
+    samples = reviewed(options)
     for number in range(options.rounds):
         model = tune(folder, f"control{number + 1}", model, samples, TUNING)
     problems = read_problems(folder / "held_out.jsonl", TEMPLATES, KIND, {})

@@ -31,19 +31,20 @@ def test_of_a_statement_and_its_negation_one_has_a_proof(experiment: ModuleType)
         checked(one.proved, one.proof)
 
 
-def test_what_is_held_out_is_neither_shown_nor_attempted(experiment: ModuleType):
-    options = experiment.Options(shown=20, attempted=30, held_out=10)
-    shown, asked, held_out = experiment.hard(options)
-    assert (len(shown), len(asked), len(held_out)) == (20, 30, 10)
-    easy = experiment.claims(200, experiment.EASY, experiment.SEEDS["taught"])
-    assert len({one.statement for one in (*shown, *asked, *held_out, *easy)}) == 260
+def test_what_is_held_out_is_neither_taught_nor_attempted(experiment: ModuleType):
+    options = experiment.Options(taught=300, shown=40, attempted=20, held_out=10)
+    asked, held_out = experiment.hard(options)
+    assert (len(asked), len(held_out)) == (20, 10)
+    assert [experiment.connectives(one) for one in held_out] == [2] * 5 + [3] * 5
+    known = (*experiment.easy(options), *experiment.longer(options))
+    assert len({one.statement for one in (*asked, *held_out, *known)}) == 370
     lines = list(experiment.lines_of(asked[:2]))
     assert [line["id"] for line in lines] == ["0", "not 0", "1", "not 1"]
     assert statement_of(lines[1]["reference"]) == asked[0].negation
 
 
 def test_rows_are_of_the_models_that_made_the_attempts(experiment: ModuleType, tmp_path: Path):
-    asked = experiment.hard(experiment.Options())[1][:2]
+    asked = experiment.claims(2, (3,), 0)
     kind, verdicts = experiment.KIND, itertools.cycle(["accepted", "rejected"])
     for number, name in ((0, "held_out"), (1, "candidates"), (1, "held_out")):
         place = tmp_path / f"round-00{number}"
@@ -63,8 +64,8 @@ def test_rows_are_of_the_models_that_made_the_attempts(experiment: ModuleType, t
     assert [row["model after round"] for row in rows] == [0, 1]
     assert "pass" in rows[0]
     assert "pass" not in rows[1]
-    assert rows[0]["by connectives"] == {"3": 0.5}
-    assert rows[1]["held out by connectives"] == {"3": 0.5}
+    assert rows[0]["by connectives"] == {"2": 0.0, "3": 0.5}
+    assert rows[1]["held out by connectives"] == {"2": 0.0, "3": 0.5}
     lines = experiment.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| 0 | 50.0% | ")
