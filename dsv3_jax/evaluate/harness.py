@@ -116,15 +116,28 @@ class Harness(TemplateLM):
                 raise ValueError(
                     f"generation_kwargs: {name} {value!r}; allowed: {', '.join(sorted(_KNOWN))}"
                 )
-        limits = [asked[name] for name in _LIMITS if asked.get(name) is not None]
+        limits = [name for name in _LIMITS if asked.get(name) is not None]
         until = asked.get("until") or []
-        temperature = float(asked.get("temperature") or 0)
+        until = [until] if isinstance(until, str) else until
+        if not (isinstance(until, list | tuple) and all(isinstance(text, str) for text in until)):
+            raise ValueError(
+                f"generation_kwargs: until {until!r}; allowed: a text or a list of them"
+            )
+        temperature = _number("temperature", asked.get("temperature") or 0, float)
         if asked.get("do_sample") is False:
             temperature = 0.0
+        most = _number(limits[0], asked[limits[0]], int) if limits else DEFAULT_TOKENS
         return Wishes(
-            self._max_tokens or int(limits[0] if limits else DEFAULT_TOKENS),
+            self._max_tokens or most,
             temperature if self.temperature is None else self.temperature,
-            float(asked.get("top_p") or 1),
+            _number("top_p", asked.get("top_p") or 1, float),
             (self.seed + place) % SEEDS,
-            (until,) if isinstance(until, str) else tuple(filter(None, until)),
+            tuple(filter(None, until)),
         )
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"generation_kwargs: {name} {value!r}; allowed: a number") from None

@@ -9,14 +9,18 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from dsv3_jax.cli import to_stderr
+from dsv3_jax.evaluate import harness as ours
 from dsv3_jax.evaluate.harness import Harness
 from dsv3_jax.evaluate.protocol import Run, Wish, runs_of
 from dsv3_jax.evaluate.results import TaskScore
@@ -42,7 +46,7 @@ def load(wish: Wish) -> dict[str, Any]:
     """
     with _quiet():
         manager = _manager(wish)
-        _check_names(wish.names, manager)
+        _check_names(wish.names, manager, wish.include_path)
         if wish.unsafe_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # of the metric that lm-eval's own tasks load
         try:
@@ -70,7 +74,7 @@ def run(loaded: dict[str, Any], harness: Harness, wish: Wish) -> Ran:
         harness.seed, harness.temperature = run_.seed, run_.temperature
         how = "" if run_.temperature is None else f" at temperature {run_.temperature:g}"
         to_stderr(f"pass {number} of {len(passes)}{how}: {_shortened(names)}")
-        with _quiet():
+        with _quiet(), _told_of(names):
             found = evaluate(
                 lm=harness,
                 task_dict=_part(loaded, names),
@@ -173,15 +177,32 @@ def _manager(wish: Wish) -> TaskManager:
     return TaskManager(include_path=wish.include_path and str(wish.include_path))
 
 
-def _check_names(names: Sequence[str], manager: TaskManager) -> None:
+def _check_names(names: Sequence[str], manager: TaskManager, folder: Path | None) -> None:
     known = manager.all_tasks
     for name in names:
         if name not in known:
+            _check_files(folder)
             near = difflib.get_close_matches(name, known, 3)
             hint = (
                 f"perhaps you meant {', '.join(near)}" if near else "lm-eval ls tasks lists its own"
             )
             raise ValueError(f"--tasks: there is no task {name!r}; {hint}")
+
+
+def _check_files(folder: Path | None) -> None:
+    """ValueError for a task file that cannot be read: lm-eval passes over it without a word."""
+    for file in sorted(folder.rglob("*.yaml")) if folder is not None else ():
+        try:
+            yaml.load(file.read_bytes(), _Reader)
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--include-path: {file}: {_line(error)}") from error
+
+
+class _Reader(yaml.SafeLoader):
+    """Passes over !function."""
+
+
+_Reader.add_multi_constructor("!", lambda *_: None)
 
 
 def _settle(task: Any, wish: Wish) -> None:
@@ -196,8 +217,25 @@ def _is_unsafe(task: Any) -> bool:
     return bool(getattr(task, "UNSAFE_CODE", False))
 
 
+@contextlib.contextmanager
+def _told_of(names: Sequence[str]) -> Iterator[None]:
+    """What goes wrong in tasks is a ValueError, one line; what goes wrong in answers is ours."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if any(frame.f_code.co_filename == ours.__file__ for frame, _ in frames):
+            raise
+        raise ValueError(f"--tasks {_shortened(names)}: {_line(error)}") from error
+
+
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """With its first cause: libraries say that something failed, and there what."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    said = [" ".join(str(one).split())[:300] for one in dict.fromkeys((error, first))]
+    return ": ".join((type(error).__name__, *filter(None, said)))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,8 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
         tasks, "TaskManager", lambda **how: local(**how | {"include_defaults": False})
     )
     (tmp_path / "broken").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.yaml").write_text("task: own\n- [\n")
     (tmp_path / "broken" / "a.yaml").write_text("task: own\ncustom_dataset: !function gone.rows\n")
     here = ["--checkpoint", run, "--include-path", TASKS, "--tasks"]
     for args, said in (
@@ -189,8 +192,37 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
             ["--checkpoint", run, "--include-path", tmp_path / "broken", "--tasks", "own"],
             "--tasks own: ",
         ),
+        (
+            ["--checkpoint", run, "--include-path", tmp_path / "torn", "--tasks", "own"],
+            "a.yaml: ParserError: ",
+        ),
     ):
         assert said in mistake_of(main, [*map(str, args)], capsys)
+
+
+def test_what_goes_wrong_in_a_task_while_it_runs_is_one_line(run, tmp_path, capsys):
+    """Metrics are the task's own code; a line of its data is no JSON."""
+    (tmp_path / "own.py").write_text(
+        "def rate(doc, results):\n    raise LookupError('no\\nmark')\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question":\n')
+    for name, rows in (("fails", "rows"), ("reads", "torn")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\n"
+            f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / rows}.jsonl\n"
+            "output_type: loglikelihood\ndoc_to_text: '{{question}}'\ndoc_to_target: answer\n"
+            "process_results: !function own.rate\n"
+        )
+    here = ["--checkpoint", run, "--include-path", tmp_path, "--tasks"]
+    for name, said in (
+        ("fails", "error: --tasks fails: LookupError: no mark"),
+        ("reads", "error: --tasks reads: DatasetGenerationError: An error occurred.*: .*JSON"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, [*here, name])])
+        assert stopped.value.code == 2
+        assert re.match(said, capsys.readouterr().err.splitlines()[-1])
 
 
 def test_a_template_that_refuses_the_questions_is_named(run, tmp_path, capsys):
@@ -272,6 +304,9 @@ def test_generation_that_is_not_here_is_refused():
     from dsv3_jax.evaluate.harness import Harness
 
     harness = Harness(make_subject()[1])
-    for asked in ({"top_k": 5}, {"repetition_penalty": 1.1}, {"num_beams": 4}):
+    for asked in (
+        *({"top_k": 5}, {"repetition_penalty": 1.1}, {"num_beams": 4}, {"until": [5]}),
+        *({"until": {"a": 1}}, {"temperature": "hot"}, {"max_gen_toks": "many"}, {"top_p": [1]}),
+    ):
         with pytest.raises(ValueError, match=rf"generation_kwargs: {next(iter(asked))} "):
             harness._wishes(asked, 0)
