@@ -89,6 +89,7 @@ def ids_of(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[
     return ids, answers
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tuning: Tuning, tuned: Path, tmp_path: Path):
     """In the middle of an epoch."""
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,8 @@ TEMPLATE = (
 FLAGS = (
     *("--train.dtype", "float32", "--data.length", 32, "--train.rows", 2),
     *("--data.validation-fraction", 0.25, "--output.sample-tokens", 0),
-    *("--output.log-every", 1, "--output.eval-every", 4, "--output.save-every", 4),
+    # Validated, saved and drawn at the end alone: pictures take longer than such steps.
+    *("--output.log-every", 1, "--output.eval-every", 100, "--output.save-every", 100),
 )
 
 
