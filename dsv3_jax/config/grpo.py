@@ -16,9 +16,9 @@ class GrpoConfig:
     """Of one run. The report gives no numbers; kl is DeepSeekMath's."""
 
     reward: tuple[str, ...] = ()
-    """NAME or NAME*WEIGHT; may be given several times: boxed, exact, regex:PATTERN, json,
-    format:NAME, length:FREE-MOST, tests, tests:share, judge:reference, judge:score, judge:VOTES,
-    python:module:function"""
+    """NAME or NAME*WEIGHT; may be given several times: boxed, exact, proof, regex:PATTERN, json,
+    words:LEAST-MOST, format:NAME, length:FREE-MOST, tests, tests:share, judge:reference,
+    judge:score, judge:principles, python:module:function (docs/rewards.md)"""
     reward_failed: float = 0.0
     """Value of a reward that raises, hangs or returns no number"""
     prompts_per_step: int = 8
