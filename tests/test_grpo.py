@@ -14,7 +14,7 @@ import pytest
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config.grpo import GrpoConfig, load_grpo
 from dsv3_jax.grpo import COMMAND, main, resolved, rewards_of
-from dsv3_jax.posttrain import code_runner
+from dsv3_jax.posttrain import code_runner, grpo_feed
 from dsv3_jax.posttrain.grpo_feed import GrpoFeed
 from dsv3_jax.train import command
 from dsv3_jax.train.__main__ import main as train
@@ -144,11 +144,15 @@ def test_failing_rewards_count_as_chosen_and_the_run_goes_on(
     assert all(part["value"] == -1 for part in parts if part["failed"])
 
 
-def test_equal_rewards_are_no_reason_to_learn(reinforcing: Reinforcing, tmp_path: Path):
-    """With a beta of 0 no label has a weight; nothing is NaN."""
+def test_equal_rewards_are_no_reason_to_learn(
+    reinforcing: Reinforcing, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """With a beta of 0 no label has a weight; nothing is NaN. Prompts too long are counted."""
     rewards = ("--reward", "python:tests.own_rewards:equal")
     with without_pictures():
         assert reinforcing.begin(tmp_path, "--kl", 0, "--train.steps", 1, rewards=rewards) == 0
+    assert "4 prompts of up to 5 tokens" in (said := capsys.readouterr().out)
+    assert "1 dropped, longer than 27 tokens" in said
     (entry,) = entries_of(tmp_path / "grpo-001", "train")
     assert (entry["grpo"]["equal_groups"], entry["main_loss"], entry["skipped"]) == (1, 0, 0)
 
@@ -180,6 +184,14 @@ def test_a_run_that_has_nothing_to_learn_from_ends_with_one_line(
     assert line in told[-1]
     assert sum(one.startswith("error: ") for one in told) == 1
     assert store.steps(tmp_path / "grpo-001" / "checkpoints") == [0]
+
+
+@pytest.mark.parametrize("text", ["", "abcde", "abcdef", "abcdefghijk"])
+def test_answers_of_any_length_reach_all_processes(monkeypatch: pytest.MonkeyPatch, text: str):
+    """In words; made once."""
+    monkeypatch.setattr(grpo_feed, "WORD", 5)
+    made = iter([text])
+    assert grpo_feed.told_to_all(lambda: next(made)) == text
 
 
 # --- what a user may get wrong -------------------------------------------------------------------

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("params", "router_bias")
 QUIET_SECONDS = 30.0  # between two lines of progress
 ANSWERS = "answers"  # folder of a run
+WORD = 2**18  # most characters of a word between processes; gRPC refuses 4 MiB
 
 
 class _Stopped(Exception):
@@ -205,7 +206,7 @@ class GrpoFeed:
         number = position.step // self.settings.updates
         weights = self.sharding.on_one_device(state._replace(optimizer=()))
         make = partial(self._rated, weights, number, position, stopped)
-        answers = Answers.of_json(processes.of_first("answers", lambda: make().to_json()))
+        answers = Answers.of_json(told_to_all(lambda: make().to_json()))
         if all(answers.failed):
             reason = next(iter(answers.reasons), "no reason")
             raise NoBatch(
@@ -296,6 +297,24 @@ class GrpoFeed:
         if self.reference is not None:
             reference = ema.in_device_memory(self.reference)
             answers.reference = sums_of(self.scores(reference, batch), places).tolist()
+
+
+def told_to_all(make: Callable[[], str]) -> str:
+    """What `make` returns in the first process, in all of them, however long. Errors as of
+    `processes.of_first`.
+    """
+    made: list[str] = []
+
+    def count() -> str:
+        made.append(make())
+        return str(-(-len(made[0]) // WORD))
+
+    words = int(processes.of_first("answers", count))
+    starts = range(0, words * WORD, WORD)
+    return "".join(
+        processes.of_first("answers", lambda start=start: made[0][start : start + WORD])
+        for start in starts
+    )
 
 
 def _end_ids(cfg: RunConfig, corpus: Corpus) -> frozenset[int]:
