@@ -34,7 +34,8 @@ def reinforcing(tmp_path_factory: pytest.TempPathFactory) -> Reinforcing:
 @pytest.fixture(scope="module")
 def ran(reinforcing: Reinforcing) -> Path:
     """A whole run: two batches of two groups of three, two updates on each."""
-    assert reinforcing.begin(reinforcing.home / "runs") == 0
+    with without_pictures():
+        assert reinforcing.begin(reinforcing.home / "runs") == 0
     return reinforcing.home / "runs" / "grpo-001"
 
 
@@ -55,7 +56,6 @@ def test_a_run_tells_of_rewards_and_policies(ran: Path):
     assert train[0]["kl"] == 0  # the reference is what the run began with
     assert train[2]["kl"] > 0
     assert train[0]["reward"] == train[1]["reward"] != train[2]["reward"]
-    assert "Rewards" in (ran / "report.html").read_text()
     result = json.loads((ran / "result.json").read_text())
     assert result["reward_end"] == pytest.approx(np.mean([e["reward"] for e in train[-2:]]))
 
@@ -65,6 +65,20 @@ def test_rollout_and_training_agree_on_log_probabilities_within_1e_4(ran: Path):
     for entry in entries_of(ran, "train"):
         assert 0 < entry["grpo"]["drift_most"] < 1e-4
         assert entry["grpo"]["left_out"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_page_with_its_rewards(reinforcing: Reinforcing, ran: Path):
+    """Drawn again where a finished run is resumed."""
+    before = (ran / "metrics.jsonl").read_bytes()
+    assert reinforcing.run("--resume", ran) == 0
+    page = (ran / "report.html").read_text()
+    assert "Finished: all 4 steps" in page
+    for title in ("Rewards", "The mean reward went from", "Engine to training, nats per token"):
+        assert title in page
+    assert "Loss, nats per token" not in page
+    assert (ran / "curves.png").stat().st_size > 1000
+    assert (ran / "metrics.jsonl").read_bytes() == before
 
 
 def test_answers_are_left_with_rewards_and_reasons(ran: Path):
@@ -128,6 +142,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 # --- rewards and policies that go wrong ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_failing_rewards_count_as_chosen_and_the_run_goes_on(
     reinforcing: Reinforcing, tmp_path: Path
 ):
@@ -165,7 +180,12 @@ def test_equal_rewards_are_no_reason_to_learn(
             (),
             "all 6 rewards of step 1 failed: the re",
         ),
-        (REWARDS, ("--max-difference", "1e-12"), "answers have log-probabilities in the engine"),
+        pytest.param(
+            REWARDS,
+            ("--max-difference", "1e-12"),
+            "answers have log-probabilities in the engine",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_has_nothing_to_learn_from_ends_with_one_line(

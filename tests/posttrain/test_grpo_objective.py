@@ -98,6 +98,7 @@ def oracle(graphdef, params, biases, old, reference) -> jax.Array:
     return total / len(SIZES)
 
 
+@pytest.mark.slow
 def test_objective_and_gradient_are_those_of_the_equations(x64):
     """Of packed rows in two micro-batches, by the training step's own gradient. Some answers are
     clipped, of both signs, and some are not.
