@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from dsv3_jax.expert_iteration import divided, main
 from dsv3_jax.inference import programs
+from dsv3_jax.inference.programs import Programs
 from dsv3_jax.posttrain import iteration_report
 from tests.commands import help_of, mistake_of
 from tests.posttrain.scripted_models import write_lines
@@ -33,7 +36,18 @@ def statements(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiles without optimising, draws no pictures."""
+    """Compiles without optimising, and what engines of the same sizes share but once; draws no
+    pictures.
+    """
+    known, real = {}, Programs._compile
+
+    def compile_(self, body, *args):
+        key = f"{body} {jax.tree.map(np.shape, args[2:])}"
+        if key not in known:
+            known[key] = real(self, body, *args)
+        return known[key]
+
+    monkeypatch.setattr(Programs, "_compile", compile_)
     monkeypatch.setattr(programs, "COMPILER_OPTIONS", FAST_COMPILATION)
     monkeypatch.setattr(iteration_report, "draw_rates", lambda rounds, path: None)
     with SmallRun(tuning.home).quick():
@@ -57,8 +71,8 @@ def test_a_model_attempts_learns_and_attempts_again(
     held_out = write_lines(tmp_path / "h.jsonl", {"prompt": "9+9", "reference": "18"})
     args = ["--statements", statements, "--held-out", held_out, "--out", out]
     args += ["--samples", tuning.samples, "--checkpoint", tuning.model, "--verifier", "words:1-9"]
-    args += ["--attempts", 2, "--max-tokens", 6, "--stop", *"etaoinshrdlu0123456789 ", "--rows", 2]
-    args += ["--seed", 4, "--page-slots", 16, "--chunk", 16, "--tune-from", "last"]
+    args += ["--attempts", 2, "--max-tokens", 6, "--stop", *"etaoinshrdlu0123456789 ", "--rows", 1]
+    args += ["--seed", 4, "--page-slots", 16, "--chunk", 16, "--pages", 4, "--tune-from", "last"]
     flags = ["--", *FLAGS, "--train.steps", 2]
     assert not main([*map(str, (*args, "--rounds", 1, *flags))])
     assert not main([*map(str, (*args, "--rounds", 2, *flags))])

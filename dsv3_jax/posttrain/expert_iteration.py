@@ -72,6 +72,8 @@ class _State:
 
     model: Path
     """That makes the next attempts"""
+    source: Source | None = None
+    """The same, once it is open"""
     kept: list[Candidate] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     """The data set, as JSON"""
@@ -115,7 +117,7 @@ def _attempt(
     asked = list(_asked(plan, state))
     first = (number - 1) * plan.inputs.attempts
     asks = _asks(plan, asked, range(first, first + plan.inputs.attempts))
-    entries = _entries(asks, folder.round(number) / CANDIDATES, means, state.model, number)
+    entries = _entries(asks, folder.round(number) / CANDIDATES, means, state, number)
     fates, new = _keep(plan, state, entries)
     _write_samples(plan, folder, state, number, new)
     state.passed |= {(one["id"], one["kind"]) for one in entries.values() if is_accepted(one)}
@@ -149,7 +151,7 @@ def _asks(plan: Plan, problems: Sequence[Problem], numbers: Sequence[int]) -> li
 
 
 def _entries(
-    asks: Sequence[Ask], file: Path, means: Means, model: Path, number: int
+    asks: Sequence[Ask], file: Path, means: Means, state: _State, number: int
 ) -> dict[Key, Entry]:
     """Of a journal, once it lacks nothing."""
     with closing(Journal(file)) as journal:
@@ -157,7 +159,8 @@ def _entries(
             means.say(f"{file}: a torn last line was cut off")
         left = [ask for ask in asks if Key(*ask.problem.key, ask.number) not in journal.entries]
         if left:
-            source = _OfRound(means.open_source(model), number)
+            state.source = state.source or means.open_source(state.model)
+            source = _OfRound(state.source, number)
             stage = f"round {number}, {file.stem.replace('_', '-')}"
             if means.progress is None:
                 collect(left, source, means.judges, journal)
@@ -191,7 +194,7 @@ def _measure(
     if not plan.held_out:
         return None
     asks = _asks(plan, plan.held_out, range(plan.inputs.attempts))
-    entries = _entries(asks, folder.round(number) / HELD_OUT, means, state.model, number)
+    entries = _entries(asks, folder.round(number) / HELD_OUT, means, state, number)
     return pass_rates(sides_of(plan.held_out), entries.values(), plan.inputs.attempts)
 
 
@@ -252,12 +255,13 @@ def _tune(plan: Plan, place: Path, means: Means, state: _State, new: int) -> tup
         if begun is None:
             words = ["--init-from", str(base), "--data.source", str(place / DATA)]
             words += ["--output.folder", str(place), "--output.name", RUN, *means.tuning]
+        state.source = None  # training needs its memory
         code = means.tune(words)
         if code:
             return code, False
         ended, _ = runs_of(place)
         assert ended is not None, f"{place}: a fine-tuning that ended well has a result"
-    state.model = ended
+    state.model, state.source = ended, None
     return 0, True
 
 

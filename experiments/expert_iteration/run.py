@@ -23,11 +23,11 @@ from ground_logic import Claim, claims, text_of
 
 from dsv3_jax.cli import parse, run, user_errors
 from dsv3_jax.config.fields import check
-from dsv3_jax.drawing import BLUE, GREEN, ORANGE, SLATE, new_figure
+from dsv3_jax.drawing import BLUE, GREEN, ORANGE, new_figure
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.posttrain.candidates import entry_of, seed_of
 from dsv3_jax.posttrain.completions import Ask
-from dsv3_jax.posttrain.iteration_statistics import NOT, Side, pass_rates, sides_of
+from dsv3_jax.posttrain.iteration_statistics import NOT, pass_rates, sides_of
 from dsv3_jax.posttrain.local_model import LocalModel
 from dsv3_jax.posttrain.problems import read_problems
 from dsv3_jax.posttrain.synthesis_options import Sampling
@@ -113,11 +113,10 @@ def tell(options: Options) -> None:
     out = folder / "iteration"
     iterate(options, model, out)
     rows = rows_of(out, asked, held_out)
+    beside = control(options, model, held_out)
+    rows.append({"model after round": "none, as many steps on the first proofs", **beside})
     print(table(rows))
-    longer_taught = control(options, model)
-    print(f"the same steps on the first proofs alone: {longer_taught}")
-    results = {"rounds": rows, "first proofs alone, held out": longer_taught}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, folder / "pass_rates.png")
 
 
@@ -230,8 +229,8 @@ def call(module: str, *words: object) -> None:
         raise SystemExit(ended.returncode)
 
 
-def control(options: Options, model: Path) -> dict[str, float]:
-    """pass@k at the held-out statements of a model that saw as many steps, and no new proof."""
+def control(options: Options, model: Path, held_out: Sequence[Claim]) -> dict[str, Any]:
+    """What a model makes of the held-out statements that saw as many steps, and no new proof."""
     folder = options.folder.absolute()
     samples = reviewed(options)
     for number in range(options.rounds):
@@ -246,7 +245,8 @@ def control(options: Options, model: Path) -> dict[str, float]:
     source = LocalModel(model, Sampling(max_tokens=MOST_TOKENS), engine, dtype="float32")
     judges = verifiers(["proof"])
     entries = [entry_of(ask, answer, judges, {}) for ask, answer in source.answers(asks)]
-    return pass_rates(sides_of(problems), entries, options.attempts)["pass"]
+    found = pass_rates(sides_of(problems), entries, options.attempts)["pass"]
+    return {"held out": found, "held out by connectives": by_connectives(entries, held_out)}
 
 
 # --- what is shown -------------------------------------------------------------------------------
@@ -266,21 +266,20 @@ def rows_of(out: Path, asked: Sequence[Claim], held_out: Sequence[Claim]) -> lis
         row: Row = {"model after round": number}
         if one:
             row |= {name: one[name] for name in COUNTS}
-            attempts = out / f"round-{one['round']:03d}" / "candidates.jsonl"
-            row["by connectives"] = by_connectives(attempts, asked)
+            entries = read_lines(out / f"round-{one['round']:03d}" / "candidates.jsonl")
+            row["by connectives"] = by_connectives(entries, asked)
         if before.get("held out"):
-            journal = out / f"round-{number:03d}" / "held_out.jsonl"
+            entries = read_lines(out / f"round-{number:03d}" / "held_out.jsonl")
             row["held out"] = before["held out"]["pass"]
-            row["held out by connectives"] = by_connectives(journal, held_out)
+            row["held out by connectives"] = by_connectives(entries, held_out)
         else:  # nothing was new: it is the model of the round before
             row |= {name: said for name, said in rows[-1].items() if name.startswith("held out")}
         rows.append(row)
     return rows
 
 
-def by_connectives(journal: Path, chosen: Sequence[Claim]) -> dict[str, float]:
+def by_connectives(entries: Sequence[Mapping[str, Any]], chosen: Sequence[Claim]) -> dict:
     """pass@1 of the statements with so many connectives."""
-    entries = [json.loads(line) for line in journal.read_text().splitlines()]
     attempts = 1 + max(entry["candidate"] for entry in entries)
     found = {}
     for count in HARD:
@@ -289,17 +288,15 @@ def by_connectives(journal: Path, chosen: Sequence[Claim]) -> dict[str, float]:
             for n, claim in enumerate(chosen)
             if connectives(claim) == count
         }
-        found[f"{count}"] = rate(sides, entries, attempts)
+        known = {side for both in sides.values() for side in both}
+        some = [entry for entry in entries if (entry["id"], entry["kind"]) in known]
+        found[f"{count}"] = pass_rates(sides, some, attempts)["pass"]["1"]
     return found
 
 
-def rate(
-    statements: Mapping[Side, Sequence[Side]], entries: Sequence[Mapping], attempts: int
-) -> float:
-    """pass@1 of these statements."""
-    known = {side for sides in statements.values() for side in sides}
-    some = [entry for entry in entries if (entry["id"], entry["kind"]) in known]
-    return pass_rates(statements, some, attempts)["pass"]["1"]
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Of JSON Lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -323,15 +320,16 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Pass rates by the rounds that a model has learned from."""
+    """Pass rates by the rounds that a model has learned from; crosses are the model beside it."""
     most = max(rows[0]["pass"], key=int)
-    attempted = [row for row in rows if "pass" in row]
+    *rounds, beside = rows
+    attempted = [row for row in rounds if "pass" in row]
     curves = (
         ("settled so far", GREEN, "o-", attempted, lambda row: row["cumulative"]),
         (f"pass@{most}", BLUE, "o-", attempted, lambda row: row["pass"][most]),
         ("pass@1", ORANGE, "o-", attempted, lambda row: row["pass"]["1"]),
-        (f"pass@{most}, held out", BLUE, "o--", rows, lambda row: row["held out"][most]),
-        ("pass@1, held out", SLATE, "o--", rows, lambda row: row["held out"]["1"]),
+        (f"pass@{most}, held out", BLUE, "o--", rounds, lambda row: row["held out"][most]),
+        ("pass@1, held out", ORANGE, "o--", rounds, lambda row: row["held out"]["1"]),
     )
     with new_figure(7, 3.8) as figure:
         panel = figure.subplots()
@@ -339,10 +337,14 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             places = [row["model after round"] for row in some]
             shares = [100 * share(row) for row in some]
             panel.plot(places, shares, style, markersize=4, color=colour, label=name)
-        panel.set_title("Statements of 3 and 4 connectives settled, %")
+        for k, colour in ((most, BLUE), ("1", ORANGE)):
+            last = rounds[-1]["model after round"]
+            panel.plot([last], [100 * beside["held out"][k]], "x", color=colour, markersize=9)
+        panel.set_title("Statements of two and three connectives settled, %")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_xlabel("rounds that the model has learned from")
         panel.set_ylim(-2, 102)
-        panel.legend()
+        panel.legend(ncols=2)
         figure.savefig(file, format="png", dpi=110)
 
 

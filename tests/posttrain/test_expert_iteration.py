@@ -248,16 +248,23 @@ class Stop:
         return watched
 
 
-@pytest.mark.parametrize("is_after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("is_after", "stride"),
+    [
+        (False, 4),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_kill_between_any_two_changes_loses_nothing_and_doubles_nothing(
-    tmp_path: Path, is_after: bool
+    tmp_path: Path, is_after: bool, stride: int
 ):
     plan = plan_of(tmp_path)
     says = lambda model, ask: grows("tuned", ask)  # noqa: E731
     whole = Workshop(plan, tmp_path / "whole", says)
     whole.run()
     wanted = timeless(whole.out)
-    for at in itertools.count():
+    for at in itertools.count(0, stride):
         workshop = Workshop(plan, tmp_path / f"at{at:03d}", says)
         with pytest.MonkeyPatch.context() as patch:
             stop = Stop(patch, at, is_after)

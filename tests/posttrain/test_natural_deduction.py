@@ -61,7 +61,7 @@ def test_what_is_accepted_is_true_by_truth_tables():
     """Of random proofs a part is accepted; all of these are of true statements, line by line."""
     draw = random.Random(0)
     accepted, letting_go, refused_true = 0, 0, 0
-    for _ in range(8000):
+    for _ in range(4000):
         statement, text = random_proof(draw)
         try:
             lines = checked(statement, text)
@@ -74,8 +74,8 @@ def test_what_is_accepted_is_true_by_truth_tables():
         for line in lines:
             supposed = [o.formula for n, o in enumerate(lines, 1) if line.rests >> n & 1]
             assert holds(Statement((*statement.premises, *supposed), line.formula)), text
-    assert accepted > 800
-    assert letting_go > 200
+    assert accepted > 400
+    assert letting_go > 100
     assert refused_true > 1000
 
 
