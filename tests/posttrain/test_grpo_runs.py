@@ -72,14 +72,16 @@ def test_a_run_is_the_same_on_every_mesh(
 
 
 @pytest.mark.exhaustive
-def test_a_run_in_fp8_tells_how_far_the_engine_is_off(
-    reinforcing: Reinforcing, plain: Path, tmp_path: Path
-):
+def test_a_run_in_fp8_tells_how_far_the_engine_is_off(reinforcing: Reinforcing, tmp_path: Path):
+    """With random weights far: an answer of six is left out, and the others teach."""
+    more = ("--quant.recipe", "fp8", "--train.steps", 1)
     with without_pictures():
-        assert reinforcing.begin(tmp_path, *STEPS, "--quant.recipe", "fp8") == 0
-    found = entries_of(tmp_path / "grpo-001", "train")
-    assert found[0]["grpo"]["left_out"] == 0
-    assert 1e-4 < found[0]["grpo"]["drift"] < 0.5
+        assert reinforcing.begin(tmp_path, *more) == 0
+    (entry,) = entries_of(tmp_path / "grpo-001", "train")
+    assert 1e-4 < entry["grpo"]["drift"] < 1
+    assert entry["grpo"]["drift_most"] > 0.5
+    assert 0 < entry["grpo"]["left_out"] <= 0.5
+    assert entry["main_loss"] != 0
     assert np.isfinite(measured(tmp_path / "grpo-001")).all()
 
 

@@ -84,6 +84,7 @@ PIPELINES = [
 ]
 
 
+@pytest.mark.timeout(3600)  # where all compile at the same time
 @pytest.mark.parametrize(
     "case",
     [
