@@ -115,6 +115,7 @@ def test_several_texts_are_scored_as_each_alone(both):
         assert score.nats == pytest.approx(subject.rolling([text], 8)[0].nats, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_texts_are_the_models_own_to_their_stop_or_end(both):
     model, subject = both
     prompts = [[BOS, *b"abc"], [BOS], [BOS, *b"xyz"]]
@@ -127,6 +128,7 @@ def test_texts_are_the_models_own_to_their_stop_or_end(both):
     assert stopped == plain[0][: plain[0].index(stop)]
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_drawn(both):
     _, subject = both
     prompts = [[BOS, *b"abc"]] * 3
@@ -135,6 +137,7 @@ def test_a_seed_decides_what_is_drawn(both):
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_long_prompts_lose_their_beginning_for_the_answer(both):
     """An answer has the room that it wishes, up to half of what the model holds."""
     model, subject = both
