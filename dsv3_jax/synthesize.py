@@ -36,8 +36,8 @@ name=... developer=...) or translation (wants "language" among its values).
 
 Answers come from --server and --model (OpenAI's chat completions: ours, vLLM's, a hosted service)
 or from --checkpoint; the options from --rows on are those of its engine. --verifier takes exact,
-boxed, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST or python:module:function, behind
-KIND= for one kind alone; all must accept an answer.
+boxed, proof, regex, regex:PATTERN, json, json:KEY,KEY, words:LEAST-MOST or python:module:function,
+behind KIND= for one kind alone; all must accept an answer.
 
 --out holds samples.jsonl, which fine-tuning reads, fates.jsonl (why a candidate is none of them),
 report.md, report.json, lengths.png, and candidates.jsonl, to which every answer goes as it comes.

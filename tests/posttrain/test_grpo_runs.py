@@ -54,13 +54,8 @@ def measured(run: Path) -> np.ndarray:
     return np.concatenate([inner, outer], 1)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind == "pipeline" else pytest.mark.exhaustive)
-        for kind in KINDS
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_same_on_every_mesh(
     reinforcing: Reinforcing, plain: Path, tmp_path: Path, kind: str
 ):
