@@ -102,7 +102,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for args, said in (
         (at, "--verifier is missing; allowed: one or more, such as proof"),
         ((*by, "--verifier", "exct"), "--verifier is 'exct'; allowed: exact, boxed, proof, "),
-        ((*by, "--verifier", "proof"), "reference: '0' is no formula"),
+        ((*by, "--verifier", "proof"), "--verifier proof: '0' is no formula"),
         ((*by, "--verifier-seconds", 0), "--verifier-seconds is 0.0; allowed: above 0"),
         ((*by, "--rounds", 0), "--rounds is 0; allowed: 1 to 999"),
         ((*by, "--attempts", 0), "--attempts is 0; allowed: 1 to"),

@@ -23,8 +23,8 @@ TURNS = [{"role": "user", "content": "p |- P"}, {"role": "assistant", "content":
     ("line", "changes", "said"),
     [
         ({"prompt": "p"}, {}, "s.jsonl line 1: no reference; --verifier proof compares with one"),
-        (GOOD | {"reference": "p |- "}, {}, "s.jsonl line 1: reference: ' ' is no formula"),
-        (GOOD | {"reference": "~" * 60 + "p"}, {}, "line 1: reference: a formula is deeper than"),
+        (GOOD | {"reference": "p |- "}, {}, "--verifier proof: ' ' is no formula"),
+        (GOOD | {"reference": "~" * 60 + "p"}, {}, "--verifier proof: a formula is deeper than"),
         (GOOD | {"response": "x"}, {}, "s.jsonl line 1: a response; allowed: what is to be"),
         (GOOD | {"goal": "x"}, {}, "unknown field 'goal'"),
         (GOOD, {"verifiers": ["prof"]}, "--verifier is 'prof'; allowed: exact, boxed, proof"),

@@ -61,7 +61,7 @@ def test_a_packed_sample_is_computed_as_if_it_were_alone(x64):
             size = int(name) - 1
             # In the front of a row of its own; one length for all, so that one program does.
             alone = Batch(*(np.full((1, LENGTH), fill, np.int32) for fill in (1, -1, 1)))
-            for whole, part in zip(alone, batch, strict=True):
+            for whole, part in zip(alone[:3], batch[:3], strict=True):
                 whole[0, :size] = part[row, own]
             alone.segments_BT[0, :size] = 0
             found = jax.device_get(outputs(model, alone))

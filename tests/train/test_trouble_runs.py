@@ -63,9 +63,9 @@ def poisoned(rows: Rows) -> Iterator[None]:
     """
     bad_RT = np.stack([rows[i].labels_T for i in (5, *range(12, 18))])
 
-    def bad_cross_entropy(h_BTD, head_DV, labels_BT):
+    def bad_cross_entropy(h_BTD, head_DV, labels_BT, weights_BT):
         bad_B = (labels_BT[:, None] == jnp.asarray(bad_RT)[None]).all(-1).any(-1)
-        return cross_entropy(poison(h_BTD, bad_B), head_DV, labels_BT)
+        return cross_entropy(poison(h_BTD, bad_B), head_DV, labels_BT, weights_BT)
 
     known = dict(PROGRAMS)
     PROGRAMS.clear()
