@@ -236,8 +236,10 @@ def poisoned_gradients():
 
     poison.defvjp(lambda h_BTD, rows_B: (h_BTD, rows_B), backward)
 
-    def bad_cross_entropy(h_BTD, head_DV, labels_BT):
-        return cross_entropy(poison(h_BTD, (labels_BT >= 0).sum(-1) == 4), head_DV, labels_BT)
+    def bad_cross_entropy(h_BTD, head_DV, labels_BT, weights_BT):
+        return cross_entropy(
+            poison(h_BTD, (labels_BT >= 0).sum(-1) == 4), head_DV, labels_BT, weights_BT
+        )
 
     cfg = replace(RUN, train=replace(RUN.train, microbatches=2))
     graphdef, state = state_of(cfg)
