@@ -9,6 +9,7 @@ from dsv3_jax.config.fields import shown
 from dsv3_jax.posttrain.completions import Completion, with_reasoning
 
 _LONGEST = 300  # characters of a reason
+MOST = 1e30  # in size, of a value and of its weight: sums of their products, squared, stay finite
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Rated:
     @classmethod
     def of(cls, said: Any) -> "Rated":
         """Of what a reward returned: a Rated, a number (booleans too), a pair of number and reason.
-        A failure for anything else, NaN and infinity among it.
+        A failure for anything else, NaN and what is larger than MOST among it.
         """
         match said:
             case Rated():
@@ -73,7 +74,7 @@ class Rated:
             number = float(value) if not isinstance(value, str | bytes) else math.nan
         except Exception:  # whatever a plug-in returned may raise anything
             number = math.nan
-        if not math.isfinite(number):
-            allowed = "a finite number, or a pair of it and a reason"
+        if not abs(number) <= MOST:
+            allowed = f"a finite number of at most {MOST:g} in size, or a pair of it and a reason"
             return cls.failure(f"the reward returned {shown(said)}; allowed: {allowed}")
         return cls(number, " ".join(reason.split())[:_LONGEST])

@@ -28,6 +28,9 @@ ROUNDING = 1e-9
 def advantages(rewards_PG: np.ndarray) -> np.ndarray:
     """A [P, G] of the rewards of P groups; 0 in groups whose rewards are equal."""
     rewards_PG = np.asarray(rewards_PG, np.float64)
+    # A has no scale; by a power of two, exact, the squares of small and large ones stay in range.
+    _, exponent_P1 = np.frexp(np.abs(rewards_PG).max(1, keepdims=True))
+    rewards_PG = np.ldexp(rewards_PG, -exponent_P1)
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdims=True)
     std_P1 = np.sqrt((centred_PG**2).mean(1, keepdims=True))
     differ_P1 = ~equal_groups(rewards_PG)[:, None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.config.fields import check, shown
-from dsv3_jax.posttrain.attempts import Attempt, Rated
+from dsv3_jax.posttrain.attempts import MOST, Attempt, Rated
 from dsv3_jax.posttrain.completions import Source
 from dsv3_jax.posttrain.reward_rules import RULES, rule
 from dsv3_jax.posttrain.reward_workers import Workers
@@ -134,7 +134,7 @@ def rewards(specs: Sequence[str], means: Means | None = None, failed: float = 0.
     """
     means = means or Means()
     means.check()
-    check("reward of failures", failed, math.isfinite(failed), "finite numbers")
+    check("reward of failures", failed, abs(failed) <= MOST, f"at most {MOST:g} in size")
     named: dict[str, float] = {}
     for spec in specs:
         name, weight = _weighted(spec)
@@ -153,9 +153,10 @@ def _weighted(spec: str) -> tuple[str, float]:
     name, separator, weight = spec.rpartition("*")
     if not separator:
         return spec, 1.0
-    if not (name and _NUMBER.fullmatch(weight) and math.isfinite(float(weight))):
+    if not (name and _NUMBER.fullmatch(weight) and abs(float(weight)) <= MOST):
         raise ValueError(
-            f"--reward is {shown(spec)}; allowed: NAME or NAME*WEIGHT, the weight a number"
+            f"--reward is {shown(spec)}; allowed: NAME or NAME*WEIGHT, the weight a number of at "
+            f"most {MOST:g} in size"
         )
     return name, float(weight)
 

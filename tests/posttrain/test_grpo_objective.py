@@ -130,6 +130,12 @@ def test_equal_rewards_have_no_advantage_and_others_have_mean_0_and_deviation_1(
     assert np.argsort(found_PG[3]).tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e-3, 1e200, 1e308])
+def test_advantages_do_not_depend_on_the_size_of_rewards(size: float):
+    shares_PG = np.array([[1.0, 0.25, -1.0, 0.5]])
+    np.testing.assert_allclose(advantages(size * shares_PG), advantages(shares_PG), rtol=1e-9)
+
+
 def test_the_divergence_is_never_below_0_and_0_at_equality():
     size_N = np.geomspace(1e-18, 30, 60)
     difference_N = np.concatenate([[0.0], size_N, -size_N])

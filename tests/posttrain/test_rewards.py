@@ -74,7 +74,8 @@ def test_what_a_reward_may_return(said, rated: Rated):
 
 
 @pytest.mark.parametrize(
-    "said", [math.nan, math.inf, None, "1", (math.nan, "x"), Rated(math.nan), 10**400, [1, 2]]
+    "said",
+    [math.nan, math.inf, None, "1", (math.nan, "x"), Rated(math.nan), 10**400, 1.1e30, [1, 2]],
 )
 def test_what_is_no_number_is_a_failure(said):
     rated = Rated.of(said)
@@ -111,6 +112,12 @@ def test_values_are_weighted_and_summed_and_failures_have_the_value_chosen_for_t
     assert Rewards(terms).rate([]) == []
 
 
+def test_the_largest_values_and_weights_have_sums_and_statistics():
+    terms = [Reward(str(n), lambda attempts: [1e30] * len(attempts), 1e30) for n in range(3)]
+    totals = Rewards(terms).rate([attempt()])
+    assert math.isfinite(totals[0].value**2)
+
+
 def test_names_carry_weights():
     with rewards(["boxed", "length:1-2*0.5", "regex:a*b*-2"], Means(), -0.5) as made:
         assert [(one.name, one.weight) for one in made.terms] == [
@@ -130,6 +137,7 @@ def test_names_carry_weights():
         (["writing=boxed"], "--reward 'writing=boxed': unknown; allowed: boxed, "),
         (["boxed*x"], r"--reward is 'boxed\*x'; allowed: NAME or NAME\*WEIGHT"),
         (["boxed*1e999"], "the weight a number"),
+        (["boxed*-1.1e30"], r"the weight a number of at most 1e\+30 in size$"),
         (["*2"], "allowed: NAME"),
         (["boxed", "boxed*2"], "--reward 'boxed' stands there twice"),
         (["regex:("], r"--reward 'regex:\(': no regular expression"),
@@ -152,7 +160,7 @@ def test_names_that_are_none_are_one_line(specs: list[str], message: str):
 
 @pytest.mark.parametrize(
     ("means", "failed"),
-    [(Means(seconds=0), 0.0), (Means(workers=0), 0.0), (Means(), math.nan)],
+    [(Means(seconds=0), 0.0), (Means(workers=0), 0.0), (Means(), math.nan), (Means(), 1e31)],
 )
 def test_means_that_cannot_be_are_refused(means: Means, failed: float):
     with pytest.raises(ValueError, match=r"^reward .* is .*; allowed: "):
@@ -202,7 +210,8 @@ def test_rewards_that_raise_hang_or_die_fail_alone_and_the_work_goes_on(own: str
     reasons = {
         "raises": "LookupError: not there",
         "hangs": "took longer than 1.5 s",
-        "nan": "the reward returned nan; allowed: a finite number, or a pair of it and a reason",
+        "nan": "the reward returned nan; allowed: a finite number of at most 1e+30 in size, or a "
+        "pair of it and a reason",
         "exits": "its process ended with 3",
         "backtracks": "took longer than 1.5 s",
         "leaves": "its process ended with 1",
