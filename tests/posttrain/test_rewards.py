@@ -115,7 +115,7 @@ def test_values_are_weighted_and_summed_and_failures_have_the_value_chosen_for_t
 def test_the_largest_values_and_weights_have_sums_and_statistics():
     terms = [Reward(str(n), lambda attempts: [1e30] * len(attempts), 1e30) for n in range(3)]
     totals = Rewards(terms).rate([attempt()])
-    assert math.isfinite(totals[0].value**2)
+    assert math.isfinite(totals[0].value ** 2)
 
 
 def test_names_carry_weights():
