@@ -37,7 +37,7 @@ better than others of their group. A reward that raises, hangs or returns no num
 --reward-failed, and the run goes on. Code that a model writes (tests) runs in a box, or not at all
 but for --unsafe-local-exec.
 
-The rate is 1e-6 and held, MTP modules stay as they are, and all else (rows' length, precision,
+The rate is 1e-6 and held, MTP's loss does not count, and all else (rows' length, precision,
 mesh) is as the model was trained; every option of train is here too. The run's folder holds what
 one of train's holds, and grpo.json, answers/ (some of them, with rewards and reasons); --resume
 goes on exactly, and convert export makes a Hugging Face folder of it.

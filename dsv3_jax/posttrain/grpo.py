@@ -2,7 +2,7 @@
 5.2.2).
 
 The report gives neither rate nor steps. The rate is DeepSeekMath's 1e-6, held; biases of routers
-stay as they are, as in fine-tuning; MTP modules are not trained, since Eq. 26 speaks of the main
+stay as they are, as in fine-tuning; MTP's loss does not count, since Eq. 26 speaks of the main
 model alone.
 """
 

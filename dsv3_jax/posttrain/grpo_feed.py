@@ -125,20 +125,21 @@ class GrpoFeed:
             new_N, np.array(self.answers.old), None if reference is None else np.array(reference)
         )
         found = weighed(self._advantage_N, logs, self.settings.clip, self.settings.kl)
-        weight_N = np.where(self.answers.left_out, 0.0, found.weight_N)
+        counts_N = ~np.array(self.answers.left_out)
+        weight_N = np.where(counts_N, found.weight_N, 0.0)
         dtype = np.dtype(wide(jnp.dtype(self.cfg.train.dtype)))
         weights_BT = label_weights(weight_N, places, batch.labels_BT, dtype)
         scoring = {"scores": time.perf_counter() - begun}
         told = self.answers.told()
         self._told = {
             "reward": float(np.mean(self.answers.rewards)),
-            "kl": float(found.kl_N.mean()),
+            "kl": float(found.kl_N[counts_N].mean()),
             "grpo": {
                 **told,
                 "update": update,
-                "objective": float(found.objective_N.mean()),
-                "ratio": float(found.ratio_N.mean()),
-                "clipped": float(found.is_clipped_N.mean()),
+                "objective": float(found.objective_N[counts_N].mean()),
+                "ratio": float(found.ratio_N[counts_N].mean()),
+                "clipped": float(found.is_clipped_N[counts_N].mean()),
                 "left_out": float(np.mean(self.answers.left_out)),
                 **self.answers.drift,
                 "seconds": {**told["seconds"], **scoring},
