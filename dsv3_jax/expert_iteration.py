@@ -17,6 +17,7 @@ from dsv3_jax.posttrain.iteration_options import Keeping
 from dsv3_jax.posttrain.sft import check_fine_tuning
 from dsv3_jax.posttrain.synthesis_options import Sampling
 from dsv3_jax.train import command
+from dsv3_jax.train.folder import run_at
 
 if TYPE_CHECKING:
     from dsv3_jax.posttrain.completions import Source
@@ -153,6 +154,7 @@ def _tuning(options: Options, given: Sequence[str]) -> list[str]:
             raise ValueError(f"{name} behind --: this command gives it, or has no use for it")
     if options.chat_template is not None:
         given = [*given, "--data.chat-template", str(options.chat_template.resolve())]
+    run_at(options.checkpoint.parent, str(options.checkpoint), "--checkpoint")
     words = ["--init-from", str(options.checkpoint), *given]
     tried, _, _ = command.resolve(sft.COMMAND, words)
     check_fine_tuning(tried.run)

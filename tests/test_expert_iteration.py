@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ((*by, "--keep", 0), "--keep is 0; allowed: 1 or more"),
         ((*by, "--seed", -1), "--seed is -1; allowed: 0 to"),
         ((*by, "--ask", "some"), "--ask"),
-        ((*by, "--checkpoint", tmp_path / "gone"), "--init-from"),
+        ((*by, "--checkpoint", tmp_path / "gone"), "--checkpoint "),
         ((*by, "--statements", tmp_path / "gone"), "No such file"),
         ((*by, "--statements", tmp_path / "bad.jsonl"), "bad.jsonl line 1: prompt is 3; allowed: "),
         ((*by, "--held-out", statements), "is held out and stands"),

@@ -27,6 +27,13 @@ FLAGS = (
 )
 
 
+MESHES = {
+    "mesh": ("--mesh.node", 2, "--mesh.local", 2),
+    "rows over devices": ("--mesh.local", 2, "--mesh.sequence", "local"),
+}
+"""Options of runs on several devices"""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """A model in a Hugging Face folder, samples, and a way to start the command here."""

@@ -1,7 +1,7 @@
 """What differs between runs that learn from different things; here, from texts and samples."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Console
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Kind:
     """A run on texts, or on conversations. Others override what they do otherwise."""
 
-    measures: Mapping[str, str] = LOSSES
+    measures: ClassVar[Mapping[str, str]] = LOSSES
     """Two values of training records that the display shows first, with their labels"""
 
     def corpus(

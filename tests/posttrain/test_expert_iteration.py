@@ -44,6 +44,11 @@ def workshop(tmp_path: Path) -> Workshop:
     return Workshop(plan_of(tmp_path), tmp_path / "out")
 
 
+def grown(model: str, ask: Ask) -> Completion:
+    """What `grows` says of any model, as if it were fine-tuned."""
+    return grows("tuned", ask)
+
+
 # --- rounds --------------------------------------------------------------------------------------
 
 
@@ -86,9 +91,8 @@ def test_samples_of_two_statements_make_a_model_that_makes_the_next_attempts(tmp
 
 
 def test_the_last_model_is_fine_tuned_on_demand(tmp_path: Path):
-    says = lambda model, ask: grows("tuned", ask)  # noqa: E731
     plan = plan_of(tmp_path, tune_from="last", rounds=3)
-    workshop = Workshop(plan, tmp_path / "out", says)
+    workshop = Workshop(plan, tmp_path / "out", grown)
     workshop.run()
     found = [words[1] for words in workshop.tuned]
     runs = [str(workshop.out / f"round-00{n}" / "model-001") for n in (1, 2)]
@@ -96,7 +100,7 @@ def test_the_last_model_is_fine_tuned_on_demand(tmp_path: Path):
 
 
 def test_samples_tell_where_they_come_from(workshop: Workshop):
-    workshop.says = lambda model, ask: grows("tuned", ask)
+    workshop.says = grown
     workshop.run()
     entries = {
         (e["id"], e["candidate"]): e
@@ -193,10 +197,9 @@ def test_without_anything_accepted_the_model_stays_and_tries_anew(workshop: Work
 
 
 def test_more_rounds_go_on_where_fewer_ended(tmp_path: Path):
-    says = lambda model, ask: grows("tuned", ask)  # noqa: E731
-    whole = Workshop(plan_of(tmp_path, rounds=3), tmp_path / "whole", says)
+    whole = Workshop(plan_of(tmp_path, rounds=3), tmp_path / "whole", grown)
     whole.run()
-    parts = [Workshop(plan_of(tmp_path, rounds=n), tmp_path / "parts", says) for n in (1, 3)]
+    parts = [Workshop(plan_of(tmp_path, rounds=n), tmp_path / "parts", grown) for n in (1, 3)]
     for part in parts:
         part.run()
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
@@ -260,12 +263,11 @@ def test_a_kill_between_any_two_changes_loses_nothing_and_doubles_nothing(
     tmp_path: Path, is_after: bool, stride: int
 ):
     plan = plan_of(tmp_path)
-    says = lambda model, ask: grows("tuned", ask)  # noqa: E731
-    whole = Workshop(plan, tmp_path / "whole", says)
+    whole = Workshop(plan, tmp_path / "whole", grown)
     whole.run()
     wanted = timeless(whole.out)
     for at in itertools.count(0, stride):
-        workshop = Workshop(plan, tmp_path / f"at{at:03d}", says)
+        workshop = Workshop(plan, tmp_path / f"at{at:03d}", grown)
         with pytest.MonkeyPatch.context() as patch:
             stop = Stop(patch, at, is_after)
             with contextlib.suppress(Killed):
@@ -331,7 +333,7 @@ def test_a_process_that_is_killed_again_and_again_goes_on(tmp_path: Path):
 
 
 def test_a_fine_tuning_that_ends_early_is_resumed(workshop: Workshop):
-    workshop.says = lambda model, ask: grows("tuned", ask)
+    workshop.says = grown
     workshop.code = 143
     assert workshop.run() == 143
     assert not (workshop.out / "round-002").exists()
@@ -345,7 +347,7 @@ def test_a_fine_tuning_that_ends_early_is_resumed(workshop: Workshop):
 
 def test_a_run_that_was_never_begun_is_left_aside(workshop: Workshop):
     """Of a kill before its configuration was written: sft makes another folder then."""
-    workshop.says = lambda model, ask: grows("tuned", ask)
+    workshop.says = grown
     (workshop.out / "round-001" / "model-000").mkdir(parents=True)
     (workshop.out / "settings.json").write_text(
         json.dumps({"expert iteration": dict(workshop.plan.settings)})

@@ -13,13 +13,11 @@ import pytest
 from dsv3_jax.checkpoint import store
 from tests.reinforcing import FLAGS, REWARDS, Reinforcing, told, without_pictures
 from tests.runs import train_environment
-from tests.tuning import assert_same_arrays, entries_of
+from tests.tuning import MESHES, assert_same_arrays, entries_of
 
 # In float32 a mesh's rounding may choose another token, if rarely: two steps on one batch.
 STEPS = ("--train.steps", 2, "--train.rows", 4)
-KINDS = {
-    "mesh": ("--mesh.node", 2, "--mesh.local", 2),
-    "rows over devices": ("--mesh.local", 2, "--mesh.sequence", "local"),
+KINDS = MESHES | {
     "pipeline": (
         *("--train.microbatches", 2, "--mesh.pipe", 2, "--model.mtp-depth", 1),
         *("--pipeline.schedule", "1f1b", "--pipeline.stages", "E+1|H+M"),

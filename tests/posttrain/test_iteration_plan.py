@@ -34,7 +34,7 @@ TURNS = [{"role": "user", "content": "p |- P"}, {"role": "assistant", "content":
     ],
 )
 def test_faults_of_statements_and_verifiers(tmp_path: Path, line: dict, changes: dict, said: str):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is compared below
         plan(tmp_path, line, **changes)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -49,7 +49,10 @@ def test_only_what_a_verifier_let_pass_is_accepted():
 def test_a_statement_and_its_negation_are_settled_by_either():
     problems = [problem(id=name) for name in ("not a", "a", "b", "not c")]
     statements = sides_of(problems)
-    key = lambda id_: (id_, KIND)  # noqa: E731
+
+    def key(name: str) -> tuple[str, str]:
+        return name, KIND
+
     assert statements == {
         key("a"): [key("a"), key("not a")],
         key("b"): [key("b")],

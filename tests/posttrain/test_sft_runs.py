@@ -9,12 +9,10 @@ import pytest
 from dsv3_jax.checkpoint.model_folder import open_model
 from dsv3_jax.convert import main as convert
 from tests.shapes import compiled
-from tests.tuning import Tuning, entries_of
+from tests.tuning import MESHES, Tuning, entries_of
 
 STEPS = ("--train.rows", 4, "--train.steps", 3, "--schedule.learning-rate", 1e-3)
-KINDS = {
-    "mesh": ("--mesh.node", 2, "--mesh.local", 2),
-    "rows over devices": ("--mesh.local", 2, "--mesh.sequence", "local"),
+KINDS = MESHES | {
     "pipeline": (
         *("--train.microbatches", 2, "--mesh.pipe", 2),
         *("--pipeline.schedule", "1f1b", "--pipeline.stages", "E+1|H+M"),
