@@ -64,10 +64,14 @@ class StepPrograms:
         return make_scores(self.graphdef, self.cfg, self.sharding)
 
     def begin(self, rows: int) -> None:
-        """Compiles the step of `rows` rows in a thread of its own."""
+        """Traces the step of `rows` rows, and compiles it in a thread of its own.
+
+        Tracing is Python, as is what the caller does next: side by side both would only be later.
+        """
         if rows not in self.programs:
+            lowered = self.step.lower(*self.arguments(rows))
             thread = ThreadPoolExecutor(1, "compile")
-            self.programs[rows] = thread.submit(self._compiled, rows)
+            self.programs[rows] = thread.submit(lowered.compile)
             thread.shutdown(wait=False)
 
     def __contains__(self, rows: int) -> bool:
@@ -80,9 +84,6 @@ class StepPrograms:
         """
         self.begin(rows)
         return self.programs[rows].result()
-
-    def _compiled(self, rows: int) -> Callable:
-        return self.step.lower(*self.arguments(rows)).compile()
 
     def arguments(self, rows: int) -> tuple[TrainState, Batch, Coefficients]:
         """Of the step of so many rows, their shapes."""
