@@ -23,9 +23,9 @@ FORMAT_NAMES = {name.replace(" ", "-").lower(): name for name in FORMATS}
 """format:boxed-answer and so on"""
 
 
-def rule(name: str) -> Rule:
-    """By its name. ValueError, one line, for an unknown one, and for a function that cannot be
-    imported.
+def rule(name: str, allowed: str = RULES) -> Rule:
+    """By its name. ValueError, one line, for one that is not `allowed`, and for a function that
+    cannot be imported.
     """
     what, _, argument = name.partition(":")
     if what == "python":
@@ -39,7 +39,7 @@ def rule(name: str) -> Rule:
             return _verified(*verifiers([name]))
         except ValueError as error:
             raise ValueError(str(error).partition(": ")[2]) from None
-    raise ValueError(f"unknown; allowed: {RULES}")
+    raise ValueError(f"unknown; allowed: {allowed}")
 
 
 def _verified(verifier: Verifier) -> Rule:

@@ -168,7 +168,7 @@ def _reward(name: str, weight: float, means: Means) -> Reward:
             return Reward(name, _tests(argument, means), weight)
         if what == "judge":
             return Reward(name, _judge(argument, means), weight)
-        rule(name)
+        rule(name, NAMES)
     except ValueError as error:
         raise ValueError(f"--reward {shown(name)}: {error}") from None
     workers = Workers(name, means.seconds, means.workers)

@@ -132,7 +132,7 @@ def test_names_carry_weights():
     ("specs", "message"),
     [
         ([], "--reward is missing; allowed: one or more of boxed, "),
-        (["boxes"], "--reward 'boxes': unknown; allowed: boxed, "),
+        (["boxes"], "--reward 'boxes': unknown; allowed: boxed, .*, tests, .*judge:score"),
         (["boxed:x"], "--reward 'boxed:x': unknown; allowed: boxed, "),
         (["writing=boxed"], "--reward 'writing=boxed': unknown; allowed: boxed, "),
         (["boxed*x"], r"--reward is 'boxed\*x'; allowed: NAME or NAME\*WEIGHT"),
