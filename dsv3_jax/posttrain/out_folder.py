@@ -4,6 +4,7 @@ settings that may not change on the way.
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsv3_jax.files import held
 SETTINGS = "settings.json"
 
 
-class OutFolder:
+class OutFolder(ABC):
     """A folder that this process holds. Commands override what their settings look like."""
 
     def __init__(self, path: Path) -> None:
@@ -24,9 +25,9 @@ class OutFolder:
         self.stored = self._stored()
         """Its settings; None if it is new"""
 
+    @abstractmethod
     def own(self, found: Mapping[str, Any]) -> dict[str, Any] | None:
         """What of a settings file's content are the settings; None if it is another command's."""
-        raise NotImplementedError
 
     def _stored(self) -> dict[str, Any] | None:
         file = self.path / SETTINGS

@@ -24,8 +24,8 @@ FORMAT_NAMES = {name.replace(" ", "-").lower(): name for name in FORMATS}
 
 
 def rule(name: str, allowed: str = RULES) -> Rule:
-    """By its name. ValueError, one line, for one that is not `allowed`, and for a function that
-    cannot be imported.
+    """By its name. ValueError, one line, for an unknown one, which tells what is `allowed`, and for
+    a function that cannot be imported.
     """
     what, _, argument = name.partition(":")
     if what == "python":
