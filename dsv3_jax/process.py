@@ -9,6 +9,7 @@ user's own.
 """
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -40,11 +41,13 @@ ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
 def prepare() -> None:
-    """For a command that computes, before its work: may start the process anew.
+    """For a command that computes, before its imports and work: may start the process anew.
 
     SystemExit 2 for an unknown value of the switch.
     """
     os.environ.update(compilation_cache(os.environ))
+    # Modules and traces stay: looking through them at every 700 objects took 0.4 s of a start's 4.
+    gc.set_threshold(20_000)
     chosen = os.environ.get(SWITCH, "")
     if chosen not in ("", "default"):
         fail(f"{SWITCH} is {chosen!r}; allowed: 'default', or none")

@@ -8,6 +8,7 @@ another process.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -96,10 +97,16 @@ class _RowsFrom:
         return self._rows[self._start + batch * self._batch_size + self._chosen[place]]
 
 
+def load_grain() -> ModuleType:
+    """Half a second that a caller may have to spare before `load`; it brings in JAX."""
+    import grain
+
+    return grain
+
+
 def _read_ahead(source: _RowsFrom, readers: int) -> Any:
     """Grain's iterator over a source."""
-    import grain  # a slow import, and it brings in JAX
-
+    grain = load_grain()
     ahead = max(readers, min(_AHEAD_ROWS, _AHEAD_TOKENS // source.length))
     options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

@@ -25,18 +25,43 @@ class Init:
         self.key, self.std, self.dtype = key, std, dtype
 
     def at(self, name: str) -> "Init":
-        return Init(jax.random.fold_in(self.key, zlib.crc32(name.encode())), self.std, self.dtype)
+        return self.deeper(zlib.crc32(name.encode()))
 
     def layer(self, index: int | jax.Array) -> "Init":
         """`index` counts from the first layer of the model and may be traced."""
-        return Init(jax.random.fold_in(self.key, index), self.std, self.dtype)
+        return self.deeper(index)
+
+    def deeper(self, number: int | jax.Array) -> "Init":
+        return Init(jax.random.fold_in(self.key, number), self.std, self.dtype)
 
     def normal(self, name: str, *shape: int) -> nnx.Param:
-        draw = jax.random.normal(self.at(name).key, shape, jnp.float32)
-        return nnx.Param((draw * self.std).astype(self.dtype))
+        return nnx.Param(self.drawn(self.at(name).key, shape))
+
+    def drawn(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The value of a parameter, from its own key."""
+        return (jax.random.normal(key, shape, jnp.float32) * self.std).astype(self.dtype)
 
     def ones(self, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.ones(shape, self.dtype))
+
+
+class Paths(Init):
+    """Writes down instead of drawing: in place of a parameter are the numbers that lead from the
+    model's key to its own, uint32 [1 + DEEPEST], the first of them how many.
+    """
+
+    DEEPEST = 6  # mtp, depth, block, moe, shared, w_gate_DF
+    path: tuple[int | jax.Array, ...] = ()
+
+    def deeper(self, number: int | jax.Array) -> "Paths":
+        further = Paths(self.key, self.std, self.dtype)
+        further.path = (*self.path, number)
+        return further
+
+    def normal(self, name: str, *shape: int) -> nnx.Param:
+        path = self.at(name).path
+        numbers = (len(path), *path, *[0] * (self.DEEPEST - len(path)))
+        return nnx.Param(jnp.stack([jnp.asarray(n, jnp.uint32) for n in numbers]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -18,6 +18,7 @@ from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.model.fresh import RUNS_ONCE
 from dsv3_jax.model.router import max_violation
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import TOKEN_AXES
@@ -89,9 +90,8 @@ class Pipeline:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.optimizer)
             return TrainState(layout.part(params, stage), biases, zeros)
 
-        options = {"xla_backend_optimization_level": 0}
         places = sharding.placements(sharding.state_specs(shapes))
-        return jax.jit(build, compiler_options=options, out_shardings=places)(key)
+        return jax.jit(build, compiler_options=RUNS_ONCE, out_shardings=places)(key)
 
     # --- a step ----------------------------------------------------------------------------------
 

@@ -229,6 +229,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     if planned:
         say(planned.begin())
     start = started(prepared, programs, say)
+    feed = prepared.kind.feed(prepared, programs, start, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb
         process.give_back()
@@ -245,7 +246,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         programs,
         start,
         peak,
-        feed=prepared.kind.feed(prepared, programs, start, say),
+        feed=feed,
         debug_nans=watch.debug_nans,
         # The first process traces its own devices.
         profile=Profile(*watch.profile, run.profile)

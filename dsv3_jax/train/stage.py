@@ -21,6 +21,7 @@ from flax import nnx
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.model.cross_entropy import cross_entropy_and_dhead
+from dsv3_jax.model.fresh import fresh
 from dsv3_jax.model.precision import class_of, is_linear
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
@@ -90,7 +91,9 @@ class Stage:
         """`masters` is the dtype of the master weights."""
         self.cfg, self.cut, self.plan, self.masters = cfg, cut, plan, masters
         self.is_last = cut.end_mtp == cfg.model.mtp_depth and (cut.head or cut.has_mtp)
-        self.graphdef, self.params, self.biases = jax.eval_shape(self.fresh, jax.random.key(0))
+        self.graphdef, self.params, self.biases = jax.eval_shape(
+            lambda: _split(DeepSeekV3(cfg.model, rngs=nnx.Rngs(0), dtype=masters, cut=cut))
+        )
         self.shapes = {
             parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self.params)
         }
@@ -100,8 +103,7 @@ class Stage:
 
     def fresh(self, key: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """Structure, masters and router biases from a run's key."""
-        model = DeepSeekV3(self.cfg.model, rngs=nnx.Rngs(key), dtype=self.masters, cut=self.cut)
-        return nnx.split(model, nnx.Param, RouterBias)
+        return _split(fresh(self.cfg.model, key, self.masters, self.cut))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -294,3 +296,7 @@ class Stage:
             gradients: Callable = self.tape.entries[name].gradients
             grads |= (jax.vmap(gradients) if is_stacked(name) else gradients)(left)
         return grads
+
+
+def _split(model: DeepSeekV3) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    return nnx.split(model, nnx.Param, RouterBias)

@@ -17,6 +17,7 @@ from jax import lax
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
+from dsv3_jax.model.fresh import RUNS_ONCE, fresh
 from dsv3_jax.model.router import RouterBias, max_violation, updated_bias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.dispatch import Traffic
@@ -92,26 +93,24 @@ class StepTraffic(NamedTuple):
 
 def abstract_state(cfg: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
     """The model's structure, and shapes and dtypes of its `init_state`; nothing is computed."""
-    return jax.eval_shape(partial(_fresh, cfg), jax.random.key(0))
+    return jax.eval_shape(lambda: _split(cfg, DeepSeekV3(cfg.model, rngs=nnx.Rngs(0))))
 
 
 def init_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainState:
     """A fresh model and optimiser from `train.seed`, made in one compiled program, each device its
     shards.
     """
-    # Runs once, so it is compiled without optimisation: 5 s of CPU time instead of 18 for `tiny`.
-    options = {"xla_backend_optimization_level": 0}
     placements = sharding.placements(sharding.state_specs(abstract_state(cfg)[1]))
     build = jax.jit(
-        lambda key: _fresh(cfg, key)[1], compiler_options=options, out_shardings=placements
+        lambda key: _split(cfg, fresh(cfg.model, key))[1],
+        compiler_options=RUNS_ONCE,
+        out_shardings=placements,
     )
     return build(jax.random.key(cfg.train.seed))
 
 
-def _fresh(cfg: RunConfig, key: jax.Array) -> tuple[nnx.GraphDef, TrainState]:
-    graphdef, params, biases = nnx.split(
-        DeepSeekV3(cfg.model, rngs=nnx.Rngs(key)), nnx.Param, RouterBias
-    )
+def _split(cfg: RunConfig, model: DeepSeekV3) -> tuple[nnx.GraphDef, TrainState]:
+    graphdef, params, biases = nnx.split(model, nnx.Param, RouterBias)
     return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
 
 

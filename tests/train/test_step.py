@@ -350,11 +350,11 @@ def test_the_optimiser_holds_no_bias():
 def test_a_fresh_state_is_the_model_of_the_seed_with_empty_moments(monkeypatch):
     """Each weight here is filled with the number its random key begins with."""
 
-    def normal(self: Init, name: str, *shape: int) -> nnx.Param:
-        first = jax.random.key_data(self.at(name).key)[0].astype(self.dtype)
-        return nnx.Param(jnp.broadcast_to(first, shape))
+    def drawn(self: Init, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        first = jax.random.key_data(key)[0].astype(self.dtype)
+        return jnp.broadcast_to(first, shape)
 
-    monkeypatch.setattr(Init, "normal", normal)
+    monkeypatch.setattr(Init, "drawn", drawn)
     model = tiny_model(num_layers=1, num_dense_layers=0, mtp_depth=0, num_shared_experts=0)
     cfg = replace(RUN, model=model, train=replace(RUN.train, seed=7))
     state = init_state(cfg)
