@@ -7,7 +7,7 @@ metrics.jsonl. Each round has a compilation cache of its own and starts the comm
 with that cache empty, and warm, with what the cold one left there. The tokenizer and the tokens are
 in the user's cache folder before the first round, as after any earlier run.
 
-Expected on two cores (AVX2): 31 to 37 s cold and 9 to 12 s warm, where the aims are 30 and 10.
+Expected on two cores (AVX2): 29 to 38 s cold and 9 to 11 s warm, where the aims are 30 and 10.
 """
 
 import contextlib
