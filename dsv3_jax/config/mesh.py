@@ -104,7 +104,7 @@ class MeshConfig:
             if self.row_shards > 1:
                 sharing = f"{self.row_groups} groups of {self.row_shards} devices that share a row"
             raise ValueError(
-                f"train.rows / train.microbatches is {part} rows; "
+                f"train.rows / train.microbatches is {part}; "
                 f"allowed: multiples of the {sharing}"
             )
 

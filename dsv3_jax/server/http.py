@@ -32,7 +32,7 @@ class GuardedProtocol(H11Protocol):
         """The first request is awaited."""
         super().connection_made(transport)
         self._arrive_soon()
-        if len(self.connections) > self.limit_concurrency + MOST_TOLD:
+        if len(self.connections) >= self.limit_concurrency + MOST_TOLD:
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -143,7 +143,7 @@ def make_server(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=connections,
+        limit_concurrency=connections + 1,  # uvicorn refuses at its limit, not beyond it
         backlog=BACKLOG,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,

@@ -48,17 +48,17 @@ def test_sizes_follow_from_the_axes():
         (
             {"data": 2, "local": 2},
             {"rows": 6},
-            "train.rows / train.microbatches is 6 rows; allowed: multiples of the 4 devices",
+            "train.rows / train.microbatches is 6; allowed: multiples of the 4 devices",
         ),
         (
             {"data": 4},
             {"rows": 8, "microbatches": 4},
-            "train.rows / train.microbatches is 2 rows; allowed: multiples of the 4 devices",
+            "train.rows / train.microbatches is 2; allowed: multiples of the 4 devices",
         ),
         (
             {"data": 2, "local": 4, "sequence": "local"},
             {"rows": 3},
-            "train.rows / train.microbatches is 3 rows; allowed: multiples of the 2 groups of 4",
+            "train.rows / train.microbatches is 3; allowed: multiples of the 2 groups of 4",
         ),
         (
             {"node": 2, "local": 4, "sequence": "node_local"},
