@@ -104,8 +104,7 @@ class MeshConfig:
             if self.row_shards > 1:
                 sharing = f"{self.row_groups} groups of {self.row_shards} devices that share a row"
             raise ValueError(
-                f"train.rows / train.microbatches is {part}; "
-                f"allowed: multiples of the {sharing}"
+                f"train.rows / train.microbatches is {part}; allowed: multiples of the {sharing}"
             )
 
     def check_length(self, length: int) -> None:
