@@ -98,7 +98,7 @@ class _RowsFrom:
 
 
 def load_grain() -> ModuleType:
-    """Half a second that a caller may have to spare before `load`; it brings in JAX."""
+    """Imports grain, which takes half a second and brings in JAX."""
     import grain
 
     return grain

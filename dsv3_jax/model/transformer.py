@@ -39,12 +39,12 @@ class DeepSeekV3(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         cut: Cut | None = None,
-        init: type[Init] = Init,
+        init_type: type[Init] = Init,
     ) -> None:
-        """`init` gives the parameters their values."""
+        """`init_type` gives the parameters their values."""
         self.cfg = cfg
         self.cut = cut = cut or whole(cfg.num_layers, cfg.mtp_depth)
-        init = init(rngs.params(), cfg.init_std, dtype)
+        init = init_type(rngs.params(), cfg.init_std, dtype)
         layers = init.at("layers")
         has_logits = cut.head or cut.has_mtp
         if cut.embed or cut.has_mtp or (has_logits and cfg.tied_head):

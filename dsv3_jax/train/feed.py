@@ -60,7 +60,7 @@ class RowFeed:
     ) -> None:
         self._rows, self._readers, self._own = corpus.train, cfg.data.readers, own_rows
         self._batches: Iterator[Batch] = iter(())
-        load_grain()  # while the step is compiled
+        load_grain()  # a run has the time now, while its step is compiled
 
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         self._batches = load(self._rows, consumed_rows, sizes, self._readers, self._own)

@@ -18,7 +18,6 @@ from optax.tree_utils import tree_get, tree_set
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.model.fresh import RUNS_ONCE
 from dsv3_jax.model.router import max_violation
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import TOKEN_AXES
@@ -39,6 +38,7 @@ from dsv3_jax.train.sharding import WHOLE
 from dsv3_jax.train.stage import Arrays, Numbers
 from dsv3_jax.train.stage_programs import by_device, first_shard
 from dsv3_jax.train.step import (
+    RUNS_ONCE,
     Coefficients,
     StepMetrics,
     StepTraffic,
@@ -86,7 +86,7 @@ class Pipeline:
         sharding, shapes = layout.shardings[stage], layout.abstract(stage)
 
         def build(key: jax.Array) -> TrainState:
-            _, params, biases = held.fresh(key)
+            params, biases = held.fresh(key)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.optimizer)
             return TrainState(layout.part(params, stage), biases, zeros)
 

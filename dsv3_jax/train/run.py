@@ -229,6 +229,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     if planned:
         say(planned.begin())
     start = started(prepared, programs, say)
+    if rows:
+        programs.begin(rows)
     feed = prepared.kind.feed(prepared, programs, start, say)
     if rows:
         programs.of(rows)  # before the peak is measured, which it would disturb

@@ -92,7 +92,11 @@ class Stage:
         self.cfg, self.cut, self.plan, self.masters = cfg, cut, plan, masters
         self.is_last = cut.end_mtp == cfg.model.mtp_depth and (cut.head or cut.has_mtp)
         self.graphdef, self.params, self.biases = jax.eval_shape(
-            lambda: _split(DeepSeekV3(cfg.model, rngs=nnx.Rngs(0), dtype=masters, cut=cut))
+            lambda: nnx.split(
+                DeepSeekV3(cfg.model, rngs=nnx.Rngs(0), dtype=masters, cut=cut),
+                nnx.Param,
+                RouterBias,
+            )
         )
         self.shapes = {
             parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self.params)
@@ -101,9 +105,10 @@ class Stage:
         self.tape = Tape()
         self._tree, self._weight_of = None, []
 
-    def fresh(self, key: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """Structure, masters and router biases from a run's key."""
-        return _split(fresh(self.cfg.model, key, self.masters, self.cut))
+    def fresh(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
+        """Masters and router biases from a run's key."""
+        model = fresh(self.cfg.model, key, self.masters, self.cut)
+        return nnx.split(model, nnx.Param, RouterBias)[1:]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -296,7 +301,3 @@ class Stage:
             gradients: Callable = self.tape.entries[name].gradients
             grads |= (jax.vmap(gradients) if is_stacked(name) else gradients)(left)
         return grads
-
-
-def _split(model: DeepSeekV3) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    return nnx.split(model, nnx.Param, RouterBias)

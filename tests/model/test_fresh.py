@@ -1,4 +1,6 @@
-"""Weights drawn together are those that a model draws one by one, bit for bit."""
+"""Weights drawn together are those that a model draws one by one, bit for bit, where both are
+compiled alike.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,23 +9,22 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import fresh as module
-from dsv3_jax.model.fresh import RUNS_ONCE, fresh
+from dsv3_jax.model.fresh import fresh
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.stages import Cut
-from tests.shapes import tiny_model
+from tests.shapes import compiled, tiny_model
 
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 def check(cfg: ModelConfig, dtype=jnp.float32, cut: Cut | None = None) -> None:
     """The same structure, and the same bits."""
     key = jax.random.key(3)
-    build = jax.jit(
+    build = compiled(
         lambda key: (
             fresh(cfg, key, dtype, cut),
             DeepSeekV3(cfg, rngs=nnx.Rngs(key), dtype=dtype, cut=cut),
-        ),
-        compiler_options=RUNS_ONCE,
+        )
     )
     together, alone = map(nnx.state, build(key))
     assert jax.tree.structure(together) == jax.tree.structure(alone)
@@ -38,11 +39,15 @@ def test_loops_and_single_draws_give_a_models_own_weights(monkeypatch):
 
 
 @slow
+def test_of_all_kinds_of_modules():
+    check(tiny_model(mtp_depth=2, tied_head=True))
+
+
+@exhaustive
 @pytest.mark.parametrize(
     "changes",
     [
         {"num_layers": 4},
-        {"mtp_depth": 2, "tied_head": True},
         {"num_dense_layers": 0, "mtp_depth": 0, "q_latent": None},
         {"num_dense_layers": 3, "num_shared_experts": 0},
     ],
@@ -52,6 +57,12 @@ def test_other_models(changes):
 
 
 @slow
+def test_older_random_numbers():
+    with jax.threefry_partitionable(False):
+        check(tiny_model(num_layers=2, mtp_depth=0))
+
+
+@exhaustive
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_other_dtypes(x64, dtype):
     check(tiny_model(mtp_depth=0), dtype)
