@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import Init, Paths
+from dsv3_jax.model.layers import Init
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.parallel.stages import Cut
 
@@ -27,6 +27,27 @@ from dsv3_jax.parallel.stages import Cut
 # took 477 MB on each of 8 devices for a moment; so it takes 69, and 29 without loops.
 LONGEST = 1 << 18
 SHORTEST = 1 << 14
+
+
+class Paths(Init):
+    """Writes down instead of drawing: in place of a parameter are the numbers that lead from the
+    model's key to its own, uint32 [1 + DEEPEST], the first of them how many. One scan over those of
+    all parameters is compiled sooner than a chain of `fold_in` for each.
+    """
+
+    DEEPEST = 6  # mtp, depth, block, moe, shared, w_gate_DF
+    path: tuple[int | jax.Array, ...] = ()
+
+    def deeper(self, number: int | jax.Array) -> "Paths":
+        further = Paths(self.key, self.std, self.dtype)
+        further.path = (*self.path, number)
+        return further
+
+    def normal(self, name: str, *shape: int) -> nnx.Param:
+        path = self.at(name).path
+        assert len(path) <= self.DEEPEST, path
+        numbers = (len(path), *path, *[0] * (self.DEEPEST - len(path)))
+        return nnx.Param(jnp.stack([jnp.asarray(n, jnp.uint32) for n in numbers]))
 
 
 class _Parameter(NamedTuple):

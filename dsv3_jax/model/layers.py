@@ -32,6 +32,7 @@ class Init:
         return self.deeper(index)
 
     def deeper(self, number: int | jax.Array) -> "Init":
+        """Of whatever the number stands for there."""
         return Init(jax.random.fold_in(self.key, number), self.std, self.dtype)
 
     def normal(self, name: str, *shape: int) -> nnx.Param:
@@ -43,27 +44,6 @@ class Init:
 
     def ones(self, *shape: int) -> nnx.Param:
         return nnx.Param(jnp.ones(shape, self.dtype))
-
-
-class Paths(Init):
-    """Writes down instead of drawing: in place of a parameter are the numbers that lead from the
-    model's key to its own, uint32 [1 + DEEPEST], the first of them how many. One scan over those of
-    all parameters is compiled sooner than a chain of `fold_in` for each.
-    """
-
-    DEEPEST = 6  # mtp, depth, block, moe, shared, w_gate_DF
-    path: tuple[int | jax.Array, ...] = ()
-
-    def deeper(self, number: int | jax.Array) -> "Paths":
-        further = Paths(self.key, self.std, self.dtype)
-        further.path = (*self.path, number)
-        return further
-
-    def normal(self, name: str, *shape: int) -> nnx.Param:
-        path = self.at(name).path
-        assert len(path) <= self.DEEPEST, path
-        numbers = (len(path), *path, *[0] * (self.DEEPEST - len(path)))
-        return nnx.Param(jnp.stack([jnp.asarray(n, jnp.uint32) for n in numbers]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -7,7 +7,7 @@ import numpy as np
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.loader import Batch, batch_at, load, load_grain
+from dsv3_jax.data.loader import Batch, batch_at, load
 from dsv3_jax.train.snapshot import Position
 from dsv3_jax.train.step import TrainState
 
@@ -60,7 +60,6 @@ class RowFeed:
     ) -> None:
         self._rows, self._readers, self._own = corpus.train, cfg.data.readers, own_rows
         self._batches: Iterator[Batch] = iter(())
-        load_grain()  # a run has the time now, while its step is compiled
 
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         self._batches = load(self._rows, consumed_rows, sizes, self._readers, self._own)

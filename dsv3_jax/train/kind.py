@@ -7,6 +7,7 @@ from rich.console import Console
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.loader import load_grain
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.train.beginning import joint_corpus
 from dsv3_jax.train.feed import Feed, RowFeed
@@ -57,6 +58,7 @@ class Kind:
         say: Callable[[str], None],
     ) -> Feed:
         """Of a run from this snapshot on."""
+        load_grain()  # now, while the step is compiled
         return RowFeed(prepared.cfg, prepared.corpus, programs.sharding.own_rows)
 
     def finish(

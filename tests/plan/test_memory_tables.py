@@ -118,7 +118,7 @@ def test_a_table_a_picture_and_one_line_for_mistakes(plan, capsys, monkeypatch, 
             "--memory-bars and --timeline are both x.png; allowed: a file for each",
         ),
         (["--memory-bars", "x.txt"], "--memory-bars is x.txt; allowed: a file that ends in .png"),
-        (["--compile", "--mesh.data", "8192"], "train.rows / train.microbatches is 2"),
+        (["--compile", "--mesh.data", "8192"], "train.rows / train.microbatches is 2; allowed"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(args, line, capsys):

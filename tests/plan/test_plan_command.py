@@ -177,7 +177,7 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
     [
         ([*TINY, "--hardware", "tpu"], "--hardware is 'tpu'; allowed: h800, h100, h200, cpu"),
         ([*TINY, "--mesh.local", "3"], "model.num_experts is 16; allowed: multiples of the 3"),
-        ([*TINY, "--mesh.local", "16"], "train.rows / train.microbatches is 8"),
+        ([*TINY, "--mesh.local", "16"], "train.rows / train.microbatches is 8; allowed"),
         (
             [*V3, "--train.microbatches", "30"],
             "pipeline.schedule, with train.microbatches: dualpipe on 16 ranks",

@@ -153,7 +153,7 @@ def losses_of(run: Path) -> list[float]:
     [
         (("--mesh.data", 16, "--train.rows", 16), "mesh has 1 x 16 x 1 x 1 = 16 devices"),
         (("--mesh.local", 3, "--train.rows", 3), "model.num_experts is 8; allowed: multiples of"),
-        (("--mesh.local", 2, "--train.rows", 3), "train.rows / train.microbatches is 3"),
+        (("--mesh.local", 2, "--train.rows", 3), "train.rows / train.microbatches is 3; allowed"),
         (("--mesh.node", 8, "--train.rows", 8), "model.num_groups is 4; allowed: multiples of"),
         (("--devices", 0), "--devices is 0; allowed: 1 to 4,096"),
     ],
