@@ -4,9 +4,11 @@
 
 Products of V3's shapes (report 3.3.2), weights N x K: dense, for M = 4096 rows and for 128, to
 which 64 are filled up; grouped, of several experts with M rows each; Wgrad, of one expert and of
-four uneven ones and an empty one. N that is no multiple of 128 is multiplied filled up, as linears
-do, and cut again; FLOPs are those of N. Then the passes that quantise, beside a copy. JAX, flax,
-optax and numpy are all it needs.
+four uneven ones and an empty one. Dense ones stand beside two products of BF16 through XLA: of the
+inputs themselves, and of what their FP8 stands for, which `quant.kernels` auto takes for some
+sizes. N that is no multiple of 128 is multiplied filled up, as linears do, and cut again; FLOPs are
+those of N. Then the passes that quantise, beside a copy. JAX, flax, optax and numpy are all it
+needs.
 
 Each kernel is checked before it is timed, on random numbers: products against float32's of what
 their operands stand for, by relative error and by 1 - 2 sum(x y) / sum(x^2 + y^2); quantisation
@@ -248,12 +250,12 @@ def lines_of(name: str, found: Sequence[Figures]) -> str:
     """A case's figures as they are read: a product's in one line, a pass's in one each."""
     by_name = {each["name"]: each for each in found}
     if "fp8" in by_name:
-        return f"{name}: {product_line(by_name['fp8'], by_name.get('bf16'))}"
+        return f"{name}: {product_line(*map(by_name.get, ('fp8', 'bf16', 'bf16 of fp8')))}"
     lines = [f"{each['name']}: {pass_line(each, by_name.get('copy'))}" for each in found]
     return "\n  ".join([f"{name}:", *lines])
 
 
-def product_line(fp8: Figures, bf16: Figures | None) -> str:
+def product_line(fp8: Figures, bf16: Figures | None, of_fp8: Figures | None) -> str:
     said = [errors_of(fp8)]
     if bf16:
         own, other = rate(fp8), rate(bf16)
@@ -263,6 +265,10 @@ def product_line(fp8: Figures, bf16: Figures | None) -> str:
             f"BF16 through XLA {other / 1e12:,.0f}, {other / H100.bf16.value:.0%} of its peak",
             f"{ratio_of_rounds(fp8, bf16):.2f} times",
         ]
+    if of_fp8:
+        said.append(f"FP8 rounded to BF16, through XLA: {errors_of(of_fp8)}")
+        if bf16:
+            said.append(f"{ratio_of_rounds(fp8, of_fp8):.2f} times that")
     return "; ".join(said)
 
 

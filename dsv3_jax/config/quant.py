@@ -9,6 +9,8 @@ RecipeName = Literal[
     "dtype", "f32", "bf16", "fp8", "fp8_pow2", "fp8_per_tensor", "fp8_square_gradients"
 ]
 
+Kernels = Literal["auto", "on", "off"]
+
 WITH_KERNELS: tuple[RecipeName, ...] = ("fp8", "fp8_pow2")  # E4M3 in tiles and squares
 
 
@@ -21,9 +23,10 @@ class QuantConfig:
     of 1x128 and 128x128; fp8_pow2: all scales powers of two. For comparison, fp8_per_tensor: one
     scale a tensor, gradients E5M2; fp8_square_gradients: gradients in blocks of 128x128 as well"""
 
-    kernels: Literal["auto", "on", "off"] = "auto"
+    kernels: Kernels = "auto"
     """Who multiplies FP8: off: the definition, in float32; on: kernels for Hopper GPUs (H100, H200)
-    where sizes are multiples of 128; auto: the same if this is such a GPU, else as off"""
+    where sizes are multiples of 128; auto: if this is such a GPU the same, but for sizes at which
+    BF16 is faster, which multiply in BF16 what FP8 stands for; else as off"""
 
     def __post_init__(self) -> None:
         check_types("quant", self)

@@ -66,7 +66,8 @@ def fp8_linear(
     assert all(w.rule == first.rule for w in weights), "weights side by side have one rule"
     measure = first.taps and first.taps.measure
     arrays = _Arrays(expert_x, tuple(w.value for w in weights))
-    kernels = first.rule.kernels and _kernels().fits(first.rule, *_sizes(source, arrays))
+    sizes = _sizes(source, arrays)
+    kernels = first.rule.kernels != "off" and _kernels().fits(first.rule, *sizes)
     static = _Static(first.rule, activation, measure, kernels)
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)

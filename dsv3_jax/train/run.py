@@ -209,7 +209,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     if recipe := recipe_of(cfg.quant):
         how = "emulated GEMMs"
-        if any(rule.kernels for rule in recipe.values()):
+        if any(rule.kernels != "off" for rule in recipe.values()):
             how = "FP8 kernels where sizes are multiples of 128, elsewhere emulated GEMMs"
         say(f"           linears by the recipe {cfg.quant.recipe}, in {how}")
     if cfg.mesh.size > 1:

@@ -1,21 +1,21 @@
 """Whether kernels multiply: what was asked for, and what this machine can run."""
 
-from typing import Literal
-
 import jax
+
+from dsv3_jax.config.quant import Kernels
 
 OLDEST_JAX = (0, 11)
 HOPPER = "9.0"
 
 
-def chosen(asked: Literal["auto", "on", "off"]) -> bool:
-    """ValueError for "on" where no kernel can run."""
+def chosen(asked: Kernels) -> Kernels:
+    """What was asked for; where no kernel can run "off" for "auto", and ValueError for "on"."""
     if asked == "off":
-        return False
+        return "off"
     missing = lacking()
     if missing and asked == "on":
         raise ValueError(f"quant.kernels is on; allowed here: auto, off, since {missing}")
-    return not missing
+    return "off" if missing else asked
 
 
 def lacking() -> str | None:

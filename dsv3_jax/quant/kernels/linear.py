@@ -6,6 +6,9 @@
 
 Tensor cores want the inner dimension of both operands of E4M3 last. Dgrad finds weights so; for
 Fprop they are transposed, which moves two bytes a weight where the product reads one.
+
+Where XLA's BF16 product is faster, it multiplies what the same E4M3 and scales stand for, each
+rounded to bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +27,10 @@ from dsv3_jax.quant.kernels.walk import BLOCK
 from dsv3_jax.quant.kernels.wgrad_gemm import multiply_columns
 from dsv3_jax.quant.recipes import COLUMN, ROW, SQUARE, Operand, Rule
 from dsv3_jax.quant.swiglu import swiglu
+
+# Of dense linears: up to these sizes XLA's product of BF16 was faster on an H200, 219 us beside 289
+# with an inner size of 512, and 35 beside 54 with 128 rows (benchmarks/README.md).
+SHORT_INNER, FEW_ROWS = 512, 128
 
 
 class Columns(NamedTuple):
@@ -69,8 +76,8 @@ def forward(
     else:
         kept = _keep(source, rule.kept)
     w = _side_by_side(weights)
-    values, scales = (jnp.swapaxes(part, -1, -2) for part in (w.values, w.scales))
-    y_XF = multiply_rows(*rows, values, scales, _experts(expert_x), source.dtype)
+    w_EFD = Blocked(*(jnp.swapaxes(part, -1, -2) for part in (w.values, w.scales)))
+    y_XF = _product(rule, *rows, w_EFD, expert_x, source.dtype)
     return y_XF[:, : sum(w.shape[-1] for w in weights)], kept
 
 
@@ -85,8 +92,7 @@ def input_gradient(
     *rows, values, scales = quantize_both(
         _filled(dy_XF), rule.grad_output.scale, rule.wgrad_grad_output.scale
     )
-    w = _side_by_side(weights)
-    dx_XD = multiply_rows(*rows, w.values, w.scales, _experts(expert_x), dtype)
+    dx_XD = _product(rule, *rows, _side_by_side(weights), expert_x, dtype)
     return dx_XD, Columns(values, scales)
 
 
@@ -121,6 +127,34 @@ def weight_gradient(
     return dw[0] if expert_x is None else dw
 
 
+def multiply_in_bf16(
+    a_TK: jax.Array, s_kT: jax.Array, w_NK: Blocked, dtype: jnp.dtype
+) -> jax.Array:
+    """`multiply_rows` of one expert by XLA, of operands rounded to bfloat16."""
+    x_TK = Blocked(a_TK, s_kT.T, ROW).dequantize(jnp.bfloat16)
+    w_NK = w_NK.dequantize(jnp.bfloat16)
+    return jnp.einsum("tk,nk->tn", x_TK, w_NK, preferred_element_type=dtype)
+
+
+def _product(
+    rule: Rule,
+    a_TK: jax.Array,
+    s_kT: jax.Array,
+    w_ENK: Blocked,
+    expert_x: jax.Array | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Rows in tiles 1x128 times the transpose of each block's expert's weight -> [T, N]."""
+    tokens, inner = a_TK.shape
+    if expert_x is not None:
+        experts = expert_x
+    elif rule.kernels == "auto" and (inner <= SHORT_INNER or tokens <= FEW_ROWS):
+        return multiply_in_bf16(a_TK, s_kT, w_ENK[0], dtype)
+    else:
+        experts = jnp.zeros(1, jnp.int32)  # all rows are of the one
+    return multiply_rows(a_TK, s_kT, w_ENK.values, w_ENK.scales, experts, dtype)
+
+
 def _keep(source: jax.Array, operand: Operand) -> Kept:
     """`keep`, by a kernel where there is one."""
     if operand.block != ROW or operand.fmt != "e4m3":
@@ -151,8 +185,3 @@ def _filled(x: jax.Array) -> jax.Array:
     if not missing:
         return x
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-
-
-def _experts(expert_x: jax.Array | None) -> jax.Array:
-    """All rows are of the one expert, where there are none."""
-    return jnp.zeros(1, jnp.int32) if expert_x is None else expert_x

@@ -24,21 +24,23 @@ def test_without_a_hopper_gpu_the_definition_multiplies():
 
 def test_on_one_kernels_do_unless_they_are_off(monkeypatch: pytest.MonkeyPatch):
     hopper(monkeypatch)
-    assert all(rule.kernels for rule in recipe_of(QuantConfig("fp8")).values())
+    for asked in ("auto", "on"):
+        rules = recipe_of(QuantConfig("fp8", kernels=asked)).values()
+        assert {rule.kernels for rule in rules} == {asked}
     assert recipe_of(QuantConfig("fp8", kernels="off")) == RECIPES["fp8"]
     assert not recipe_of(QuantConfig("bf16"))
 
 
 def test_an_older_jax_has_none(monkeypatch: pytest.MonkeyPatch):
     hopper(monkeypatch, (0, 10, 2))
-    assert not choice.chosen("auto")
+    assert choice.chosen("auto") == "off"
     with pytest.raises(ValueError, match=r"jax 0\.11 or later"):
         choice.chosen("on")
 
 
 def test_nor_are_there_any_in_64_bits(monkeypatch: pytest.MonkeyPatch, x64):
     hopper(monkeypatch)
-    assert not choice.chosen("auto")
+    assert choice.chosen("auto") == "off"
 
 
 def test_recipes_without_kernels_say_so():
