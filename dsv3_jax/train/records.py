@@ -120,11 +120,15 @@ def _entry(kind: str, cfg: RunConfig, position: Position) -> dict[str, Any]:
 
 
 def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[str]:
-    """What is switched off, does not move or receives no gradient in a run's first update."""
-    routed = cfg.model.num_moe_layers + cfg.model.mtp_depth
+    """What is switched off, does not move or receives no gradient in a run's first update.
+
+    Whoever trains on conversations or prompts leaves biases alone, and on prompts MTP too.
+    """
+    routed, learned = cfg.model.num_moe_layers + cfg.model.mtp_depth, cfg.data.format
+    no_mtp = cfg.model.mtp_depth and not values.mtp_weight
     off = {
-        "schedule.mtp_weight": cfg.model.mtp_depth and not values.mtp_weight,
-        "schedule.bias_speed": routed and not values.bias_speed,
+        "schedule.mtp_weight": no_mtp and learned != "prompts",
+        "schedule.bias_speed": routed and not values.bias_speed and learned == "text",
         "train.balance_weight": routed and not cfg.train.balance_weight,
     }
     lines = [f"{name} is 0" for name, is_off in off.items() if is_off]
@@ -143,6 +147,8 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")
     squares = to_layers(metrics.squared_norms, cfg.model.num_dense_layers)
     names = sorted(name for name, square in squares.items() if square == 0)
+    if no_mtp:
+        names = [name for name in names if not name.startswith("mtp.")]
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         lines.append(f"no gradient reaches {len(names)} of {len(squares)} parameters: {shown}")

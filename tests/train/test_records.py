@@ -13,6 +13,10 @@ from dsv3_jax.train.records import warnings_of
 from dsv3_jax.train.schedules import values_at
 from tests.runs import SmallRun
 
+PROMPTS = {"data": {"format": "prompts", "source": "p.jsonl", "isolate": True}}
+MESSAGES = {"data": {"format": "messages", "source": "m.jsonl", "isolate": True}}
+OFF = {"schedule": {"bias_speed": 0.0, "mtp_weight": 0.0}}
+
 
 @pytest.mark.parametrize(
     ("changes", "told"),
@@ -33,6 +37,9 @@ from tests.runs import SmallRun
         ),
         ({"mesh": {"node": 2}}, []),
         ({"mesh": {"local": 2}, "model": {"num_groups": 1, "num_kept_groups": 1}}, []),
+        (PROMPTS | OFF, []),
+        (MESSAGES | OFF, ["schedule.mtp_weight is 0"]),
+        (PROMPTS | {"train": {"balance_weight": 0.0}}, ["train.balance_weight is 0"]),
     ],
 )
 def test_what_is_switched_off_is_told(small: SmallRun, changes: dict, told: list[str]):
@@ -58,3 +65,13 @@ def test_parameters_without_a_gradient_are_named(small: SmallRun):
     squares["moe_layers"]["w"] = nnx.Param(np.array([0.0, 2.0]))
     told = warnings_of(small.cfg, values_at(small.cfg, 0, 0, 1), told_by(np.ones(2, bool), squares))
     assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]
+
+
+def test_that_mtp_has_no_gradient_is_told_where_it_has_a_weight(small: SmallRun):
+    squares = nnx.State({"mtp": {"0": {"w": nnx.Param(np.array(0.0))}}})
+    told = []
+    for weight in (0.3, 0.0):
+        schedule = replace(small.cfg.schedule, mtp_weight=weight)
+        cfg = replace(small.cfg, schedule=schedule)
+        told += warnings_of(cfg, values_at(cfg, 0, 0, 1), told_by(np.ones(2, bool), squares))
+    assert told == ["no gradient reaches 1 of 1 parameters: mtp.0.w", "schedule.mtp_weight is 0"]
