@@ -38,6 +38,7 @@ from dsv3_jax.train.pipeline import Pipeline
 from dsv3_jax.train.pipeline_state import from_whole
 from dsv3_jax.train.sharding import ONE_DEVICE, RunSharding
 from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.trouble import SpikeMeter
 from tests.shapes import FAST_COMPILATION, random_model, tiny_model
 
 # What no two runs have in common.
@@ -215,6 +216,20 @@ def send_at_step(patch: pytest.MonkeyPatch, step: int, number: signal.Signals) -
         return launch(self)
 
     patch.setattr(Trainer, "_launch", hooked)
+
+
+def spike_at(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    """Each time the first of these steps comes it is a spike by decree, and struck off."""
+    limit = SpikeMeter.limit
+
+    def decreed(self, step: int) -> float:
+        limit(self, step)
+        if steps and step == steps[0]:
+            steps.pop(0)
+            return 0.0
+        return np.inf
+
+    patch.setattr(SpikeMeter, "limit", decreed)
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,10 @@ class Trained(NamedTuple):
     unsaved: CheckpointError | None = None
 
 
+WAITED_FOR = ("cpu",)
+"""Backends that get a step when the one before has been read"""
+
+
 class Flight(NamedTuple):
     """A step that was handed to the device: what it was given, and what it will tell."""
 

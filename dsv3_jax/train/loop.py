@@ -6,6 +6,7 @@ cores, and a step that begins as the last one ends holds the temporary memory of
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 
 import jax
@@ -23,8 +24,8 @@ from dsv3_jax.train import ema, snapshot
 from dsv3_jax.train.checkpoints import Checkpoints
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.diagnose import first_bad_layer
-from dsv3_jax.train.feed import Feed, RowFeed
-from dsv3_jax.train.flight import Flight, Trained
+from dsv3_jax.train.feed import Feed
+from dsv3_jax.train.flight import WAITED_FOR, Flight, Trained
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.lockstep import Lockstep
 from dsv3_jax.train.machine import describe
@@ -47,7 +48,7 @@ from dsv3_jax.train.records import (
 )
 from dsv3_jax.train.samples import continuation
 from dsv3_jax.train.schedules import Values, rows_after, values_at
-from dsv3_jax.train.snapshot import Position, Snapshot
+from dsv3_jax.train.snapshot import Snapshot
 from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState
 from dsv3_jax.train.trouble import BadSteps, SpikeMeter, said_of
 from dsv3_jax.train.validation import spread
@@ -66,22 +67,21 @@ class Trainer:
         programs: StepPrograms | PipelineRun,
         start: Snapshot,
         matmul_peak: float,
+        feed: Feed,
         *,
-        feed: Feed | None = None,
         debug_nans: bool = False,
         profile: Profile | None = None,
         hang_seconds: float = 0.0,
     ) -> None:
         self.cfg, self.run, self.corpus, self.graphdef = cfg, run, corpus, graphdef
         self.debug_nans, self.profile = debug_nans, profile or Profile.none()
-        self.hang_seconds, self.doing = hang_seconds, "before its first step".format
+        self.hang_seconds, self.doing = hang_seconds, lambda: "before its first step"
         self.flops_share = train_flops_per_token(cfg.model, cfg.data.length) / matmul_peak
         self.programs = programs
         self.probe, self.probed = make_probe(graphdef, cfg), False
-        lengths_V = corpus.tokenizer.byte_lengths_V
-        self.sharding = programs.sharding
-        self.feed = feed or RowFeed(cfg, corpus, self.sharding.own_rows)
-        self.validate = programs.make_validate(lengths_V)
+        self.sharding, self.feed = programs.sharding, feed
+        self.flights: deque[Flight] = deque()
+        self.validate = programs.make_validate(corpus.tokenizer.byte_lengths_V)
         self.state, self.position = start.state, start.position
         self.meter = SpikeMeter(cfg.train, start.spike)
         self.average, self.update_average = None, None
@@ -134,7 +134,7 @@ class Trainer:
             try:
                 self._steps(out)
             except OSError:  # the data: what was learned until here is kept
-                if processes.count() == 1:  # others may be in the middle of the step
+                if processes.count() == 1 and not self.flights:  # no step is under way
                     self.checkpoints.finish(self.snapshot, out)
                 raise
             except Exception:
@@ -144,7 +144,7 @@ class Trainer:
                 self.feed.close()
                 self.watchdog.close()
                 self.checkpoints.close()  # while the run's folder is still held, a second ^C or not
-            if self.position.step == self.cfg.train.steps:
+            if self.position.step == self.cfg.train.steps and self.bias_LE is not None:
                 self._tell_experts(out)
                 self._tell_quant(out)
             unsaved = None
@@ -156,29 +156,32 @@ class Trainer:
 
     def _steps(self, out: Output) -> None:
         """To the last step or a signal; none is in flight over a pause, or with --debug-nans."""
-        wait_for_each = self.debug_nans or jax.default_backend() == "cpu"
+        wait_for_each = self.debug_nans or jax.default_backend() in WAITED_FOR
         wait_for_each |= self.feed.needs_weights
-        flight = None
-        while flight or self._goes_on():
+        while self.flights or self._goes_on():
             self.checkpoints.look(out)
-            before, flight = flight, None
-            if self._goes_on():
-                flight = self._launch()
-            if before and self._land(before, out):
-                flight = None  # launched before the run went back
-            if flight and (wait_for_each or self._pauses_after(self.position)):
-                rewound, flight = self._land(flight, out), None
-                if not rewound:
-                    with self.clock.paused():
-                        self._pause(out)
+            before = bool(self.flights)
+            try:
+                if self._goes_on():
+                    self._launch()
+            except OSError:
+                if before and processes.count() == 1:
+                    self._land(out)
+                raise
+            if before:
+                self._land(out)
+            lands = self.flights and (wait_for_each or self._pauses())
+            if lands and not self._land(out):
+                with self.clock.paused():
+                    self._pause(out)
 
     def _goes_on(self) -> bool:
         return self.position.step < self.cfg.train.steps and not self.lockstep.stopped_by
 
     # --- one step --------------------------------------------------------------------------------
 
-    def _launch(self) -> Flight | None:
-        """Hands the next step to the device; None if a signal came before there was a batch."""
+    def _launch(self) -> None:
+        """Hands the next step to the device, unless a signal comes before there is a batch."""
         values = self._values()
         if values.rows not in self.programs:  # a stair of a batch ramp
             with self.clock.paused():
@@ -190,7 +193,8 @@ class Trainer:
         with self.clock.waiting():
             batch = self.feed.batch(self.state, self.position, lambda: not self._goes_on())
         if batch is None:
-            return self.watchdog.forget()
+            self.watchdog.forget()
+            return
         self.doing = self.programs.where
         self.profile.before(self.position.step + 1)
         coefficients = self._coefficients(values)
@@ -203,13 +207,11 @@ class Trainer:
         rows = self.position.consumed_rows + values.rows
         self.position = self.position._replace(step=self.position.step + 1, consumed_rows=rows)
         self.profile.after(self.position.step, metrics)
-        return Flight(self.position, values, metrics, signals, self.feed.told())
+        self.flights.append(Flight(self.position, values, metrics, signals, self.feed.told()))
 
-    def _land(self, flight: Flight, out: Output) -> bool:
-        """Waits for a step's results and tells them. True if it made the run go back: what was
-        launched since is void.
-        """
-        rewound = False
+    def _land(self, out: Output) -> bool:
+        """Waits for the oldest step's results and tells them. True if it made the run go back."""
+        flight, rewound = self.flights.popleft(), False
         metrics = jax.device_get(flight.metrics)
         self.lockstep.take(flight.signals)
         self.watchdog.end()
@@ -311,6 +313,7 @@ class Trainer:
         if len(self.rewinds) > self.cfg.train.max_bad_steps:
             raise BadSteps(f"went back to step {back} {len(self.rewinds) - 1} times in vain")
         self.watchdog.forget()
+        self.flights.clear()  # launched with the weights that are given up
         restored = snapshot.restore(checkpoint, self.cfg, self.state)
         self.state = restored.state
         self.position = restored.position._replace(
@@ -328,18 +331,19 @@ class Trainer:
 
     # --- validations and checkpoints -------------------------------------------------------------
 
-    def _pauses_after(self, position: Position) -> bool:
-        return self._due(position, self.cfg.output.eval_every) or self._due(
-            position, self.cfg.output.save_every
-        )
+    def _pauses(self) -> bool:
+        """Whether something is due after this step, or to be compiled before the next."""
+        output = self.cfg.output
+        due = self._due(output.eval_every) or self._due(output.save_every)
+        return due or self._values().rows not in self.programs
 
-    def _due(self, position: Position, every: int) -> bool:
+    def _due(self, every: int) -> bool:
         """The last step is validated and saved by whoever finishes the run."""
-        return position.step % every == 0 and position.step < self.cfg.train.steps
+        return self.position.step % every == 0 and self.position.step < self.cfg.train.steps
 
     def _pause(self, out: Output) -> None:
         """What is due after this step."""
-        if self._due(self.position, self.cfg.output.eval_every):
+        if self._due(self.cfg.output.eval_every):
             rows = self.corpus.validation
             if rows is not None:
                 chosen = spread(len(rows), self.cfg.output.eval_rows)
@@ -351,10 +355,7 @@ class Trainer:
             self._tell_quant(out)
             self.tell_page(out)
         # Not in the middle of trouble: a resumed run would go straight on into it.
-        if (
-            self._due(self.position, self.cfg.output.save_every)
-            and not self.position.skipped_in_a_row
-        ):
+        if self._due(self.cfg.output.save_every) and not self.position.skipped_in_a_row:
             self.checkpoints.hand_over(self.snapshot, out)
 
     def _tell_samples(self, out: Output) -> None:
@@ -382,8 +383,7 @@ class Trainer:
         layers = self.probe(weights, self.corpus.validation, weight) if weights else {}
         processes.wait("quant")
         out.keep(quant_record(self.cfg, self.position, layers))
-        text = not_finite(layers)
-        if text:
+        if text := not_finite(layers):
             out.event(event_record(self.cfg, self.position, "not finite", text))
 
     def tell_page(self, out: Output) -> None:

@@ -77,7 +77,8 @@ def make_probe(
 
         def total(taps):
             model = nnx.merge(graphdef, attach(state.params, blocks, recipe, taps), state.biases)
-            return loss(model, batch, valid_tokens, mtp_weight, cfg.train)[0]
+            row_share = 1 / cfg.train.microbatches
+            return loss(model, batch, valid_tokens, mtp_weight, cfg.train, row_share)[0]
 
         taps = {name: _zero_taps(name, blocked) for name, blocked in blocks.items()}
         tapped, weights = jax.grad(total)(taps), _weights(state.params, recipe)

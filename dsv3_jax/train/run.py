@@ -248,7 +248,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         programs,
         start,
         peak,
-        feed=feed,
+        feed,
         debug_nans=watch.debug_nans,
         # The first process traces its own devices.
         profile=Profile(*watch.profile, run.profile)

@@ -117,7 +117,8 @@ def wanted(cfg: RunConfig, placed: TrainState) -> store.Wanted | None:
 
 
 def restore(checkpoint: store.Checkpoint, cfg: RunConfig, state: TrainState) -> Snapshot:
-    """What was taken apart, in the shape of `state`. ValueError if it does not fit.
+    """What was taken apart, in the shape of `state`, which may be abstract. ValueError if it does
+    not fit.
 
     The checkpoint's arrays are moved and `state`'s memory is given back.
     """
@@ -173,10 +174,11 @@ def weights_in(checkpoint: store.Checkpoint, cfg: RunConfig, like: TrainState) -
 
 
 def _emptied(tree: Any) -> Any:
-    """Shapes, dtypes and places of arrays whose memory is given back."""
+    """Shapes, dtypes and places of arrays, whose memory is given back, or of abstract ones."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
     )
     for x in jax.tree.leaves(tree):
-        x.delete()
+        if isinstance(x, jax.Array):
+            x.delete()
     return shapes

@@ -62,17 +62,18 @@ def started(
 ) -> Snapshot:
     """A fresh state, the checkpoint's, or a fresh one with the checkpoint's weights."""
     cfg, checkpoint = prepared.cfg, prepared.checkpoint
-    state = programs.init_state()
     if checkpoint is None:
+        state = programs.init_state()
         if not prepared.is_new:
             say("           never saved: starting over")
         return Snapshot(state, Position())
     if prepared.is_new:
         say(f"           from the weights {prepared.origin}")
         if prepared.moments:
-            return Snapshot(snapshot.restore(checkpoint, cfg, state).state, Position())
-        return Snapshot(snapshot.weights_of(checkpoint, cfg, state), Position())
-    start = snapshot.restore(checkpoint, cfg, state)
+            restored = snapshot.restore(checkpoint, cfg, programs.shapes)
+            return Snapshot(restored.state, Position())
+        return Snapshot(snapshot.weights_of(checkpoint, cfg, programs.init_state()), Position())
+    start = snapshot.restore(checkpoint, cfg, programs.shapes)
     say(f"           resumed after step {start.position.step:,}")
     return start
 

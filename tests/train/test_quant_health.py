@@ -29,17 +29,19 @@ from tests.shapes import FAST_COMPILATION, compiled, random_model, random_tokens
 T = 8
 
 
-def run_of(recipe: str) -> RunConfig:
+def run_of(recipe: str, microbatches: int = 1) -> RunConfig:
     model = tiny_model(num_layers=1, mtp_depth=1)
     data = replace(CFG.data, length=T)
-    train = replace(CFG.train, rows=2, microbatches=1, dtype="float32")
+    rows = 2 * microbatches
+    train = replace(CFG.train, rows=rows, microbatches=microbatches, dtype="float32")
+    train = replace(train, balance_weight=1.0)
     return replace(CFG, model=model, data=data, train=train, quant=QuantConfig(recipe))
 
 
 @cache
-def program():
-    """The one for all tests of this file, and the state it is for."""
-    cfg = run_of("fp8")
+def program(microbatches: int = 1):
+    """The one for all tests of this file but one, and the state it is for."""
+    cfg = run_of("fp8", microbatches)
     graphdef, params, biases = nnx.split(random_model(cfg.model), nnx.Param, RouterBias)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quant_health, "COMPILER_OPTIONS", FAST_COMPILATION)
@@ -47,11 +49,13 @@ def program():
 
 
 @cache
-def probed(broken: bool = False, mtp_weight: float = 0.3, first_row: int = 0):
+def probed(
+    broken: bool = False, mtp_weight: float = 0.3, first_row: int = 0, microbatches: int = 1
+):
     """The program's answer about a random model, one of whose weights may hold a NaN, and the two
     rows from that one on.
     """
-    probe, state = program()
+    probe, state = program(microbatches)
     if broken:
         state = jax.tree.map(lambda x: x, state)
         weight = state.params["dense_layers"]["mla"]["w_o_HU_D"]
@@ -121,6 +125,15 @@ def test_operands_rows_and_weight_of_the_loss_are_those_of_training():
     assert two.largest_scale == 2 * one.largest_scale
     other = probed(first_row=1)["layers.0.mla.w_dq_DQ"]["input"]
     assert other != probed()["layers.0.mla.w_dq_DQ"]["input"]
+
+
+@pytest.mark.slow
+def test_of_two_micro_batches_one_has_half_the_gradient():
+    """Of all parts of the loss, that of balance too; what two such would give is the step's."""
+    whole, part = probed(), probed(microbatches=2)
+    for name, kinds in whole.items():
+        assert part[name]["gradient"].largest_scale == kinds["gradient"].largest_scale / 2
+        assert part[name]["input"] == kinds["input"]
 
 
 def test_tensors_of_zeros_have_no_scales():

@@ -243,6 +243,9 @@ def test_a_run_in_fp8_tells_its_health_and_resumes_bit_for_bit(small: SmallRun):
     assert [entry["step"] for entry in health] == [3, 6]
     assert all(entry["recipe"] == "fp8" for entry in health)
     assert "Low precision" in (whole / "report.html").read_text()
+    before = (whole / "metrics.jsonl").read_text()
+    assert small.train("--resume", whole) == 0
+    assert (whole / "metrics.jsonl").read_text() == before
 
 
 def test_validation_computes_in_the_recipe():

@@ -18,7 +18,7 @@ from dsv3_jax.config import Phase, ScheduleConfig
 from dsv3_jax.data.corpus import build_corpus
 from dsv3_jax.data.packing import Rows
 from dsv3_jax.model.cross_entropy import cross_entropy
-from dsv3_jax.train import loss, trouble
+from dsv3_jax.train import loss
 from dsv3_jax.train.metrics import read_metrics
 from tests.runs import (
     PROGRAMS,
@@ -26,6 +26,7 @@ from tests.runs import (
     assert_same_checkpoint,
     contents,
     send_at_step,
+    spike_at,
     timeless,
     write_config,
 )
@@ -129,20 +130,6 @@ def test_a_resumed_run_tells_what_changed(small: SmallRun, finished: Path, tmp_p
     page = (copy / "report.html").read_text()
     assert changed in page
     assert "No trouble" in page
-
-
-def spike_at(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    """Each time the first of these steps comes it is a spike by decree, and struck off."""
-    limit = trouble.SpikeMeter.limit
-
-    def decreed(self, step: int) -> float:
-        limit(self, step)
-        if steps and step == steps[0]:
-            steps.pop(0)
-            return 0.0
-        return np.inf
-
-    patch.setattr(trouble.SpikeMeter, "limit", decreed)
 
 
 def spiky(small: SmallRun, folder: Path, policy: str) -> int | None:
