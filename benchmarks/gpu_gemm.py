@@ -2,13 +2,12 @@
 
     python benchmarks/gpu_gemm.py [--parts dense grouped wgrad quantize] [--json FILE]
 
-Products of V3's shapes (report 3.3.2), weights N x K: dense, for M = 4096 rows and for 128, to
-which 64 are filled up; grouped, of several experts with M rows each; Wgrad, of one expert and of
-four uneven ones and an empty one. Dense ones stand beside two products of BF16 through XLA: of the
-inputs themselves, and of what their FP8 stands for, which `quant.kernels` auto takes for some
-sizes. N that is no multiple of 128 is multiplied filled up, as linears do, and cut again; FLOPs are
-those of N. Then the passes that quantise, beside a copy. JAX, flax, optax and numpy are all it
-needs.
+Products of V3's shapes (report 3.3.2), weights N x K: dense, for 4096 rows and for 128; grouped,
+of several experts with M rows each; Wgrad, of one expert and of four uneven ones and an empty one.
+Dense ones stand beside two products of BF16 through XLA: of the inputs themselves, and of what
+their FP8 stands for, which `quant.kernels` auto takes for some sizes. N that is no multiple of 128
+is multiplied filled up, as linears do, and cut again; FLOPs are those of N. Then the passes that
+quantise, beside a copy. JAX, flax, optax and numpy are all it needs.
 
 Each kernel is checked before it is timed, on random numbers: products against float32's of what
 their operands stand for, by relative error and by 1 - 2 sum(x y) / sum(x^2 + y^2); quantisation
@@ -67,7 +66,7 @@ class Sizes:
     """That is quantised"""
     swiglu: tuple[int, int]
     """Of SwiGLU's output"""
-    multiprocessors: int = 132
+    multiprocessors: int | None = None
 
 
 PRESETS: Mapping[str, Sizes] = {

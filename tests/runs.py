@@ -105,7 +105,7 @@ class SmallRun:
             patch.setattr(run, "matmul_peak", lambda dtype: 1e9)
             patch.setattr(programs, "init_state", random_state)
             patch.setattr(Pipeline, "init_state", random_stages)
-            patch.setattr(quant_health, "COMPILER_OPTIONS", FAST_COMPILATION)
+            patch.setattr(quant_health, "UNOPTIMISED", FAST_COMPILATION)
             patch.setattr(pipeline_run, "Pipeline", partial(Pipeline, options=FAST_COMPILATION))
             patch.setattr(programs, "make_step", once_per_program(make_quick_step))
             patch.setattr(programs, "make_validate", once_per_program(validation.make_validate))

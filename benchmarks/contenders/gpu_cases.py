@@ -50,7 +50,7 @@ class Variant:
 # --- products ---
 
 
-def rows_case(multiprocessors: int, experts: int, m: int, n: int, k: int) -> list[Variant]:
+def rows_case(multiprocessors: int | None, experts: int, m: int, n: int, k: int) -> list[Variant]:
     """Weights of K x N for M rows of each expert, as in Fprop. N is filled up to whole blocks
     beforehand, and what that adds is cut away in the time.
     """
@@ -82,7 +82,7 @@ def rows_case(multiprocessors: int, experts: int, m: int, n: int, k: int) -> lis
     return [*found, replace(found[0], name="bf16 of fp8", run=dequantizing)]
 
 
-def wgrad_case(multiprocessors: int, d: int, f: int, blocks: Sequence[int]) -> list[Variant]:
+def wgrad_case(multiprocessors: int | None, d: int, f: int, blocks: Sequence[int]) -> list[Variant]:
     """dW [D, F] of experts that have so many blocks of 128 tokens. XLA's side has the same tokens
     in equal parts, for the experts that have any.
     """

@@ -7,7 +7,7 @@ another process.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,7 +53,7 @@ def load(
     batch_sizes: Iterable[int],
     readers: int = 1,
     own: Callable[[int], Sequence[int]] = range,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One batch for each of `batch_sizes`, from `consumed_rows` on.
 
     Args:

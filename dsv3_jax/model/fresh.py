@@ -77,9 +77,10 @@ def fresh(
     init = Init(nnx.Rngs(key).params(), cfg.init_std, dtype)
     paths = [values[i].reshape(-1, 1 + Paths.DEEPEST) for i in places]
     ends = list(itertools.accumulate(map(len, paths), initial=0))
+    stacks = [values[i].ndim - 1 for i in places]  # leading sizes: a key for each of them
     parameters = [
-        _Parameter(range(start, end), like[i].shape[values[i].ndim - 1 :], like[i].shape)
-        for i, (start, end) in zip(places, itertools.pairwise(ends), strict=True)
+        _Parameter(range(start, end), like[i].shape[stack:], like[i].shape)
+        for i, stack, (start, end) in zip(places, stacks, itertools.pairwise(ends), strict=True)
     ]
     drawn = _values(_keys(init.key, jnp.concatenate(paths)), parameters, init)
     for i, value in zip(places, drawn, strict=True):

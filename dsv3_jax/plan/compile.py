@@ -24,14 +24,14 @@ from dsv3_jax.plan.compile_step import compile_step
 from dsv3_jax.plan.compiled import CompiledPlan, CompiledRank, Program
 from dsv3_jax.plan.cuts import cuts_of, layer_counts, schedule_name
 from dsv3_jax.plan.kept import Kept
-from dsv3_jax.plan.lowered import QUICK, Say, compiled_with_time, device_bytes, program_of
+from dsv3_jax.plan.lowered import Say, compiled_with_time, device_bytes, program_of
 from dsv3_jax.plan.memory import fullest, memory_of
 from dsv3_jax.train.machine import peak_memory
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_programs import PassPrograms, compiling, kinds_of
 from dsv3_jax.train.rank_programs import RankPrograms
 from dsv3_jax.train.sharding import WHOLE
-from dsv3_jax.train.step import Coefficients
+from dsv3_jax.train.step import UNOPTIMISED, Coefficients
 
 
 def compile_run(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
@@ -113,7 +113,7 @@ class _Run:
 
     def _programs(self, rank: int) -> Iterator[tuple[Key, str, Callable[[], Any]]]:
         """Key, stages, and how to lower it."""
-        programs = RankPrograms(self.layout, rank, self.rows, QUICK)
+        programs = RankPrograms(self.layout, rank, self.rows, UNOPTIMISED)
         passes = PassPrograms(programs)
         written = {chunk: str(self.cuts[stage]) for chunk, stage in programs.stages.items()}
         shapes = {chunk: self.shape(self.cuts[stage]) for chunk, stage in programs.stages.items()}

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.plan.compiled import CompiledPlan, CompiledRank
-from dsv3_jax.plan.lowered import QUICK, Say, compiled_with_time, device_bytes, program_of
+from dsv3_jax.plan.lowered import Say, compiled_with_time, device_bytes, program_of
 from dsv3_jax.plan.memory import memory_of
 from dsv3_jax.quant.wide import wide
 from dsv3_jax.train.machine import peak_memory
 from dsv3_jax.train.programs import StepPrograms
 from dsv3_jax.train.sharding import ROWS, WHOLE, make_sharding
-from dsv3_jax.train.step import abstract_state, prepared
+from dsv3_jax.train.step import UNOPTIMISED, abstract_state, prepared
 
 
 class Sizes(NamedTuple):
@@ -47,7 +47,7 @@ def compile_step(cfg: RunConfig, say: Say = lambda line: None) -> CompiledPlan:
     (stages,) = planned.stages
     lowered = programs.step.lower(*programs.arguments(cfg.train.rows))
     say(f"step     {stages}")
-    compiled = compiled_with_time(lowered, compiler_options=QUICK)
+    compiled = compiled_with_time(lowered, compiler_options=UNOPTIMISED)
     found = traced_sizes(programs)
     sums = 1 + (cfg.train.microbatches > 1)  # a micro-batch's own beside those of all before it
     rank = CompiledRank(

@@ -11,8 +11,6 @@ import jax
 
 from dsv3_jax.plan.compiled import Program
 
-# A third of the time; what programs take and give is the same.
-QUICK = {"xla_backend_optimization_level": 0}
 COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 Say = Callable[[str], None]
 

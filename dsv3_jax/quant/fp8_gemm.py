@@ -1,7 +1,8 @@
 """The derivative rule of linears in low precision (report 3.3.2, 3.3.3, 3.5.2).
 
 Operands are rounded block by block as the weight's rule says, expanded to float32 and multiplied
-there: exact within float32's rounding. `accumulator.py` emulates what tensor cores make of a sum.
+there: exact within float32's rounding. That is the definition, which `kernels/linear.py` comes near
+to on Hopper GPUs. `accumulator.py` emulates what tensor cores make of a sum.
 
     Fprop   Y  = X W       X in tiles 1x128            W in 128x128
     Dgrad   dX = dY W^T    dY in tiles 1x128           the same W, transposed
@@ -40,7 +41,8 @@ class _Static(NamedTuple):
     rule: Rule
     activation: Activation | None
     measure: Measure | None
-    kernels: bool
+    by_kernels: bool
+    """Made by `quant.kernels.linear`, not here"""
 
 
 class _Arrays(NamedTuple):
@@ -67,8 +69,8 @@ def fp8_linear(
     measure = first.taps and first.taps.measure
     arrays = _Arrays(expert_x, tuple(w.value for w in weights))
     sizes = _sizes(source, arrays)
-    kernels = first.rule.kernels != "off" and _kernels().fits(first.rule, *sizes)
-    static = _Static(first.rule, activation, measure, kernels)
+    by_kernels = first.rule.kernels != "off" and _kernels().fits(first.rule, *sizes)
+    static = _Static(first.rule, activation, measure, by_kernels)
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)
 
@@ -81,7 +83,7 @@ def _fp8_linear(static, source, gate_X1, slots, taps, arrays):
 def _forward(static, source, gate_X1, slots, taps, arrays):
     rule = static.rule
     name = ACTIVATION_INPUT if static.activation else INPUT
-    if static.kernels:
+    if static.by_kernels:
         operands = source, gate_X1, arrays.blocked, arrays.expert_x
         y_XF, kept = _kernels().forward(rule, static.activation, *operands)
         kept = checkpoint_name(kept, name)
@@ -106,7 +108,7 @@ def _backward(static, residuals, dy_XF):
     rule = static.rule
     x_XD, pull = jax.vjp(partial(_input, static), kept.dequantize(), gate_X1)
     dy_xMF = by_group(dy_XF, arrays.expert_x)
-    if static.kernels:
+    if static.by_kernels:
         dtype = x_XD.dtype if static.activation else dy_XF.dtype
         operands = dy_XF, arrays.blocked, arrays.expert_x
         dx_XD, dy = _kernels().input_gradient(rule, *operands, dtype)
@@ -161,7 +163,7 @@ def _widths(arrays: _Arrays) -> tuple[int, ...]:
 
 def _left(static: _Static, arrays: _Arrays, dy_XF: jax.Array) -> Any:
     """dY as Wgrad rounds it: what that is put off with."""
-    if static.kernels:
+    if static.by_kernels:
         operands = dy_XF, arrays.blocked, arrays.expert_x
         return _kernels().input_gradient(static.rule, *operands, dy_XF.dtype)[1]
     operand = static.rule.wgrad_grad_output
@@ -170,7 +172,7 @@ def _left(static: _Static, arrays: _Arrays, dy_XF: jax.Array) -> Any:
 
 def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:
     experts = arrays.blocked[0].shape[0]
-    if static.kernels:
+    if static.by_kernels:
         sizes = {"experts": experts, "width": sum(_widths(arrays))}
         return partial(_kernels().weight_gradient, static.rule, static.activation, **sizes)
     return partial(_wgrad, static, num_experts=experts)

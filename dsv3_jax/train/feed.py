@@ -1,6 +1,6 @@
 """Where a run's batches come from: rows that were there before it, or what its own weights make."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,7 +59,7 @@ class RowFeed:
         self, cfg: RunConfig, corpus: Corpus, own_rows: Callable[[int], Sequence[int]]
     ) -> None:
         self._rows, self._readers, self._own = corpus.train, cfg.data.readers, own_rows
-        self._batches: Iterator[Batch] = iter(())
+        self._batches: Generator[Batch, None, None] | None = None
 
     def open(self, consumed_rows: int, sizes: Iterable[int]) -> None:
         self._batches = load(self._rows, consumed_rows, sizes, self._readers, self._own)
@@ -86,4 +86,5 @@ class RowFeed:
         return "reading rows"
 
     def close(self) -> None:
-        self._batches.close()
+        if self._batches:
+            self._batches.close()

@@ -38,7 +38,7 @@ from dsv3_jax.train.sharding import WHOLE
 from dsv3_jax.train.stage import Arrays, Numbers
 from dsv3_jax.train.stage_programs import by_device, first_shard
 from dsv3_jax.train.step import (
-    RUNS_ONCE,
+    UNOPTIMISED,
     Coefficients,
     StepMetrics,
     StepTraffic,
@@ -86,12 +86,12 @@ class Pipeline:
         sharding, shapes = layout.shardings[stage], layout.abstract(stage)
 
         def build(key: jax.Array) -> TrainState:
-            params, biases = held.fresh(key)
+            params, biases = held.drawn(key)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.optimizer)
             return TrainState(layout.part(params, stage), biases, zeros)
 
         places = sharding.placements(sharding.state_specs(shapes))
-        return jax.jit(build, compiler_options=RUNS_ONCE, out_shardings=places)(key)
+        return jax.jit(build, compiler_options=UNOPTIMISED, out_shardings=places)(key)
 
     # --- a step ----------------------------------------------------------------------------------
 

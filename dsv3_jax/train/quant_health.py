@@ -27,11 +27,9 @@ from dsv3_jax.quant.recipes import Operand, Recipe, recipe_of
 from dsv3_jax.quant.trained_weight import Taps
 from dsv3_jax.train.loss import loss
 from dsv3_jax.train.quantized_weights import attach, quantize_weights, quantized
-from dsv3_jax.train.step import TrainState
+from dsv3_jax.train.step import UNOPTIMISED, TrainState
 
 KINDS = ("weight", "input", "gradient")
-# XLA compiles this program for a few runs of it: without optimisation, in a third of the time.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 class Health(NamedTuple):
@@ -70,7 +68,7 @@ def make_probe(
     """`probe(state, rows, mtp_weight)`; None for a recipe that quantises nothing."""
     size, recipe = cfg.train.rows // cfg.train.microbatches, recipe_of(cfg.quant)
 
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @partial(jax.jit, compiler_options=UNOPTIMISED)
     def measure_all(state: TrainState, batch: Batch, mtp_weight: jax.Array) -> dict[str, jax.Array]:
         blocks = quantize_weights(state.params, recipe)
         valid_tokens = jnp.maximum((batch.labels_BT >= 0).sum(), 1) * cfg.train.microbatches

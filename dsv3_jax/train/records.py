@@ -146,9 +146,9 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     if values.bias_speed and still:
         lines.append(f"the bias of {still} of {len(metrics.bias_moved_L)} routers did not move")
     squares = to_layers(metrics.squared_norms, cfg.model.num_dense_layers)
-    names = sorted(name for name, square in squares.items() if square == 0)
     if no_mtp:
-        names = [name for name in names if not name.startswith("mtp.")]
+        squares = {name: x for name, x in squares.items() if not name.startswith("mtp.")}
+    names = sorted(name for name, square in squares.items() if square == 0)
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         lines.append(f"no gradient reaches {len(names)} of {len(squares)} parameters: {shown}")

@@ -48,6 +48,11 @@ from dsv3_jax.train.step import abstract_state, check_state
 from dsv3_jax.train.trouble import BadSteps
 from dsv3_jax.train.writers import open_writers, packages_of
 
+PRODUCTS = {
+    "off": "emulated GEMMs",
+    "on": "kernels where sizes are multiples of 128, else emulated GEMMs",
+    "auto": "kernels, or BF16 if faster, where sizes are multiples of 128, else emulated GEMMs",
+}
 COMPILING = (  # a run without a pipeline, and one with
     "compiling the training step (up to a minute",
     "compiling the stages of the pipeline (minutes",
@@ -208,10 +213,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
     if recipe := recipe_of(cfg.quant):
-        how = "emulated GEMMs"
-        if any(rule.kernels != "off" for rule in recipe.values()):
-            how = "FP8 kernels where sizes are multiples of 128, elsewhere emulated GEMMs"
-        say(f"           linears by the recipe {cfg.quant.recipe}, in {how}")
+        (kernels,) = {rule.kernels for rule in recipe.values()}
+        say(f"           linears by the recipe {cfg.quant.recipe}, in {PRODUCTS[kernels]}")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")
     if cfg.mesh.pipe > 1:

@@ -105,7 +105,7 @@ class Stage:
         self.tape = Tape()
         self._tree, self._weight_of = None, []
 
-    def fresh(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
+    def drawn(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
         """Masters and router biases from a run's key."""
         model = fresh(self.cfg.model, key, self.masters, self.cut)
         return nnx.split(model, nnx.Param, RouterBias)[1:]

@@ -147,7 +147,8 @@ def test_answers_before_the_end_are_handed_out():
     end = threading.Event()
 
     def answer(_: int, body: dict) -> tuple[int, Any]:
-        assert body["seed"] <= 103 or end.wait(30)  # what is there is handed out before a failure
+        if body["seed"] > 103:  # what is there is handed out before a failure
+            end.wait(30)
         return (403, {}) if body["seed"] == 103 else (200, chat("2"))
 
     with scripted_server(answer) as (url, _):

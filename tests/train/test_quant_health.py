@@ -44,7 +44,7 @@ def program(microbatches: int = 1):
     cfg = run_of("fp8", microbatches)
     graphdef, params, biases = nnx.split(random_model(cfg.model), nnx.Param, RouterBias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quant_health, "COMPILER_OPTIONS", FAST_COMPILATION)
+        patch.setattr(quant_health, "UNOPTIMISED", FAST_COMPILATION)
         return make_probe(graphdef, cfg), TrainState(params, biases, None)
 
 

@@ -7,8 +7,8 @@
 Tensor cores want the inner dimension of both operands of E4M3 last. Dgrad finds weights so; for
 Fprop they are transposed, which moves two bytes a weight where the product reads one.
 
-Where XLA's BF16 product is faster, it multiplies what the same E4M3 and scales stand for, each
-rounded to bfloat16.
+Where XLA's BF16 product was faster, Fprop and Dgrad take it instead (`quant.kernels` auto), of what
+the same E4M3 and scales stand for, rounded to bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,8 @@ from dsv3_jax.quant.recipes import COLUMN, ROW, SQUARE, Operand, Rule
 from dsv3_jax.quant.swiglu import swiglu
 
 # Of dense linears: up to these sizes XLA's product of BF16 was faster on an H200, 219 us beside 289
-# with an inner size of 512, and 35 beside 54 with 128 rows (benchmarks/README.md).
+# with an inner size of 512, and 35 beside 54 with 128 rows, not counting what it takes to make BF16
+# of FP8 (docs/decisions.md).
 SHORT_INNER, FEW_ROWS = 512, 128
 
 
@@ -131,6 +132,8 @@ def multiply_in_bf16(
     a_TK: jax.Array, s_kT: jax.Array, w_NK: Blocked, dtype: jnp.dtype
 ) -> jax.Array:
     """`multiply_rows` of one expert by XLA, of operands rounded to bfloat16."""
+    # XLA's products on GPUs sum bfloat16 in float32, whatever they return. To return that would
+    # take more than what BF16 is to gain: 537 MB of 4096 x 32768.
     x_TK = Blocked(a_TK, s_kT.T, ROW).dequantize(jnp.bfloat16)
     w_NK = w_NK.dequantize(jnp.bfloat16)
     return jnp.einsum("tk,nk->tn", x_TK, w_NK, preferred_element_type=dtype)

@@ -28,7 +28,7 @@ from dsv3_jax.quant.kernels.walk import (
     warpgroup,
 )
 
-WALK = Walk(width=8)
+WALK = Walk(width=8)  # of 4, 8 and 16, which all were within 3 %
 
 
 @partial(jax.jit, static_argnames=("dtype", "walk"))

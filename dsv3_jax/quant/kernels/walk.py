@@ -31,12 +31,12 @@ _ANY_NUMBER = 1 << 20  # of blocks: the copies' shared memory is the same for al
 class Walk:
     """What was chosen by timing (benchmarks/README.md)."""
 
-    width: int = 8
+    width: int
     """Rows of tiles that are walked together, so that their operands stay in the L2"""
     stages: int = 4
     """At most so many blocks' operands in shared memory"""
-    multiprocessors: int = 132
-    """Of the H100 and H200 (SXM)"""
+    multiprocessors: int | None = None
+    """That have a block of the grid; None: all of the device's"""
 
 
 class Sums:
@@ -132,9 +132,14 @@ def walked(
         body,
         arrays,
         [out],
-        grid=(walk.multiprocessors,),
+        grid=(walk.multiprocessors or _multiprocessors(),),
         grid_names=("resident",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
     )
     return y
+
+
+def _multiprocessors() -> int:
+    """The device's; where kernels are lowered without one, those of an H100 or H200 (SXM)."""
+    return getattr(jax.local_devices()[0], "core_count", 132)

@@ -17,7 +17,7 @@ from dsv3_jax.quant.kernels.wgrad_gemm import multiply_columns
 
 SHARE = 2e-6  # of the largest sum of |a| |b|: float32's rounding of sums over a few hundred terms
 EXPERTS = 3
-FEW = Walk(multiprocessors=2, width=2)  # tiles are more than blocks of the grid
+FEW = Walk(2, multiprocessors=2)  # tiles are more than blocks of the grid
 slow = pytest.mark.slow
 
 
@@ -54,8 +54,8 @@ def run_rows(a: Blocked, b: Blocked, expert_x: list[int], dtype=jnp.float32, wal
     ("expert_x", "columns", "walk"),
     [
         ([0, 2], 256, FEW),  # two tiles of rows an expert, one expert without rows
-        pytest.param([1], 128, Walk(multiprocessors=3, stages=1), marks=slow),
-        pytest.param([2, 0, 0, 1], 384, Walk(multiprocessors=5), marks=slow),  # in any order
+        pytest.param([1], 128, Walk(8, stages=1, multiprocessors=3), marks=slow),
+        pytest.param([2, 0, 0, 1], 384, Walk(8, multiprocessors=5), marks=slow),  # in any order
     ],
 )
 def test_rows_meet_their_experts_weight(expert_x: list[int], columns: int, walk: Walk):
@@ -99,8 +99,10 @@ def run_columns(x: Blocked, y: Blocked, counts: list[int], walk: Walk = FEW) -> 
     ("counts", "width", "walk"),
     [
         ([3, 0, 1], 256, FEW),  # an expert without tokens, in the middle
-        pytest.param([4], 128, Walk(multiprocessors=3, stages=1), marks=slow),
-        pytest.param([0, 1, 2, 0], 384, Walk(multiprocessors=5), marks=slow),  # last tokens unused
+        pytest.param([4], 128, Walk(8, stages=1, multiprocessors=3), marks=slow),
+        pytest.param(
+            [0, 1, 2, 0], 384, Walk(8, multiprocessors=5), marks=slow
+        ),  # last tokens unused
     ],
 )
 def test_gradients_sum_over_an_experts_own_tokens(counts: list[int], width: int, walk: Walk):

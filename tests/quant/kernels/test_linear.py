@@ -35,7 +35,7 @@ def few_multiprocessors(monkeypatch: pytest.MonkeyPatch):
     from dsv3_jax.quant.kernels.walk import Walk
 
     for name in ("multiply_rows", "multiply_columns"):
-        few = partial(getattr(kernels, name), walk=Walk(multiprocessors=2))
+        few = partial(getattr(kernels, name), walk=Walk(8, multiprocessors=2))
         monkeypatch.setattr(kernels, name, few)
 
 
