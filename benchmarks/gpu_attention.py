@@ -8,7 +8,8 @@ by turns. cuDNN comes with jax[cuda13], as `jax.nn` offers it (values filled up 
 JAX's own module below that, which takes 128; tokamax is had by `pip install tokamax`.
 
 Expected: a line of errors for each variant, and a line of times for each number of rows; what is
-not installed, or not for this machine, is said and left out.
+not installed, or not for this machine, is said and left out. Without a GPU it says so in one line
+and ends, unless --length is at most 512.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from contenders import command_line
 from dsv3_jax.cli import fail, run
 
 PEAK = 989.4e12  # of the H100 and H200, dense BF16
+WITHOUT_A_GPU = 512  # tokens that take a CPU no more than seconds
 
 
 def parsed(args: Sequence[str]) -> argparse.Namespace:
@@ -50,6 +52,9 @@ def main(args: Sequence[str]) -> None:
     import jax
     from contenders.attention_cases import QK, V, inputs, timed, usable, with_gradients
 
+    if jax.default_backend() == "cpu" and options.length > WITHOUT_A_GPU:
+        print(f"skipped: there is no GPU here; a CPU takes --length up to {WITHOUT_A_GPU}")
+        return
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, peak {PEAK / 1e12:,.1f} TFLOP/s")
     good = usable(options.length)
     for rows in options.rows:

@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.train --config configs/tiny.py
 
-Hardware: two CPU cores, 2 GB. Outcome: README.
+Hardware: two CPU cores, 4 GB. Outcome: README.
 """
 
 from dsv3_jax.config import RunConfig

@@ -5,6 +5,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 from dsv3_jax.checkpoint import store
 from dsv3_jax.checkpoint.model_folder import open_model
 from dsv3_jax.config.load import load_json
+from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.convert import main as convert
 from dsv3_jax.data.held_out import is_held_out
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.sft import COMMAND, main
 from dsv3_jax.train import command
-from dsv3_jax.train.beginning import joint_corpus
+from dsv3_jax.train.beginning import joint_corpus, settled
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.run import prepare
 from dsv3_jax.train.snapshot import weights_of
@@ -51,12 +53,26 @@ def test_a_run_makes_two_epochs_on_the_reports_cosine(tuned: Path):
     assert rows == 2 * steps
     result = json.loads((tuned / "result.json").read_text())
     assert 2 <= result["passes"] <= 2 + 2 / 7  # ended by the step that ends the second one
+    assert result["zlib_bits_per_byte"] is None  # zlib would not know the questions
+    assert "zlib" not in (tuned / "report.html").read_text()
     rates = [entry["learning_rate"] for entry in train]
     share = np.arange(steps) / steps
     expected = 1e-6 + 4e-6 * (1 + np.cos(np.pi * share)) / 2
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert "sft-001" in (tuned / "report.html").read_text()
     assert json.loads((tuned / "config.json").read_text())["train"]["steps"] == steps
+
+
+def test_epochs_that_are_shorter_than_a_step_are_told():
+    rows = SimpleNamespace(rows_of_epochs=lambda epochs: 3 * epochs)
+    corpus = SimpleNamespace(train=rows, tokenizer=SimpleNamespace(bos_id=0, eos_id=1))
+    cfg, said = tiny_run(), []
+    for count in (4, 8):
+        cfg = replace(cfg, train=replace(cfg.train, rows=count))
+        steps = settled(cfg, corpus, 2, 0, said.append).train.steps
+        assert steps == -(-6 // count)
+    (line,) = said
+    assert f"2 epochs take 6 rows of {cfg.data.length} tokens, and a step has 8" in line
 
 
 def test_the_loss_is_that_of_the_answers_alone(tuning: Tuning, tuned: Path):

@@ -29,7 +29,7 @@ class EngineOptions:
     """Rows and pages are one device's."""
 
     rows: int | None = None
-    """Texts that go on at the same time; default: 16, or as few as there are"""
+    """Texts that go on at the same time; default: 16, or fewer if fewer are given"""
     drafts: int = EngineConfig.drafts
     """Tokens that MTP modules draft for each step; at most as many as the model has modules"""
     fp8_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = EngineConfig.fp8_cache

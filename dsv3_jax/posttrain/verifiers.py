@@ -98,9 +98,9 @@ def judged(
     verifier for this kind. An answer that is cut or empty is rejected before any is asked.
     """
     if completion.cut:
-        return Verdict(False, "its length ended it"), "whole"
+        return Verdict(False, "its length ended it"), "cut at its length"
     if not completion.text.strip():
-        return Verdict(False, "it is empty"), "whole"
+        return Verdict(False, "it is empty"), "empty"
     answer = Answer(
         completion.text,
         completion.reasoning,

@@ -77,7 +77,9 @@ def joint_corpus(
     return corpus
 
 
-def settled(cfg: RunConfig, corpus: Corpus, epochs: int | None, done: int) -> RunConfig:
+def settled(
+    cfg: RunConfig, corpus: Corpus, epochs: int | None, done: int, say: Callable[[str], None]
+) -> RunConfig:
     """With what only the text tells: the tokenizer's ids and, for so many passes over samples, the
     number of steps. ValueError for fewer steps than are `done`.
     """
@@ -85,11 +87,17 @@ def settled(cfg: RunConfig, corpus: Corpus, epochs: int | None, done: int) -> Ru
     cfg = replace(cfg, model=replace(cfg.model, **ids))
     if epochs is None:
         return cfg
-    steps = steps_of(cfg, corpus.train.rows_of_epochs(epochs))
+    rows = corpus.train.rows_of_epochs(epochs)
+    steps = steps_of(cfg, rows)
     if steps < done:
         raise ValueError(
             f"--epochs {epochs} are {steps:,} steps; allowed: at least {done:,}, where the run "
             "stands"
+        )
+    if rows < cfg.train.rows:
+        say(
+            f"warning    {epochs} epochs take {rows:,} rows of {cfg.data.length:,} tokens, and a "
+            f"step has {cfg.train.rows:,}: samples are seen more often; --train.rows changes that"
         )
     return replace(cfg, train=replace(cfg.train, steps=steps))
 

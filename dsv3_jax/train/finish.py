@@ -47,7 +47,9 @@ def finish(trainer: Trainer, trained: Snapshot, out: Output) -> Result | None:
         if record not in known:  # a finished run may be resumed
             out.keep(record)
     entries = read_metrics(run.metrics)
-    zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
+    zlib_bpb = None
+    if cfg.data.format == "text":
+        zlib_bpb = zlib_bits_per_byte(text_of(rows, corpus.tokenizer.token_bytes))
     loss_picture(entries, run.picture, zlib_bpb)
     replace_file(run.sample, (cfg.output.sample_prompt + text).encode())
     last = next((entry for entry in reversed(entries) if entry["kind"] == "train"), {})

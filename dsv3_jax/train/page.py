@@ -108,7 +108,7 @@ def _tile(tile: Tile) -> str:
 def _bits_tile(facts: Facts) -> str:
     """Bits per byte with zlib's as two bars, the shorter the better."""
     model, yardstick = facts.bits_per_byte, math.nan
-    if facts.result:
+    if facts.result and facts.result.zlib_bits_per_byte is not None:
         yardstick = facts.result.zlib_bits_per_byte
     shown = [("model", model, "--c3"), ("zlib", yardstick, "--c9")]
     shown = [bar for bar in shown if math.isfinite(bar[1])]

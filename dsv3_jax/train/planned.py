@@ -55,8 +55,10 @@ class Planned:
             line = f"measured   {size_of(measured)} on the fullest device (planned {size_of(held)})"
         else:  # devices of a CPU share the process's memory with all else in it
             sizes = f"{devices} × {size_of(held)}" if devices > 1 else size_of(held)
-            line = f"measured   {size_of(peak_memory())} of the process (planned {sizes}, without "
-            line += "compilers and data)"
+            line = (
+                f"measured   {size_of(peak_memory())} of the process at its peak, which may have "
+            )
+            line += f"been the compiler's (planned for the step alone {sizes})"
         if math.isfinite(tokens_per_second):
             line += f"; {tokens_per_second:,.0f} tokens/s"
             if math.isfinite(self.seconds):

@@ -151,5 +151,6 @@ def warnings_of(cfg: RunConfig, values: Values, metrics: StepMetrics) -> list[st
     names = sorted(name for name, square in squares.items() if square == 0)
     if names:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        lines.append(f"no gradient reaches {len(names)} of {len(squares)} parameters: {shown}")
+        why = " (there is none if each group's rewards are equal)" if learned == "prompts" else ""
+        lines.append(f"no gradient reaches {len(names)} of {len(squares)} parameters{why}: {shown}")
     return lines

@@ -47,7 +47,8 @@ class Result:
     matmul_share: float
     validation_loss: float
     bits_per_byte: float
-    zlib_bits_per_byte: float
+    zlib_bits_per_byte: float | None
+    """None for answers, which zlib would not be told what they answer"""
     validation_bytes: int
     sample_prompt: str
     sample_text: str
@@ -87,23 +88,35 @@ def summary(result: Result, console: Console | None = None) -> None:
 
 
 def _rows(result: Result) -> list[tuple[str, str, str]]:
-    who, style = verdict(result.bits_per_byte, result.zlib_bits_per_byte)
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
-    size = f"{result.validation_bytes:,}"
     share = f"{result.matmul_share:.1%} of the measured matmul peak"
     return [
         ("model", f"{result.bits_per_byte:.3f} bits per byte of validation text", "bold"),
-        ("zlib -9", f"{result.zlib_bits_per_byte:.3f} on the same {size} bytes", ""),
-        ("", who, style),
+        *_beside_zlib(result),
         *_averaged(result),
         ("validation loss", f"{result.validation_loss:.4f} nats per token", ""),
-        ("trained", f"{result.tokens:,} tokens in {result.steps:,} steps{_passes(result)}", ""),
+        ("trained", f"{result.tokens:,} tokens in {_steps(result)}{_passes(result)}", ""),
         ("time", f"{clock(result.seconds)}, {speed}, {share}", ""),
         ("run", str(result.run_folder), ""),
         ("checkpoint", str(result.checkpoint), ""),
         ("picture", str(result.picture), ""),
         ("report", str(RunFolder(result.run_folder).report), ""),
     ]
+
+
+def _beside_zlib(result: Result) -> list[tuple[str, str, str]]:
+    if result.zlib_bits_per_byte is None:
+        return []
+    size = f"{result.validation_bytes:,}"
+    who, style = verdict(result.bits_per_byte, result.zlib_bits_per_byte)
+    return [
+        ("zlib -9", f"{result.zlib_bits_per_byte:.3f} on the same {size} bytes", ""),
+        ("", who, style),
+    ]
+
+
+def _steps(result: Result) -> str:
+    return "1 step" if result.steps == 1 else f"{result.steps:,} steps"
 
 
 def _passes(result: Result) -> str:

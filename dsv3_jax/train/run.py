@@ -16,6 +16,7 @@ from dsv3_jax import process
 from dsv3_jax.checkpoint import joint, run_model, store
 from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
+from dsv3_jax.cli import clean_on_signals
 from dsv3_jax.config import RunConfig
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
@@ -121,7 +122,7 @@ def prepare(
     kept = tokenizer_at_hand(cfg, resume, init_from)
     kind = kind or Kind()
     corpus = kind.corpus(cfg, kept, say, resume, init_from)
-    cfg = kind.settled(settled(cfg, corpus, epochs, done), corpus)
+    cfg = kind.settled(settled(cfg, corpus, epochs, done, say), corpus)
     _check_profile(cfg, watch, done)
     if checkpoint and resume:
         check_same_text(cfg, corpus, checkpoint.meta)
@@ -310,7 +311,15 @@ def _train(
             raise trained.unsaved
         say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
         return 128 + trained.stopped_by
-    kind.finish(trainer, trained.snapshot, out, console, planned)
+    try:
+        with clean_on_signals():
+            kind.finish(trainer, trained.snapshot, out, console, planned)
+    except KeyboardInterrupt:  # any signal
+        if not trained.unsaved:
+            trainer.tell_page(out)
+            at = trained.snapshot.position.step
+            say(f"stopped: step {at:,} is saved, and --resume {run.path} finishes the run")
+        raise
     if trained.unsaved:  # what takes less room may have been written all the same
         raise trained.unsaved
     return 0

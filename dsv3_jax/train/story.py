@@ -101,7 +101,7 @@ def sentences(facts: Facts, last_shares_LE: Any) -> list[Sentence]:
 
 
 def _yardstick(facts: Facts) -> Sentence | None:
-    if not facts.result:
+    if not facts.result or facts.result.zlib_bits_per_byte is None:
         return None
     who, style = verdict(facts.result.bits_per_byte, facts.result.zlib_bits_per_byte)
     return Sentence(f"On held-out text {who}.", TONES[style])

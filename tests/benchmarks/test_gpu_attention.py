@@ -28,6 +28,14 @@ def test_this_projects_attention_is_checked_and_timed_anywhere(
     assert times.startswith("1 x 128 x 1 heads, chunks: forward ")
 
 
+def test_a_cpu_is_not_kept_busy(capsys: pytest.CaptureFixture):
+    import gpu_attention
+
+    gpu_attention.main([])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "skipped: there is no GPU here; a CPU takes --length up to 512"
+
+
 def test_a_wrong_attention_shows():
     from contenders import attention_cases as cases
 

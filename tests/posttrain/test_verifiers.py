@@ -97,11 +97,11 @@ def test_values_are_the_same_as_text_or_as_numbers(one: str, other: str, same: b
 
 def test_a_cut_or_empty_answer_is_rejected_before_any_verifier():
     judges = verifiers(["python:builtins:bool"])
-    for completion, note in (
-        (Completion("text", cut=True), "its length ended it"),
-        (Completion(" \n"), "it is empty"),
+    for completion, note, name in (
+        (Completion("text", cut=True), "its length ended it", "cut at its length"),
+        (Completion(" \n"), "it is empty", "empty"),
     ):
-        assert judged(problem(), completion, judges) == (Verdict(False, note), "whole")
+        assert judged(problem(), completion, judges) == (Verdict(False, note), name)
     assert judged(problem(), Completion("text"), []) == (None, None)
 
 

@@ -204,7 +204,9 @@ def test_a_run_stopped_by_signals_and_damaged_ends_as_the_uninterrupted_one_bit_
     assert f"run        {run}\n" in shown
     assert "           resumed after step 4\n" in shown
     assert re.search(r"^planned    [\d.]+ MB a device \(.* of workspace$", shown, re.M)
-    assert re.search(r"^measured   .* of the process \(planned .*\); [\d,]+ tokens/s$", shown, re.M)
+    assert re.search(
+        r"^measured   .* of the process at its peak.* alone .*\); [\d,]+ tokens/s$", shown, re.M
+    )
     assert store.steps(run / "checkpoints") == [0, 3, 4, 5, 6]
     moved = replace(small.cfg, output=replace(small.cfg.output, folder=str(runs)))
     assert store.load(run / "checkpoints").meta["config"] == json.loads(moved.to_json())

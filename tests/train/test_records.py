@@ -67,6 +67,15 @@ def test_parameters_without_a_gradient_are_named(small: SmallRun):
     assert told == ["no gradient reaches 2 of 4 parameters: a, layers.1.w"]
 
 
+def test_on_prompts_equal_rewards_are_named_as_a_reason(small: SmallRun):
+    data = replace(small.cfg.data, **PROMPTS["data"])
+    squares = nnx.State({"head_DV": nnx.Param(np.array(0.0)), "a": nnx.Param(np.array(1.0))})
+    cfg = replace(small.cfg, data=data)
+    told = warnings_of(cfg, values_at(cfg, 0, 0, 1), told_by(np.ones(2, bool), squares))
+    (line,) = told
+    assert line.endswith("parameters (there is none if each group's rewards are equal): head_DV")
+
+
 def test_that_mtp_has_no_gradient_is_told_where_it_has_a_weight(small: SmallRun):
     squares = nnx.State({"mtp": {"0": {"w": nnx.Param(np.array(0.0))}}})
     told = []

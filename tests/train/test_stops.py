@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.checkpoint import store
+from dsv3_jax.cli import Stopped
+from dsv3_jax.train import kind
 from dsv3_jax.train.lockstep import Lockstep
 from dsv3_jax.train.sharding import ONE_DEVICE
 from tests.runs import SmallRun
@@ -34,6 +36,23 @@ def test_a_run_that_nobody_reads_any_more_stops_with_a_checkpoint(
     assert small.train("--config", small.config, "--output.folder", tmp_path) == 143
     (step,) = store.steps(tmp_path / "small-001" / "checkpoints")
     assert 1 < step < 6
+
+
+def test_a_signal_while_a_run_is_finished_leaves_with_what_is_saved(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def finish(*args: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("nobody heard it")
+
+    monkeypatch.setattr(kind, "finish", finish)
+    with pytest.raises(Stopped):
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    run = tmp_path / "small-001"
+    said = f"stopped: step 6 is saved, and --resume {run} finishes the run"
+    assert said in capsys.readouterr().out
+    assert store.steps(run / "checkpoints") == [4, 6]
+    assert (run / "report.html").exists()
 
 
 def test_a_command_that_nobody_reads_from_the_start_trains_nothing(
