@@ -141,9 +141,10 @@ class _Source:
         size = sum(folder.manifest.bytes for folder in self.folders)
         size += self._survey.bytes if self._survey else 0
         train = total - held_out
+        cut = " (one was cut in two)" if self._survey and self._survey.cut else ""
         return (
             f"data       {self._name}: {train:,} document{'s' * (train != 1)} to train on, "
-            f"{held_out:,} held out, {size / 1e6:.1f} MB"
+            f"{held_out:,} held out{cut}, {size / 1e6:.1f} MB"
         )
 
     def tokens(self, tokenizer: Tokenizer, vocab_size: int, held_out: bool) -> TokenDocuments:

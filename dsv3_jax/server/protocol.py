@@ -6,6 +6,7 @@ defaults pass at these.
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,8 +27,18 @@ _MESSAGE_CHARS = 300
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Zero = Annotated[Number, Field(ge=0, le=0)]
-One = Annotated[Number, Field(ge=1, le=1)]
+
+
+def _only(value: int) -> AfterValidator:
+    def checked(found: float) -> float:
+        if found != value:
+            raise ValueError(f"allowed here: {value}")
+        return found
+
+    return AfterValidator(checked)
+
+
+Zero, One = Annotated[Number, _only(0)], Annotated[Number, _only(1)]
 Nothing = Annotated[list, Field(max_length=0)]
 NoNames = Annotated[dict, Field(max_length=0)]
 

@@ -96,6 +96,13 @@ def test_a_kept_tokenizer_stands_in_for_the_configured_one(cfg: DataConfig, toke
         assert corpus.tokenizer is tokenizer
 
 
+def test_a_divided_document_is_told(cfg: DataConfig, tmp_path: Path):
+    (tmp_path / "one.txt").write_text("".join(f"line {i} of one text\n" for i in range(400)))
+    told = "\n".join(build(replace(cfg, source=str(tmp_path / "*.txt")))[1])
+    assert "1 document to train on, 1 held out (one was cut in two), " in told
+    assert "cut in two" not in "\n".join(build(cfg)[1])
+
+
 def test_what_was_found_is_said_with_its_sizes(cfg: DataConfig):
     corpus, said = build(replace(cfg, source=(cfg.source, cfg.source)))
     size = sum(len(document.text) for document in load_documents(cfg.source))

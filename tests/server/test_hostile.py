@@ -83,7 +83,7 @@ def base() -> Iterator[str]:
         ({"prompt": "a", "stop": ""}, "stop: allowed: text"),
         ({"prompt": "a", "stop": ["a"] * 17}, "stop: allowed: text"),
         ({"prompt": "a", "seed": 2**63}, "seed: Input should be less"),
-        ({"prompt": "a", "presence_penalty": 1}, "presence_penalty: Input should be less"),
+        ({"prompt": "a", "presence_penalty": 1}, "presence_penalty: allowed here: 0, not 1"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias: Dictionary should have at most 0"),
         ({"prompt": "a", "stream_options": {}}, "stream_options; allowed with stream true"),
         ({"prompt": "a", "suffix": "b"}, "suffix: String should have at most 0"),
