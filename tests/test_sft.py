@@ -63,16 +63,16 @@ def test_a_run_makes_two_epochs_on_the_reports_cosine(tuned: Path):
     assert json.loads((tuned / "config.json").read_text())["train"]["steps"] == steps
 
 
-def test_epochs_that_are_shorter_than_a_step_are_told():
+def test_steps_that_take_an_epoch_more_are_told():
     rows = SimpleNamespace(rows_of_epochs=lambda epochs: 3 * epochs)
     corpus = SimpleNamespace(train=rows, tokenizer=SimpleNamespace(bos_id=0, eos_id=1))
     cfg, said = tiny_run(), []
-    for count in (4, 8):
+    for count in (4, 8, 16):  # 8, 8 and 16 rows
         cfg = replace(cfg, train=replace(cfg.train, rows=count))
         steps = settled(cfg, corpus, 2, 0, said.append).train.steps
         assert steps == -(-6 // count)
     (line,) = said
-    assert f"2 epochs take 6 rows of {cfg.data.length} tokens, and a step has 8" in line
+    assert "--epochs 2 are 6 rows, whole steps take 16: " in line
 
 
 def test_the_loss_is_that_of_the_answers_alone(tuning: Tuning, tuned: Path):

@@ -14,7 +14,7 @@ from dsv3_jax.data.sample_corpus import build_samples
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.parallel import processes
 from dsv3_jax.train.folder import RunFolder, new_run
-from dsv3_jax.train.schedules import steps_of
+from dsv3_jax.train.schedules import rows_after, steps_of
 
 
 def check_processes(cfg: RunConfig, resume: RunFolder | None, init_from: RunFolder | None) -> None:
@@ -94,12 +94,14 @@ def settled(
             f"--epochs {epochs} are {steps:,} steps; allowed: at least {done:,}, where the run "
             "stands"
         )
-    if rows < cfg.train.rows:
+    cfg = replace(cfg, train=replace(cfg.train, steps=steps))
+    taken = rows_after(cfg, 0, steps)
+    if (taken - rows) * epochs >= rows:  # once more, or more often
         say(
-            f"warning    {epochs} epochs take {rows:,} rows of {cfg.data.length:,} tokens, and a "
-            f"step has {cfg.train.rows:,}: samples are seen more often; --train.rows changes that"
+            f"warning    --epochs {epochs} are {rows:,} rows, whole steps take {taken:,}: samples "
+            "are seen more often; --train.rows makes steps smaller"
         )
-    return replace(cfg, train=replace(cfg.train, steps=steps))
+    return cfg
 
 
 @contextlib.contextmanager

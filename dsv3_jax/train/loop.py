@@ -28,10 +28,8 @@ from dsv3_jax.train.feed import Feed
 from dsv3_jax.train.flight import WAITED_FOR, Flight, Trained
 from dsv3_jax.train.folder import RunFolder
 from dsv3_jax.train.lockstep import Lockstep
-from dsv3_jax.train.machine import describe
-from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.output import Output
-from dsv3_jax.train.page import write_page
+from dsv3_jax.train.page import tell_page
 from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.profile import Profile
 from dsv3_jax.train.programs import StepPrograms
@@ -134,7 +132,9 @@ class Trainer:
             try:
                 self._steps(out)
             except OSError:  # the data: what was learned until here is kept
-                if processes.count() == 1 and not self.flights:  # no step is under way
+                if processes.count() == 1:  # others may be in the middle of the step
+                    while self.flights:
+                        self._take()
                     self.checkpoints.finish(self.snapshot, out)
                 raise
             except Exception:
@@ -209,9 +209,9 @@ class Trainer:
         self.profile.after(self.position.step, metrics)
         self.flights.append(Flight(self.position, values, metrics, signals, self.feed.told()))
 
-    def _land(self, out: Output) -> bool:
-        """Waits for the oldest step's results and tells them. True if it made the run go back."""
-        flight, rewound = self.flights.popleft(), False
+    def _take(self) -> tuple[Flight, StepMetrics]:
+        """Waits for the oldest step, and counts what it did. BadSteps if it spoilt the weights."""
+        flight = self.flights.popleft()
         metrics = jax.device_get(flight.metrics)
         self.lockstep.take(flight.signals)
         self.watchdog.end()
@@ -221,18 +221,24 @@ class Trainer:
                 f"the weights are not finite after update {flight.position.step}, at a learning "
                 f"rate of {flight.values.learning_rate:g}; {self.checkpoints.newest()}"
             )
+        load_LE = metrics.parts.load_LE.astype(np.int64)
+        self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
+        self.bias_LE = metrics.bias_LE
+        skipped, in_a_row = self.position.skipped + 1, self.position.skipped_in_a_row + 1
+        if metrics.applied:
+            skipped, in_a_row = self.position.skipped, 0
+            self.meter.add(flight.position.step, float(metrics.parts.main))
+        self.position = self.position._replace(skipped=skipped, skipped_in_a_row=in_a_row)
+        return flight, metrics
+
+    def _land(self, out: Output) -> bool:
+        """Takes the oldest step's results and tells them. True if they made the run go back."""
+        flight, metrics = self._take()
         if metrics.applied and not self.warned:
             self.warned = True
             for line in warnings_of(self.cfg, flight.values, metrics):
                 out.event(event_record(self.cfg, flight.position, "warning", line))
-        load_LE = metrics.parts.load_LE.astype(np.int64)
-        self.load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
-        self.bias_LE = metrics.bias_LE
-        if metrics.applied:
-            self.position = self.position._replace(skipped_in_a_row=0)
-            self.meter.add(flight.position.step, float(metrics.parts.main))
-        else:
-            rewound = self._skipped(flight, metrics, out)
+        rewound = not metrics.applied and self._skipped(flight, metrics, out)
         position = flight.position._replace(skipped=self.position.skipped)
         record = train_record(
             self.cfg, position, flight.values, metrics, self.clock, self.flops_share
@@ -268,8 +274,6 @@ class Trainer:
 
     def _skipped(self, flight: Flight, metrics: StepMetrics, out: Output) -> bool:
         """An update was not made: says why. True if the run went back; BadSteps if it is to end."""
-        skipped, in_a_row = self.position.skipped + 1, self.position.skipped_in_a_row + 1
-        self.position = self.position._replace(skipped=skipped, skipped_in_a_row=in_a_row)
         main = float(metrics.parts.main)
         is_spike = bool(np.isfinite(main) and np.isfinite(metrics.grad_norm))
         first = flight.position.consumed_rows - flight.values.rows
@@ -283,9 +287,9 @@ class Trainer:
         out.event(event_record(self.cfg, flight.position, "skipped", text))
         if is_spike and self.cfg.train.spike == "rewind" and self._rewind(flight, out):
             return True
-        if in_a_row == self.cfg.train.max_bad_steps:
+        if self.position.skipped_in_a_row == self.cfg.train.max_bad_steps:
             raise BadSteps(
-                f"{in_a_row} updates in a row were skipped, the last in step "
+                f"{self.cfg.train.max_bad_steps} updates in a row were skipped, the last in step "
                 f"{flight.position.step} at a learning rate of {flight.values.learning_rate:g}; "
                 f"{self.checkpoints.newest()}"
             )
@@ -353,7 +357,7 @@ class Trainer:
             self._tell_samples(out)
             self._tell_experts(out)
             self._tell_quant(out)
-            self.tell_page(out)
+            tell_page(self.run, self.cfg, out.message)
         # Not in the middle of trouble: a resumed run would go straight on into it.
         if self._due(self.cfg.output.save_every) and not self.position.skipped_in_a_row:
             self.checkpoints.hand_over(self.snapshot, out)
@@ -385,15 +389,6 @@ class Trainer:
         out.keep(quant_record(self.cfg, self.position, layers))
         if text := not_finite(layers):
             out.event(event_record(self.cfg, self.position, "not finite", text))
-
-    def tell_page(self, out: Output) -> None:
-        """The page of a run that has not ended; a disk that is full is no reason to end it."""
-        if not processes.is_first():
-            return
-        try:
-            write_page(self.run, self.cfg, describe(), read_metrics(self.run.metrics), None)
-        except OSError as error:
-            out.message(f"report.html not written: {error}")
 
     def save(self) -> None:
         """One checkpoint of this run. CheckpointError if it cannot be written."""

@@ -6,7 +6,7 @@ give equal bytes. All text is escaped, since a model may write anything.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
 from typing import Any
@@ -15,6 +15,7 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.drawing import short
 from dsv3_jax.files import replace_file
+from dsv3_jax.parallel import processes
 from dsv3_jax.train import (
     exchange_page,
     expert_pictures,
@@ -25,6 +26,8 @@ from dsv3_jax.train import (
 )
 from dsv3_jax.train.console import printable
 from dsv3_jax.train.folder import RunFolder
+from dsv3_jax.train.machine import describe
+from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.page_pictures import LARGE, Picture
 from dsv3_jax.train.page_style import STYLE
 from dsv3_jax.train.report import Result
@@ -32,6 +35,18 @@ from dsv3_jax.train.story import Facts, Tile, facts_of, sentences, state, tiles
 
 EVENTS = 200  # lines of the table; the first ones of a longer list
 OLDER_SAMPLES = 30
+
+
+def tell_page(run: RunFolder, cfg: RunConfig, say: Callable[[str], None]) -> None:
+    """The page of a run that has not ended, by the first process; a disk that is full is no reason
+    to end it.
+    """
+    if not processes.is_first():
+        return
+    try:
+        write_page(run, cfg, describe(), read_metrics(run.metrics), None)
+    except OSError as error:
+        say(f"report.html not written: {error}")
 
 
 def write_page(

@@ -20,7 +20,7 @@ class Profile:
 
     def before(self, step: int) -> None:
         """A step is about to start."""
-        if step == self._first:
+        if step == self._first and not self._running:  # a run may go back within them
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
 

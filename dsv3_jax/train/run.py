@@ -18,6 +18,7 @@ from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.cli import clean_on_signals
 from dsv3_jax.config import RunConfig
+from dsv3_jax.config.quant import WITH_KERNELS
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
@@ -37,6 +38,7 @@ from dsv3_jax.train.machine import describe, matmul_peak
 from dsv3_jax.train.memory import check_memory
 from dsv3_jax.train.metrics import MetricsLog, Progress, read_metrics
 from dsv3_jax.train.output import Output
+from dsv3_jax.train.page import tell_page
 from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.planned import Planned, is_exhaustion, planned_of, told_of_exhaustion
 from dsv3_jax.train.profile import Profile
@@ -215,7 +217,8 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     if recipe := recipe_of(cfg.quant):
         (kernels,) = {rule.kernels for rule in recipe.values()}
-        say(f"           linears by the recipe {cfg.quant.recipe}, in {PRODUCTS[kernels]}")
+        how = PRODUCTS[kernels if cfg.quant.recipe in WITH_KERNELS else "off"]
+        say(f"           linears by the recipe {cfg.quant.recipe}, in {how}")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")
     if cfg.mesh.pipe > 1:
@@ -301,24 +304,29 @@ def _train(
             trained = trainer.train(out)
     except BadSteps as error:
         say(f"stopped: {error}; what happened: {run.report}")
-        trainer.tell_page(out)
+        tell_page(run, trainer.cfg, out.message)
         return BAD_STEPS
     if trained.stopped_by is not None:
         name = signal.Signals(trained.stopped_by).name
         at = trained.snapshot.position.step
-        trainer.tell_page(out)
+        tell_page(run, trainer.cfg, out.message)
         if trained.unsaved:
             raise trained.unsaved
         say(f"{name}: saved step {at:,}; go on with --resume {run.path}")
         return 128 + trained.stopped_by
+    heard = clean_on_signals() if processes.count() == 1 else contextlib.nullcontext()
     try:
-        with clean_on_signals():
+        with heard:
             kind.finish(trainer, trained.snapshot, out, console, planned)
+    except OSError as error:
+        raise trained.unsaved or error from None
     except KeyboardInterrupt:  # any signal
-        if not trained.unsaved:
-            trainer.tell_page(out)
-            at = trained.snapshot.position.step
-            say(f"stopped: step {at:,} is saved, and --resume {run.path} finishes the run")
+        if not run.result.exists():
+            tell_page(run, trainer.cfg, say)
+        at = trained.snapshot.position.step
+        saved = f"step {at:,} is saved, and --resume {run.path} finishes the run"
+        with contextlib.suppress(BrokenPipeError):
+            say(f"stopped: {trained.unsaved or saved}")
         raise
     if trained.unsaved:  # what takes less room may have been written all the same
         raise trained.unsaved

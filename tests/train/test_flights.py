@@ -58,12 +58,13 @@ def test_what_is_written_is_the_same(
 def test_what_was_launched_before_a_run_goes_back_is_void(
     small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: list
 ):
-    """The spike is of step 6, and 7 is in flight when that is seen."""
+    """The spike is of step 6, and 7 is in flight when that is seen; both are traced, once."""
     output = replace(small.cfg.output, folder=str(tmp_path), eval_every=20)
     train = replace(small.cfg.train, steps=8, spike="rewind")
     write_config(tmp_path / "spiky.py", replace(small.cfg, train=train, output=output))
     spike_at(monkeypatch, [6])
-    assert small.train("--config", tmp_path / "spiky.py") == 0
+    assert small.train("--config", tmp_path / "spiky.py", "--profile", "5:8") == 0
+    assert list((tmp_path / "small-001" / "profile").rglob("*.xplane.pb"))
     # 1 to 7, back, then 5 to 8 with the rows after those of the spike.
     assert [count for _, count in in_flight] == [0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1]
     meta = store.load(tmp_path / "small-001" / "checkpoints").meta
@@ -99,6 +100,21 @@ def test_where_data_end_the_step_in_flight_is_told_and_saved(
     assert store.steps(run / "checkpoints") == [2]
     entries = read_metrics(run / "metrics.jsonl")
     assert [entry["step"] for entry in entries if entry["kind"] == "train"] == [1, 2]
+
+
+def test_a_step_in_flight_is_saved_where_the_one_before_cannot_be_told(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_flight: list
+):
+    """Nor itself, then: the disk that holds the log is full."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(loop, "train_record", full)
+    with pytest.raises(SystemExit) as stop:
+        small.train("--config", small.config, "--output.folder", tmp_path)
+    assert (stop.value.code, len(in_flight)) == (2, 2)
+    assert store.steps(tmp_path / "small-001" / "checkpoints") == [2]
 
 
 def test_unless_that_step_has_spoilt_the_weights(
