@@ -287,9 +287,9 @@ class Trainer:
         out.event(event_record(self.cfg, flight.position, "skipped", text))
         if is_spike and self.cfg.train.spike == "rewind" and self._rewind(flight, out):
             return True
-        if self.position.skipped_in_a_row == self.cfg.train.max_bad_steps:
+        if self.position.skipped_in_a_row >= self.cfg.train.max_bad_steps:
             raise BadSteps(
-                f"{self.cfg.train.max_bad_steps} updates in a row were skipped, the last in step "
+                f"{self.position.skipped_in_a_row} updates in a row were skipped, the last in step "
                 f"{flight.position.step} at a learning rate of {flight.values.learning_rate:g}; "
                 f"{self.checkpoints.newest()}"
             )
