@@ -16,6 +16,7 @@ from dsv3_jax.posttrain import grpo_feed, grpo_finish
 from dsv3_jax.posttrain.rollouts import Rollouts
 from dsv3_jax.train import loop, scoring
 from dsv3_jax.train import programs as train_programs
+from dsv3_jax.train import run as train_run
 from tests.inference.engines import programs_compiled_once
 from tests.runs import TIMES, SmallRun, once_per_program, timeless
 from tests.shapes import FAST_COMPILATION
@@ -78,7 +79,8 @@ def without_pictures() -> Iterator[None]:
     """Pages and pictures take longer than all else of a small run."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
-            (loop, "write_page"),
+            (loop, "tell_page"),
+            (train_run, "tell_page"),
             (grpo_finish, "write_page"),
             (grpo_finish, "picture"),
         ):
