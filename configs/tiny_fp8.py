@@ -2,7 +2,7 @@
 
     python -m dsv3_jax.train --config configs/tiny_fp8.py
 
-Hardware: two CPU cores, 2 GB. Outcome: docs/verification.md, beside the default run's.
+Hardware: two CPU cores, 4 GB. Outcome: docs/verification.md, beside the default run's.
 """
 
 from dataclasses import replace

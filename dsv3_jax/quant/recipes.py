@@ -65,8 +65,8 @@ class Rule:
     """What the forward pass keeps: X, or behind SwiGLU its arguments. With recomputation
     (`train.remat`) these alone are kept, and X is computed and rounded again"""
     kernels: Kernels = "off"
-    """Whether kernels for Hopper GPUs multiply instead of the definition. auto: but where BF16 is
-    faster, which multiplies then"""
+    """Whether kernels for Hopper GPUs multiply instead of the definition; auto: or BF16, where it
+    was faster"""
 
     def quantized(self, w: jax.Array) -> Blocked:
         """A weight [..., D, F] as products take it, by a kernel where one can."""

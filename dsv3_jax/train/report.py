@@ -48,7 +48,7 @@ class Result:
     validation_loss: float
     bits_per_byte: float
     zlib_bits_per_byte: float | None
-    """None for answers, which zlib would not be told what they answer"""
+    """Of the same bytes; None for answers, whose questions zlib would not see"""
     validation_bytes: int
     sample_prompt: str
     sample_text: str

@@ -92,11 +92,7 @@ class Stage:
         self.cfg, self.cut, self.plan, self.masters = cfg, cut, plan, masters
         self.is_last = cut.end_mtp == cfg.model.mtp_depth and (cut.head or cut.has_mtp)
         self.graphdef, self.params, self.biases = jax.eval_shape(
-            lambda: nnx.split(
-                DeepSeekV3(cfg.model, rngs=nnx.Rngs(0), dtype=masters, cut=cut),
-                nnx.Param,
-                RouterBias,
-            )
+            lambda: _split(DeepSeekV3(cfg.model, rngs=nnx.Rngs(0), dtype=masters, cut=cut))
         )
         self.shapes = {
             parameter_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(self.params)
@@ -108,7 +104,7 @@ class Stage:
     def drawn(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
         """Masters and router biases from a run's key."""
         model = fresh(self.cfg.model, key, self.masters, self.cut)
-        return nnx.split(model, nnx.Param, RouterBias)[1:]
+        return _split(model)[1:]
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -301,3 +297,8 @@ class Stage:
             gradients: Callable = self.tape.entries[name].gradients
             grads |= (jax.vmap(gradients) if is_stacked(name) else gradients)(left)
         return grads
+
+
+def _split(model: DeepSeekV3) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, parameters and router biases."""
+    return nnx.split(model, nnx.Param, RouterBias)
