@@ -31,7 +31,8 @@ from dsv3_jax.quant.kernels.tiles import (
 
 SQUARE = BLOCK, BLOCK
 STRIPS = tuple(slice(start, start + STRIP) for start in range(0, BLOCK, STRIP))
-HALF = plgpu.SMEM(SQUARE, jnp.float16, transforms=swizzled(jnp.float16))
+HALF = plgpu.SMEM((BLOCK, STRIP), jnp.float16, transforms=swizzled(jnp.float16))
+"""A strip of columns, for `kept_strip`"""
 
 
 @partial(jax.jit, static_argnames=("scale", "tuning"))
@@ -86,11 +87,9 @@ def retile(
     [T / 128, D], as `fp8.retile`.
     """
 
-    def step(q_TD, s_T, q_DT, s_D, half_TD):
-        to_half(q_TD, half_TD)
-        plgpu.commit_smem()
+    def step(q_TD, s_T, q_DT, s_D, half_TS):
         for strip in STRIPS:
-            q_DT[strip], s_D[strip] = quantised(kept_strip(half_TD, s_T, strip), scale)
+            q_DT[strip], s_D[strip] = quantised(kept_strip(q_TD, s_T, strip, half_TS), scale)
 
     shape = q_TD.shape
     outputs = columns(shape)
@@ -133,14 +132,13 @@ def transposed_strip(x_TD, strip: slice) -> jax.Array:
     return plgpu.layout_cast(loaded, plgpu.Layout.WGMMA)
 
 
-def to_half(q_TD, half_TD) -> None:
-    """E4M3 as float16, which holds it exactly: 16 bits can be transposed in loading, 8 cannot."""
-    for strip in STRIPS:
-        q_SD = plgpu.load(q_TD.at[strip], layout=plgpu.Layout.WGMMA_8BIT)
-        half_TD[strip] = q_SD.astype(jnp.float16)
+def kept_strip(q_TD, s_T, strip: slice, half_TS) -> jax.Array:
+    """`Blocked.dequantize` of a strip of columns, as rows in registers, float32 [S, T].
 
-
-def kept_strip(half_TD, s_T, strip: slice) -> jax.Array:
-    """`Blocked.dequantize` of a strip of columns, float32 [S, T]."""
-    x_ST = transposed_strip(half_TD, strip).astype(jnp.float32)
+    By way of float16, which holds E4M3 exactly: 16 bits can be transposed in loading, 8 cannot.
+    """
+    for rows in STRIPS:
+        q_SD = plgpu.load(q_TD.at[rows], layout=plgpu.Layout.WGMMA_8BIT)
+        half_TS[rows] = q_SD[:, strip].astype(jnp.float16)
+    x_ST = transposed_strip(half_TS, slice(None)).astype(jnp.float32)
     return x_ST * along_columns(s_T[...], x_ST.shape)

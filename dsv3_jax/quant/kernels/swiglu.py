@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.quant.fp8 import Scale
@@ -22,7 +23,6 @@ from dsv3_jax.quant.kernels.quantize import (
     grid,
     kept_strip,
     rows,
-    to_half,
 )
 from dsv3_jax.quant.kernels.tiles import (
     BLOCK,
@@ -54,7 +54,7 @@ def swiglu_rows(
                 plgpu.load(x_TF.at[strip], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
                 for x_TF in (gate_TF, up_TF)
             )
-            h_SF = _swiglu(gate_SF, up_SF)
+            h_SF = _silu(gate_SF) * up_SF
             for ref in factor_T:
                 h_SF = h_SF * along_rows(ref[strip], h_SF.shape)
             q_TF[strip], s_T[strip] = quantised(h_SF.astype(gate_up_TF2.dtype), scale)
@@ -80,13 +80,10 @@ def swiglu_columns(
     """
 
     def step(gate_TF, up_TF, s_gate_T, s_up_T, *refs):
-        *factor_T, q_FT, s_F, half_gate_TF, half_up_TF = refs
-        to_half(gate_TF, half_gate_TF)
-        to_half(up_TF, half_up_TF)
-        plgpu.commit_smem()
+        *factor_T, q_FT, s_F, half_TS = refs
         for strip in STRIPS:
-            gate_ST = kept_strip(half_gate_TF, s_gate_T, strip)
-            h_ST = _swiglu(gate_ST, kept_strip(half_up_TF, s_up_T, strip))
+            h_ST = _silu(kept_strip(gate_TF, s_gate_T, strip, half_TS))
+            h_ST = h_ST * kept_strip(up_TF, s_up_T, strip, half_TS)
             for ref in factor_T:
                 h_ST = h_ST * along_columns(ref[...], h_ST.shape)
             q_FT[strip], s_F[strip] = quantised(h_ST, scale)
@@ -96,7 +93,7 @@ def swiglu_columns(
     factors, factor = _factor(gate_T1)
     arrays = [q_TF2, q_TF2, s_fT, s_fT, *factors]
     inputs = [*_halves(values, shape), *_halves(scales, shape), *factor]
-    outputs, scratch = columns(shape), [HALF, HALF]
+    outputs, scratch = columns(shape), [HALF]
     return tuple(over_tiles(step, arrays, inputs, outputs, grid(shape), scratch, tuning))
 
 
@@ -114,5 +111,6 @@ def _factor(gate_T1: jax.Array | None) -> tuple[list[jax.Array], list[Operand]]:
     return [gate_1T], [Operand(gate_1T.shape, jnp.float32, (None, BLOCK), lambda i, j: (0, i))]
 
 
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return gate * (1 / (1 + jnp.exp(-gate))) * up
+def _silu(x: jax.Array) -> jax.Array:
+    root = lax.rsqrt(1 + jnp.exp(-x))  # squared, five instructions less than a division
+    return x * (root * root)

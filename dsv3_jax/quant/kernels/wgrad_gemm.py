@@ -94,6 +94,7 @@ def _step(_: Any, x: Any, s_D: Any, y: Any, s_F: Any, total: jax.Array) -> jax.A
             lax.broadcast_in_dim(scale, (ROWS, BLOCK), [axis])
             for axis, scale in enumerate((down, along))
         )
-        return lambda part: part * down * along
+        scale = down * along
+        return lambda part: part * scale
 
     return total + products(x.at[own_rows], y, scaling)
