@@ -18,10 +18,8 @@ from dsv3_jax.quant.fp8 import Scale
 from dsv3_jax.quant.kernels.tiles import (
     BLOCK,
     E4M3,
-    ONE_TILE_A_BLOCK,
     STRIP,
     Operand,
-    Tuning,
     along_columns,
     over_tiles,
     quantised,
@@ -35,22 +33,20 @@ HALF = plgpu.SMEM((BLOCK, STRIP), jnp.float16, transforms=swizzled(jnp.float16))
 """A strip of columns, for `kept_strip`"""
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
-def quantize_rows(
-    x_TD: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="scale")
+def quantize_rows(x_TD: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
     """x bfloat16 or float32 [T, D] -> E4M3 [T, D], scales float32 [D / 128, T]."""
 
     def step(x_TD, q_TD, s_T):
         _rows(x_TD, q_TD, s_T, scale)
 
     inputs = [Operand(x_TD.shape, x_TD.dtype, SQUARE)]
-    return tuple(over_tiles(step, [x_TD], inputs, rows(x_TD.shape), grid(x_TD.shape), (), tuning))
+    return tuple(over_tiles(step, [x_TD], inputs, rows(x_TD.shape), grid(x_TD.shape)))
 
 
-@partial(jax.jit, static_argnames=("row_scale", "column_scale", "tuning"))
+@partial(jax.jit, static_argnames=("row_scale", "column_scale"))
 def quantize_both(
-    x_TD: jax.Array, row_scale: Scale, column_scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
+    x_TD: jax.Array, row_scale: Scale, column_scale: Scale
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """x bfloat16 or float32 [T, D] -> `quantize_rows`' two, and of tiles 128x1 E4M3 [D, T] and
     scales float32 [T / 128, D]. x is read once.
@@ -62,13 +58,11 @@ def quantize_both(
 
     shape = x_TD.shape
     inputs, outputs = [Operand(shape, x_TD.dtype, SQUARE)], [*rows(shape), *columns(shape)]
-    return tuple(over_tiles(step, [x_TD], inputs, outputs, grid(shape), (), tuning))
+    return tuple(over_tiles(step, [x_TD], inputs, outputs, grid(shape)))
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
-def quantize_columns(
-    x_TD: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="scale")
+def quantize_columns(x_TD: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
     """The last two of `quantize_both`, alone."""
 
     def step(x_TD, q_DT, s_D):
@@ -76,13 +70,11 @@ def quantize_columns(
 
     shape = x_TD.shape
     inputs = [Operand(shape, x_TD.dtype, SQUARE)]
-    return tuple(over_tiles(step, [x_TD], inputs, columns(shape), grid(shape), (), tuning))
+    return tuple(over_tiles(step, [x_TD], inputs, columns(shape), grid(shape)))
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
-def retile(
-    q_TD: jax.Array, s_dT: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK
-) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames="scale")
+def retile(q_TD: jax.Array, s_dT: jax.Array, scale: Scale) -> tuple[jax.Array, jax.Array]:
     """What `quantize_rows` made -> the same numbers in tiles 128x1, E4M3 [D, T] and scales float32
     [T / 128, D], as `fp8.retile`.
     """
@@ -93,7 +85,7 @@ def retile(
 
     shape = q_TD.shape
     outputs = columns(shape)
-    return tuple(over_tiles(step, [q_TD, s_dT], rows(shape), outputs, grid(shape), [HALF], tuning))
+    return tuple(over_tiles(step, [q_TD, s_dT], rows(shape), outputs, grid(shape), [HALF]))
 
 
 def grid(shape: tuple[int, int]) -> tuple[int, int]:

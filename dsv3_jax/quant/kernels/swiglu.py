@@ -26,9 +26,7 @@ from dsv3_jax.quant.kernels.quantize import (
 )
 from dsv3_jax.quant.kernels.tiles import (
     BLOCK,
-    ONE_TILE_A_BLOCK,
     Operand,
-    Tuning,
     along_columns,
     along_rows,
     over_tiles,
@@ -36,12 +34,11 @@ from dsv3_jax.quant.kernels.tiles import (
 )
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
+@partial(jax.jit, static_argnames="scale")
 def swiglu_rows(
     gate_up_TF2: jax.Array,
     gate_T1: jax.Array | None,
     scale: Scale,
-    tuning: Tuning = ONE_TILE_A_BLOCK,
 ) -> tuple[jax.Array, jax.Array]:
     """silu(gate) * up * routing gate of bfloat16 [T, 2 F], rounded to bfloat16 and quantised in
     tiles 1x128 -> E4M3 [T, F], scales float32 [F / 128, T].
@@ -64,16 +61,15 @@ def swiglu_rows(
     factors, factor = _factor(gate_T1)
     arrays = [gate_up_TF2, gate_up_TF2, *factors]
     inputs = [*_halves(gate_up, shape), *factor]
-    return tuple(over_tiles(step, arrays, inputs, rows(shape), grid(shape), (), tuning))
+    return tuple(over_tiles(step, arrays, inputs, rows(shape), grid(shape)))
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
+@partial(jax.jit, static_argnames="scale")
 def swiglu_columns(
     q_TF2: jax.Array,
     s_fT: jax.Array,
     gate_T1: jax.Array | None,
     scale: Scale,
-    tuning: Tuning = ONE_TILE_A_BLOCK,
 ) -> tuple[jax.Array, jax.Array]:
     """The same of arguments kept in tiles 1x128, E4M3 [T, 2 F] and scales float32 [2 F / 128, T],
     in float32 -> tiles 128x1, transposed: E4M3 [F, T], scales float32 [T / 128, F].
@@ -94,7 +90,7 @@ def swiglu_columns(
     arrays = [q_TF2, q_TF2, s_fT, s_fT, *factors]
     inputs = [*_halves(values, shape), *_halves(scales, shape), *factor]
     outputs, scratch = columns(shape), [HALF]
-    return tuple(over_tiles(step, arrays, inputs, outputs, grid(shape), scratch, tuning))
+    return tuple(over_tiles(step, arrays, inputs, outputs, grid(shape), scratch))
 
 
 def _halves(gate_up: Operand, shape: tuple[int, int]) -> list[Operand]:

@@ -1,10 +1,10 @@
-"""Kernels that walk over the tiles of matrices, and quantisation of what they hold in registers
+"""Kernels over the tiles of matrices, and quantisation of what they hold in registers
 (report 3.3.2).
 
-A block of the grid is one warpgroup. It waits for the copy engine to bring its tile into shared
-memory, computes there, and sends tiles of the outputs away with the copy engine again; several
-blocks on a multiprocessor hide each other's waiting. Tiles lie swizzled in 128 bytes, so that 8
-rows are read or written at one column without conflict.
+A block of the grid is one warpgroup with one tile. It waits for the copy engine to bring that into
+shared memory, computes there, and sends tiles of the outputs away with the copy engine again;
+several blocks on a multiprocessor hide each other's waiting. Tiles lie swizzled in 128 bytes, so
+that 8 rows are read or written at one column without conflict.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -29,19 +29,6 @@ STRIP = 64
 E4M3 = jnp.float8_e4m3fn
 
 Place = tuple[Any, Any]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How tiles are shared out; to be chosen by timing."""
-
-    blocks: int | None = None
-    """Of the grid, each with every `blocks`-th tile; None: one for each tile"""
-    stages: int = 1
-    """Tiles that a block holds at a time, the others on their way"""
-
-
-ONE_TILE_A_BLOCK = Tuning()
 
 
 @dataclass(frozen=True)
@@ -113,42 +100,30 @@ def over_tiles(
     outputs: Sequence[Operand],
     grid: tuple[int, int],
     scratch: Sequence[Any] = (),
-    tuning: Tuning = ONE_TILE_A_BLOCK,
 ) -> list[jax.Array]:
     """Runs `step(*inputs, *outputs, *scratch)` on references to shared memory, once for each tile
     of the grid (rows of tiles, columns of tiles).
     """
-    tiles = grid[0] * grid[1]
-    blocks = min(tiles, tuning.blocks or tiles)
 
     def body(*refs):
         sources, refs = refs[: len(inputs)], refs[len(inputs) :]
         targets, held = refs[: len(outputs)], refs[len(outputs) :]
-        block = lax.axis_index("block")
+        i, j = lax.div(lax.axis_index("tile"), grid[1]), lax.rem(lax.axis_index("tile"), grid[1])
 
-        def place(turn):
-            tile = block + turn * blocks
-            return tile // grid[1], tile % grid[1]
-
-        def one_tile(indices, *loaded):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def one_tile(_, *loaded):
             step(*loaded, *held)
             plgpu.commit_smem()
-            i, j = place(indices[0])
             for output, tile_ref, target in zip(outputs, held, targets, strict=False):
                 plgpu.copy_smem_to_gmem(tile_ref, output.at(target, i, j), commit_group=False)
             plgpu.commit_smem_to_gmem_group()
 
         plgpu.emit_pipeline(
             one_tile,
-            grid=((tiles - block + blocks - 1) // blocks,),
+            grid=(1,),
             in_specs=[
-                plgpu.BlockSpec(
-                    x.tile, lambda turn, x=x: x.place(*place(turn)), transforms=x.transforms
-                )
+                plgpu.BlockSpec(x.tile, lambda _, x=x: x.place(i, j), transforms=x.transforms)
                 for x in inputs
             ],
-            max_concurrent_steps=tuning.stages,
         )(*sources)
         plgpu.wait_smem_to_gmem(0)
 
@@ -156,8 +131,8 @@ def over_tiles(
         body,
         arrays,
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        grid=(blocks,),
-        grid_names=("block",),
+        grid=(grid[0] * grid[1],),
+        grid_names=("tile",),
         scratch_types=[
             *(plgpu.SMEM(x.tile_shape, x.dtype, transforms=x.transforms) for x in outputs),
             *scratch,

@@ -14,10 +14,8 @@ from dsv3_jax.quant.kernels.quantize import SQUARE, STRIPS, grid
 from dsv3_jax.quant.kernels.tiles import (
     BLOCK,
     E4M3,
-    ONE_TILE_A_BLOCK,
     STRIP,
     Operand,
-    Tuning,
     along_columns,
     finite_maxima,
     over_scales,
@@ -36,8 +34,8 @@ def fits(w: jax.Array) -> bool:
     )
 
 
-@partial(jax.jit, static_argnames=("scale", "tuning"))
-def quantize_weight(w: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOCK) -> Blocked:
+@partial(jax.jit, static_argnames="scale")
+def quantize_weight(w: jax.Array, scale: Scale) -> Blocked:
     """w bfloat16 or float32 [..., D, F] -> `fp8.quantize` in blocks of 128x128 of E4M3."""
     w_XF = w.reshape(-1, w.shape[-1])
     shape = w_XF.shape
@@ -57,6 +55,6 @@ def quantize_weight(w: jax.Array, scale: Scale, tuning: Tuning = ONE_TILE_A_BLOC
     scales = Operand((shape[0] // BLOCK, shape[1]), jnp.float32, (None, BLOCK))
     inputs, outputs = [Operand(shape, w.dtype, SQUARE)], [Operand(shape, E4M3, SQUARE), scales]
     scratch = [plgpu.SMEM((BLOCK,), jnp.float32)]
-    q_XF, s_xF = over_tiles(step, [w_XF], inputs, outputs, grid(shape), scratch, tuning)
+    q_XF, s_xF = over_tiles(step, [w_XF], inputs, outputs, grid(shape), scratch)
     s_xf = s_xF[:, ::BLOCK].reshape(*w.shape[:-2], w.shape[-2] // BLOCK, w.shape[-1] // BLOCK)
     return Blocked(q_XF.reshape(w.shape), s_xf)

@@ -16,7 +16,6 @@ from dsv3_jax.quant.kernels.quantize import (
     retile,
 )
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
-from dsv3_jax.quant.kernels.tiles import Tuning
 from dsv3_jax.quant.kernels.weights import quantize_weight
 from dsv3_jax.quant.swiglu import swiglu
 from tests.quant.kernels.interpret import interpreted, lowered, needs_interpreter
@@ -96,10 +95,9 @@ def test_weights_are_quantised_as_the_definition_does(dtype, scale: str):
 
 
 @needs_interpreter
-def test_rows_alone_are_the_definitions_where_blocks_walk_over_several_tiles():
-    """Six tiles for four blocks, the next one on its way."""
+def test_rows_alone_are_the_definitions():
     x_TD = hard_cases(jnp.bfloat16)
-    made = interpreted(lambda x_TD: quantize_rows(x_TD, "pow2", Tuning(4, 2)), x_TD)
+    made = interpreted(lambda x_TD: quantize_rows(x_TD, "pow2"), x_TD)
     assert_same(made, of_definition(x_TD, block=(1, 128), scale="pow2"))
 
 
