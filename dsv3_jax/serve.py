@@ -125,7 +125,7 @@ def _bound(options: Options) -> socket.socket:
 
 def _service(options: Options, keys: "Keys") -> "Service":
     from dsv3_jax.checkpoint.model_folder import find
-    from dsv3_jax.data.chat import ChatTemplate
+    from dsv3_jax.data.answers import AnswerTemplate
     from dsv3_jax.inference.engine import Engine
     from dsv3_jax.inference.opening import open_weights
     from dsv3_jax.server.app import Service
@@ -142,9 +142,9 @@ def _service(options: Options, keys: "Keys") -> "Service":
         dtype=options.dtype,
     )
     if options.chat_template is None:
-        template = ChatTemplate.of_folder(folder, opened.tokenizer)
+        template = AnswerTemplate.of_folder(folder, opened.tokenizer)
     else:
-        template = ChatTemplate.of_file(options.chat_template, opened.tokenizer)
+        template = AnswerTemplate.of_file(options.chat_template, opened.tokenizer)
     with own_names():
         engine = Engine(weights, _settings(options, opened.cfg.vocab_size), mesh)
     most = engine.room - 1
@@ -153,7 +153,7 @@ def _service(options: Options, keys: "Keys") -> "Service":
         opened.tokenizer,
         template,
         opened.cfg.bos_id,
-        opened.end_ids,
+        opened.end_ids | template.ends(),
         engine.room,
         most if options.most_prompt is None else min(options.most_prompt, most),
     )

@@ -1,5 +1,6 @@
 """A model and its tokenizer from a folder: a run's, an imported model's, or Hugging Face's."""
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.load import is_hf_config
 from dsv3_jax.config.plain_json import read_json, read_table
+from dsv3_jax.data.answers import AnswerTemplate
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model.transformer import DeepSeekV3
 
@@ -89,8 +91,12 @@ def open_model(
 
 
 def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
-    """Of the configuration, the tokenizer, and generation_config.json, which may have several."""
+    """Of the configuration, the tokenizer, the chat template, and generation_config.json, which may
+    have several.
+    """
     known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / "generation_config.json"
+    with contextlib.suppress(ValueError, OSError):  # told to those who ask for a conversation
+        known |= AnswerTemplate.of_folder(folder, opened.tokenizer).ends()
     if not file.exists():
         return frozenset(known)
     content = read_table(file)

@@ -42,6 +42,15 @@ class AnswerTemplate(ChatTemplate):
                 counts.append(np.full(len(part), is_answer))
         return Sample(np.concatenate(ids), np.concatenate(counts))
 
+    def ends(self) -> frozenset[int]:
+        """The token that ends an answer; none of a template that `sample` refuses."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        try:
+            sample = self.sample(turns)
+        except ValueError:
+            return frozenset()
+        return frozenset({int(sample.tokens_N[sample.answer_N][-1])})
+
     def divided(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bool]]:
         """Its text in pieces, and whether each is an answer. Errors as of `sample`."""
         apart = [self._apart(message) for message in messages]

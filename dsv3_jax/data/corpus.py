@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.answers import AnswerTemplate
 from dsv3_jax.data.cache import hash_texts
-from dsv3_jax.data.chat import TEMPLATE_FILE, ChatTemplate
+from dsv3_jax.data.chat import TEMPLATE_FILE
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.fim import fim_of
 from dsv3_jax.data.hashing import key64
@@ -40,8 +41,14 @@ class Corpus:
     validation: Rows | SampleRows | None
     content_hash: str
     """Of all documents, both splits; weights do not count"""
-    template: ChatTemplate | None = None
+    template: AnswerTemplate | None = None
     """Of conversations"""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """What ends a text, or an answer."""
+        ends = self.template.ends() if self.template else frozenset()
+        return ends | {self.tokenizer.eos_id}
 
     def opening(self, prompt: str) -> list[int]:
         """What a model goes on from: a text's beginning, or a question.

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.checkpoint import joint
-from dsv3_jax.config import RunConfig
 from dsv3_jax.config.grpo import GrpoConfig
-from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.loader import Batch
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
@@ -276,7 +274,7 @@ class GrpoFeed:
             self.corpus.tokenizer,
             self.prompts,
             drawing,
-            _end_ids(self.cfg, self.corpus),
+            self.corpus.end_ids | {self.cfg.model.eos_id},
         )
 
     def _look(self, logp_BT: np.ndarray, new_N: np.ndarray) -> None:
@@ -316,16 +314,6 @@ def told_to_all(make: Callable[[], str]) -> str:
         processes.of_first("answers", lambda start=start: made[0][start : start + WORD])
         for start in starts
     )
-
-
-def _end_ids(cfg: RunConfig, corpus: Corpus) -> frozenset[int]:
-    """Of the model, the tokenizer, and the template, which may end an answer by another mark."""
-    known, turns = {cfg.model.eos_id, corpus.tokenizer.eos_id}, ("user", "assistant")
-    try:
-        sample = corpus.template.sample([{"role": role, "content": "x"} for role in turns])
-    except ValueError:  # a template that no one could be fine-tuned with
-        return frozenset(known)
-    return frozenset(known | {int(sample.tokens_N[sample.answer_N][-1])})
 
 
 def _described(found: Drift) -> dict[str, float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.checkpoint.model_folder import find
-from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.answers import AnswerTemplate
 from dsv3_jax.inference.answers import Written, texts_of
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.opening import open_weights
@@ -36,16 +36,17 @@ class LocalModel:
         dtype: str | None = None,
         chat_template: Path | None = None,
     ) -> None:
-        """Opens it. ValueError or OSError, one line, as `open_weights` and `ChatTemplate`."""
+        """Opens it. ValueError or OSError, one line, as `open_weights` and `AnswerTemplate`."""
         self._sampling, self._options = sampling, options
         self._weights, self._mesh, self._opened = open_weights(
             checkpoint, options, step=step, average=average, dtype=dtype
         )
         folder, tokenizer = find(checkpoint).folder, self._opened.tokenizer
         if chat_template is None:
-            self._template = ChatTemplate.of_folder(folder, tokenizer)
+            self._template = AnswerTemplate.of_folder(folder, tokenizer)
         else:
-            self._template = ChatTemplate.of_file(chat_template, tokenizer)
+            self._template = AnswerTemplate.of_file(chat_template, tokenizer)
+        self._end_ids = self._opened.end_ids | self._template.ends()
         self.described: Mapping[str, Any] = {
             "model": folder.name,
             "checkpoint": str(checkpoint),
@@ -78,9 +79,7 @@ class LocalModel:
 
     def _request(self, prompt: list[int], seed: int) -> Request:
         how = self._sampling
-        return Request(
-            prompt, how.max_tokens, how.temperature, how.top_p, seed, self._opened.end_ids
-        )
+        return Request(prompt, how.max_tokens, how.temperature, how.top_p, seed, self._end_ids)
 
 
 def _completion(text: Written) -> Completion:

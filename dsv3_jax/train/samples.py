@@ -21,9 +21,9 @@ def continuation(graphdef: nnx.GraphDef, state: TrainState, cfg: RunConfig, corp
         return ""
     weights = lay_out(nnx.merge(graphdef, state.params, state.biases))
     how = sampling(cfg.train.seed, cfg.output.sample_temperature)
-    written = []
+    written, ends = [], corpus.end_ids
     for token_B in continued(weights, np.array([ids]), room, how):
-        if token_B[0] == tokenizer.eos_id:
+        if int(token_B[0]) in ends:
             break
         written.append(int(token_B[0]))
     return tokenizer.decode(written)

@@ -117,6 +117,19 @@ def test_texts_end_also_where_generation_config_says(
     assert open_model(folder).end_ids == open_model(run).end_ids | more
 
 
+def test_texts_end_also_where_the_folders_template_ends_answers(run: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    plain = open_model(run)
+    mark, mark_id = max(plain.tokenizer.added_tokens.items(), key=lambda item: item[1])
+    assert mark_id not in plain.end_ids
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}MARK{% endif %}"
+    template = template.replace("MARK", mark) + "{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert open_model(folder).end_ids == plain.end_ids | {mark_id}
+    (folder / "chat_template.jinja").write_text("{% for %}")  # no one's concern here
+    assert open_model(folder).end_ids == plain.end_ids
+
+
 def test_what_is_no_model_is_told_in_one_line(run: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name in ("odd", "deep"):

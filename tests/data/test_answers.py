@@ -125,6 +125,17 @@ def test_every_answer_of_several_turns_counts_and_what_is_between_does_not():
     assert spelt[1:] == [f"aa{STOP}", turn, f"a{STOP}"]
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_ends_answers_is_known_without_any(name: str):
+    ends = AnswerTemplate(TOKENIZER, TEMPLATES[name]).ends()
+    assert ends == {TOKENIZER.added_tokens[ENDS[name]]}
+
+
+def test_a_template_that_ends_no_answer_has_no_end():
+    for source in ("{{ messages[-1].content }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"):
+        assert AnswerTemplate(TOKENIZER, source).ends() == frozenset()
+
+
 @pytest.mark.parametrize(
     ("source", "error"),
     [
