@@ -143,6 +143,26 @@ def test_a_run_is_exported_in_bfloat16(tmp_path: Path, trained: Path, flags: tup
     assert_same_tensors(read_folder(tmp_path / "out"), expected)
 
 
+def test_what_ends_an_answer_is_exported_with_the_template(tmp_path: Path, trained: Path):
+    tokenizer = train_tokenizer(["some text " * 9], 300)
+    mark, mark_id = max(tokenizer.added_tokens.items(), key=lambda item: item[1])
+    chat = Path(shutil.copytree(trained, tmp_path / "chat"))
+    tokenizer.save(chat / "tokenizer.json")
+    template = "{% for m in messages %}{{ m.content }}MARK{% endfor %}".replace("MARK", mark)
+    (chat / "chat_template.jinja").write_text(template)
+    known = {"bos_token_id": CFG.bos_id, "eos_token_id": CFG.eos_id}
+    for name, kept in (("out", {}), ("more", known | {"temperature": 0.6})):
+        if kept:
+            (chat / "generation_config.json").write_text(json.dumps(kept))
+        assert not run("export", chat, tmp_path / name)
+        told = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert told == known | kept | {"eos_token_id": [CFG.eos_id, mark_id]}
+    (chat / "generation_config.json").unlink()
+    (chat / "chat_template.jinja").unlink()
+    assert not run("export", chat, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
+
+
 def test_a_run_is_exported_in_fp8_as_released(tmp_path: Path, trained: Path):
     assert not run("export", trained, tmp_path / "out", "--fp8", "--scale", "pow2")
     written = read_folder(tmp_path / "out")

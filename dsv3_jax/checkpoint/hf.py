@@ -8,6 +8,7 @@ its own experts; what is none of theirs is not read.
 Writing goes through the same table the other way, and no shard is ever held in memory.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from dsv3_jax.checkpoint.folder_tokenizer import open_tokenizer
 from dsv3_jax.checkpoint.hf_check import (
     check_count,
     check_names,
@@ -35,18 +37,22 @@ from dsv3_jax.checkpoint.hf_writing import Writing
 from dsv3_jax.checkpoint.new_folder import new_folder
 from dsv3_jax.checkpoint.progress import bar
 from dsv3_jax.checkpoint.tensor_file import write_file
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.plain_json import read_table
+from dsv3_jax.data.answers import AnswerTemplate
 from dsv3_jax.model.router import RouterBias
 from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.quant.bits import as_bits
 from dsv3_jax.quant.fp8 import Blocked, abstract_blocked
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "tiktoken.model",
-    "generation_config.json",
+    GENERATION,
 )
 BF16 = jnp.dtype(jnp.bfloat16)
 
@@ -203,7 +209,8 @@ def save_pretrained(
             bfloat16 for what was FP8.
         scale: of newly quantised blocks.
         shard_size: bytes of tensors in a file, at most; a larger tensor gets a file of its own.
-        tokenizer_from: folder whose tokenizer files are copied.
+        tokenizer_from: folder whose tokenizer files are copied; generation_config.json names what
+            ends an answer, if the chat template among them has a token of its own for that.
         overwrite: replace a folder that holds a model.
 
     On a mesh each tensor comes from one device that holds it. ValueError for a path that is in use,
@@ -224,6 +231,7 @@ def save_pretrained(
         _write_json(folder / "config.json", writing.config())
         if tokenizer_from is not None:
             copy_tokenizer(Path(tokenizer_from), folder)
+            _write_ends(folder, model.cfg)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -232,6 +240,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for file in files + sorted(source.glob("tokenization_*.py")):  # beside a tiktoken.model
         if file.is_file():
             shutil.copyfile(file, target / file.name)
+
+
+def _write_ends(folder: Path, cfg: ModelConfig) -> None:
+    """Has generation_config.json name what ends an answer, where the chat template ends it by a
+    token of its own: who generates looks there, and would never end.
+    """
+    file = folder / GENERATION
+    with contextlib.suppress(ValueError, OSError):  # of files that were copied as they are
+        content = read_table(file) if file.exists() else {"bos_token_id": cfg.bos_id}
+        found = content.get("eos_token_id", cfg.eos_id)
+        known = found if isinstance(found, list) else [found]
+        ends = AnswerTemplate.of_folder(folder, open_tokenizer(folder)).ends()
+        if not ends <= {*known, cfg.eos_id}:
+            _write_json(file, content | {"eos_token_id": [*known, *sorted(ends)]})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.checkpoint.folder_tokenizer import check_ids, open_tokenizer
-from dsv3_jax.checkpoint.hf import load_pretrained
+from dsv3_jax.checkpoint.hf import GENERATION, load_pretrained
 from dsv3_jax.checkpoint.hf_check import lacks_mtp
 from dsv3_jax.checkpoint.hf_folder import open_folder
 from dsv3_jax.checkpoint.run_model import read_model
@@ -94,7 +94,7 @@ def _end_ids(folder: Path, opened: OpenedModel) -> frozenset[int]:
     """Of the configuration, the tokenizer, the chat template, and generation_config.json, which may
     have several.
     """
-    known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / "generation_config.json"
+    known, file = {opened.cfg.eos_id, opened.tokenizer.eos_id}, folder / GENERATION
     with contextlib.suppress(ValueError, OSError):  # told to those who ask for a conversation
         known |= AnswerTemplate.of_folder(folder, opened.tokenizer).ends()
     if not file.exists():
