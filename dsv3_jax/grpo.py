@@ -11,6 +11,7 @@ import tyro
 from dsv3_jax import process
 from dsv3_jax.cli import run, user_errors, value_of
 from dsv3_jax.config.grpo import GrpoConfig, load_grpo
+from dsv3_jax.config.plain_json import read_text
 from dsv3_jax.config.presets import tiny_run
 from dsv3_jax.parallel import gpu_flags
 from dsv3_jax.posttrain.grpo import check_reinforced, reinforced_of, settings_of
@@ -153,7 +154,7 @@ def rewards_of(options: Options) -> "Rewards":
     means = Means(
         runner=runner,
         judge=_judge(judge) if judge.judge_server else None,
-        principles=file and file.read_text("utf-8"),
+        principles=file and read_text(file),
         seconds=options.reward_seconds,
         workers=options.reward_workers,
         seed=options.run.train.seed,

@@ -238,8 +238,12 @@ def test_help_names_the_options_and_loads_no_jax():
         (["--reward", "boxed*x"], "--reward is 'boxed*x'; allowed: NAME or NAME*WEIGHT"),
         (["--reward", "judge:score"], "--reward 'judge:score': no judge is given"),
         (["--judge-server", "http://x"], "--judge-server and --judge-model go together"),
+        (["--judge-principles", "{latin}"], "latin.txt: byte 3 is no UTF-8"),
+        (["--judge-principles", "none.txt"], "none.txt"),
+        (["--reward-workers", "0"], "--reward-workers is 0; allowed: 1 to 1024"),
         (["--group", "1"], "--group is 1; allowed: 2 or more"),
         (["--temperature", "0"], "--temperature is 0.0; allowed: above 0"),
+        (["--temperature", "1e39"], "--temperature is 1e+39; allowed: from 0 to below 1e38"),
         (["--clip", "1"], "--clip is 1.0; allowed: between 0 and 1"),
         (["--max-tokens", "33"], "--max-tokens is 33; allowed: less than 33"),
         (["--max-tokens", "31"], "all 5 prompts are too long, the shortest of 5 tokens; allowed:"),
@@ -266,7 +270,9 @@ def test_bad_input_is_one_line_and_leaves_no_run_behind(
         "--reward": "boxed",
     }
     given = [str(x) for name, x in defaults.items() if name not in names for x in (name, x)]
-    given += [arg.replace("{p}", str(bad)) for arg in args if not arg.endswith("=")]
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    files = {"{p}": str(bad), "{latin}": str(tmp_path / "latin.txt")}
+    given += [files.get(arg, arg) for arg in args if not arg.endswith("=")]
     with pytest.raises(SystemExit) as stop:
         main([*map(str, FLAGS), "--output.folder", str(tmp_path / "runs"), *given])
     assert stop.value.code == 2

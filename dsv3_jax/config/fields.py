@@ -27,6 +27,16 @@ def check(name: str, value: Any, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name} is {value}; allowed: {allowed}")
 
 
+def check_temperature(name: str, temperature: float) -> None:
+    """ValueError for what float32, which ends at 3.4e38, cannot divide logits by."""
+    check(name, temperature, 0 <= temperature < 1e38, "from 0 to below 1e38")
+
+
+def check_top_p(name: str, top_p: float) -> None:
+    """ValueError for what is no share of all, or none but 0 to float32."""
+    check(name, top_p, 1e-37 < top_p <= 1, "above 0, at most 1")
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3_jax.config.fields import check, check_types
+from dsv3_jax.config.fields import check, check_temperature, check_top_p, check_types
 from dsv3_jax.config.load import ConfigFileError
 from dsv3_jax.config.plain_json import read_json
 from dsv3_jax.config.run import from_dict
@@ -47,7 +47,8 @@ class GrpoConfig:
             check(_flag(name), getattr(self, name), getattr(self, name) >= 1, "1 or more")
         check("--group", self.group, self.group >= 2, "2 or more, since one is no group")
         check("--temperature", self.temperature, self.temperature > 0, "above 0")
-        check("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        check_temperature("--temperature", self.temperature)
+        check_top_p("--top-p", self.top_p)
         check("--clip", self.clip, 0 < self.clip < 1, "between 0 and 1")
         check("--kl", self.kl, self.kl >= 0, "0 or more")
         check("--max-difference", self.max_difference, self.max_difference > 0, "above 0")

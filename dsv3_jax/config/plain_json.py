@@ -46,6 +46,15 @@ def read_table(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_text(file: Path) -> str:
+    """OSError as of `check_plain`, or if it cannot be read; ValueError for what is no UTF-8."""
+    check_plain(file)
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is no UTF-8") from None
+
+
 def check_plain(file: Path) -> None:
     """OSError for a pipe or a device: to read it would be to wait for whoever writes to it."""
     if file.exists() and not file.is_file():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dsv3_jax.config.data import DataConfig
-from dsv3_jax.config.fields import check, check_types
+from dsv3_jax.config.fields import check, check_temperature, check_types
 from dsv3_jax.config.mesh import MeshConfig
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.pipeline import PipelineConfig
@@ -145,8 +145,7 @@ class OutputConfig:
             check(f"output.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         self._check_keep_every()
         check("output.sample_tokens", self.sample_tokens, self.sample_tokens >= 0, "0 or more")
-        temperature = self.sample_temperature
-        check("output.sample_temperature", temperature, temperature >= 0, "0 or more")
+        check_temperature("output.sample_temperature", self.sample_temperature)
         if not self.folder:
             raise ValueError("output.folder is ''; allowed: a folder, such as . for this one")
         if not self.name or "/" in self.name:

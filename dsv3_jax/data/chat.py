@@ -18,7 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import check_plain, read_table
+from dsv3_jax.config.plain_json import read_table, read_text
 from dsv3_jax.data.tokenizer import Tokenizer
 
 # As published: system prompts first, then turns, an answer closed by the end of the sentence.
@@ -65,11 +65,7 @@ class ChatTemplate:
     @classmethod
     def of_file(cls, file: Path, tokenizer: Tokenizer) -> "ChatTemplate":
         """OSError if it cannot be read; ValueError, one line, if it is no template."""
-        check_plain(file)
-        try:
-            return cls(tokenizer, file.read_text("utf-8"), str(file))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: byte {error.start} is no UTF-8") from None
+        return cls(tokenizer, read_text(file), str(file))
 
     @classmethod
     def of_folder(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate":

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.config.fields import check, check_temperature, check_top_p
+
 
 class Sampling(NamedTuple):
     """How tokens are chosen; scalars that one compiled program takes as arguments."""
@@ -28,12 +30,9 @@ class RowSampling(NamedTuple):
 
 def check_sampling(seed: int, temperature: float, top_p: float) -> None:
     """ValueError as of `sampling`."""
-    if not 0 <= temperature < 1e38:  # float32 ends at 3.4e38
-        raise ValueError(f"temperature is {temperature}; allowed: from 0 to below 1e38")
-    if not 1e-37 < top_p <= 1:  # below, float32 has none but 0
-        raise ValueError(f"top-p is {top_p}; allowed: above 0, at most 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}; allowed: 0 to 2^32 - 1")
+    check_temperature("temperature", temperature)
+    check_top_p("top-p", top_p)
+    check("seed", seed, 0 <= seed < 2**32, "0 to 2^32 - 1")
 
 
 def sampling(seed: int, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:

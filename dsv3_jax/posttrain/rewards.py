@@ -76,10 +76,11 @@ class Means:
 
     def check(self) -> None:
         """ValueError, one line."""
-        for name in ("seconds", "judge_seconds", "tests_seconds"):
-            seconds = getattr(self, name)
-            check(f"reward {name}", seconds, 0 < seconds < 1e6, "above 0, below 1e6")
-        check("reward workers", self.workers, 1 <= self.workers <= 1024, "1 to 1024")
+        waits = {"--reward-seconds": self.seconds}
+        waits |= {name: getattr(self, name) for name in ("judge_seconds", "tests_seconds")}
+        for name, seconds in waits.items():
+            check(name, seconds, 0 < seconds < 1e6, "above 0, below 1e6")
+        check("--reward-workers", self.workers, 1 <= self.workers <= 1024, "1 to 1024")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def rewards(specs: Sequence[str], means: Means | None = None, failed: float = 0.
     """
     means = means or Means()
     means.check()
-    check("reward of failures", failed, abs(failed) <= MOST, f"at most {MOST:g} in size")
+    check("--reward-failed", failed, abs(failed) <= MOST, f"at most {MOST:g} in size")
     named: dict[str, float] = {}
     for spec in specs:
         name, weight = _weighted(spec)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.config.fields import check
+from dsv3_jax.config.fields import check, check_temperature, check_top_p
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Sampling:
 
     def check(self) -> None:
         """ValueError, in the names of the options."""
-        heat = self.temperature
-        check("--temperature", heat, 0 <= heat < float("inf"), "0 or more")
-        check("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        check_temperature("--temperature", self.temperature)
+        check_top_p("--top-p", self.top_p)
         check("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
         check("--stop", "''", "" not in self.stop, "strings of one character or more")
 

@@ -162,7 +162,7 @@ def changed(section: str, **changes: Any) -> RunConfig:
         (
             "output",
             {"sample_temperature": -1.0},
-            "output.sample_temperature is -1.0; allowed: 0 or",
+            "output.sample_temperature is -1.0; allowed: from 0",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Rewards: what each says, sums, failures that do not stop the work, statistics."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 
@@ -159,11 +160,17 @@ def test_names_that_are_none_are_one_line(specs: list[str], message: str):
 
 
 @pytest.mark.parametrize(
-    ("means", "failed"),
-    [(Means(seconds=0), 0.0), (Means(workers=0), 0.0), (Means(), math.nan), (Means(), 1e31)],
+    ("means", "failed", "line"),
+    [
+        (Means(seconds=0), 0.0, "--reward-seconds is 0; allowed: above 0, below 1e6"),
+        (Means(tests_seconds=1e6), 0.0, "tests_seconds is 1000000.0; allowed: above 0"),
+        (Means(workers=0), 0.0, "--reward-workers is 0; allowed: 1 to 1024"),
+        (Means(), math.nan, "--reward-failed is nan; allowed: at most 1e"),
+        (Means(), 1e31, "--reward-failed is 1e+31; allowed: at most 1e"),
+    ],
 )
-def test_means_that_cannot_be_are_refused(means: Means, failed: float):
-    with pytest.raises(ValueError, match=r"^reward .* is .*; allowed: "):
+def test_means_that_cannot_be_are_refused(means: Means, failed: float, line: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}"):
         rewards(["boxed"], means, failed)
 
 
