@@ -7,9 +7,9 @@ are its registers, what ptxas spilled, the shared memory of a block of the grid,
 blocks a multiprocessor holds at a time and what forbids one more, and its machine instructions, for
 passes also by the 128 elements that a thread has of a tile. These are reasons, not times.
 
-FOLDER is made once, with the version of JAX that runs this (about 500 MB):
-    pip install --no-deps --target FOLDER jax-cuda13-pjrt==VERSION jax-cuda13-plugin==VERSION \\
-        nvidia-cuda-nvcc nvidia-cuda-nvdisasm nvidia-nvvm
+FOLDER is made once, with the version of JAX that runs this (530 MB):
+    pip install --no-deps --target FOLDER jax-cuda13-pjrt==VERSION \\
+        nvidia-cuda-nvcc nvidia-cuda-nvdisasm
 A C compiler, `cc`, makes a stand-in for the driver that says "sm_90".
 
 Expected: a line for each kernel, in half a minute. Without FOLDER, or with JAX before 0.11, it says
