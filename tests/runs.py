@@ -3,6 +3,7 @@ start it in this process that compiles little and each program only once.
 """
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.figure import Figure
 
 from dsv3_jax.checkpoint import store
 from dsv3_jax.config import (
@@ -90,18 +92,23 @@ class SmallRun:
             (self.home / "text" / f"{part}.txt").write_text(f"# part {part}\n" + "".join(lines))
         write_config(self.config, self.cfg)
 
-    def train(self, *args: object) -> int | None:
+    def train(self, *args: object, pictures: bool = False) -> int | None:
         """`python -m dsv3_jax.train ...` in this process. Returns the exit code."""
-        with self.quick():
+        with self.quick(pictures):
             return main(list(map(str, args)))
 
     @contextlib.contextmanager
-    def quick(self) -> Iterator[None]:
+    def quick(self, pictures: bool = False) -> Iterator[None]:
         """Compiles without optimising, and alike runs but once: these programs run a few times on
         small arrays. Draws no weights, measures no machine, leaves the user's cache alone.
+
+        Figures are made, and only with `pictures` rendered too: that takes longer than all else of
+        such a run. One run of each kind of page does.
         """
         with pytest.MonkeyPatch.context() as patch, jax_option("jax_disable_most_optimizations"):
             patch.setenv("XDG_CACHE_HOME", str(self.home / "cache"))
+            if not pictures:
+                patch.setattr(Figure, "savefig", save_nothing)
             patch.setattr(run, "matmul_peak", lambda dtype: 1e9)
             patch.setattr(programs, "init_state", random_state)
             patch.setattr(Pipeline, "init_state", random_stages)
@@ -111,6 +118,14 @@ class SmallRun:
             patch.setattr(programs, "make_validate", once_per_program(validation.make_validate))
             patch.setattr(loop, "make_probe", once_per_program(quant_health.make_probe))
             yield
+
+
+def save_nothing(_: Figure, target: io.TextIOBase | Path, **options: object) -> None:
+    """In place of `Figure.savefig`: a picture with nothing in it."""
+    if isinstance(target, Path):
+        target.write_bytes(b"")
+    else:
+        target.write("<svg></svg>")
 
 
 def train_environment(home: Path) -> dict[str, str]:
@@ -152,12 +167,20 @@ def random_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainSta
     model = random_model(cfg.model, seed=cfg.train.seed)
     _, params, biases = nnx.split(model, nnx.Param, RouterBias)
     state = TrainState(params, biases, adamw(cfg.optimizer).init(params))
-    return jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+    return spread(state, sharding)
+
+
+def spread(state: TrainState, sharding: RunSharding) -> TrainState:
+    """A copy of a state on a run's devices, by way of NumPy: to cut up what lies on a device
+    already, a program is compiled for every shape.
+    """
+    places = sharding.placements(sharding.state_specs(state))
+    return jax.device_put(jax.tree.map(np.array, state), places)
 
 
 def random_stages(pipeline: Pipeline) -> TrainState:
     """The same for a pipeline."""
-    return from_whole(pipeline.layout, random_state(pipeline.cfg))
+    return from_whole(pipeline.layout, jax.tree.map(np.array, random_state(pipeline.cfg)))
 
 
 def make_quick_step(*args: Any) -> SimpleNamespace:

@@ -60,13 +60,13 @@ class Tuning:
             lines.append({"messages": [{"role": r, "content": c} for r, c in turns], "kind": "x"})
         self.samples.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
-    def tune(self, out: Path, *args: object) -> int | None:
+    def tune(self, out: Path, *args: object, pictures: bool = False) -> int | None:
         """The command in this process, into the folder `out`."""
         given = ("--init-from", self.model, "--data.source", self.samples, *FLAGS)
-        return self.run("--output.folder", out, *given, *args)
+        return self.run("--output.folder", out, *given, *args, pictures=pictures)
 
-    def run(self, *args: object) -> int | None:
-        with SmallRun(self.home).quick():
+    def run(self, *args: object, pictures: bool = False) -> int | None:
+        with SmallRun(self.home).quick(pictures):
             return main(list(map(str, args)))
 
 

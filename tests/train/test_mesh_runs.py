@@ -18,7 +18,7 @@ from dsv3_jax.train.metrics import read_metrics
 from dsv3_jax.train.sharding import make_sharding
 from dsv3_jax.train.snapshot import Position, Snapshot, contents, restore
 from dsv3_jax.train.step import make_step
-from tests.runs import SmallRun
+from tests.runs import SmallRun, spread
 from tests.shapes import FAST_COMPILATION
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.train.test_sharded_step import batch_of, expected, run_of
@@ -38,10 +38,10 @@ def snapshot_on(shape: str) -> tuple[RunConfig, Snapshot]:
     cfg = run_of(shape, 1, 1)
     cfg = replace(cfg, optimizer=replace(cfg.optimizer, ema_decay=0.5))
     _, state = state_of(cfg, jnp.float32)
-    moments = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
+    moments = jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
     state = state._replace(optimizer=moments.optimizer)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+    state = spread(state, sharding)
     return cfg, Snapshot(state, Position(step=7), ema.on_host(state.params))
 
 
@@ -52,7 +52,8 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path, before: 
     store.save(tmp_path, 7, *contents(cfg, snapshot, DATA))
     cfg, other = snapshot_on(after)
     sharding = make_sharding(cfg, other.state.params)
-    restored = restore(store.load(tmp_path), cfg, jax.tree.map(jnp.zeros_like, other.state))
+    like = spread(jax.tree.map(np.zeros_like, other.state), sharding)
+    restored = restore(store.load(tmp_path), cfg, like)
     found = jax.device_get((restored.state, restored.average))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     if sharding.mesh:
@@ -84,12 +85,11 @@ def test_the_step_after_a_change_of_mesh_is_the_same(x64, tmp_path: Path, before
     cfg = run_of(before, 1, 1)
     _, state = state_of(cfg, jnp.float64)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+    state = spread(state, sharding)
     store.save(tmp_path, 7, *contents(cfg, Snapshot(state, Position(step=7)), DATA))
     cfg = run_of(after, 1, 1)
     sharding = make_sharding(cfg, state.params)
-    like = jax.tree.map(jnp.copy, state_of(cfg, jnp.float64)[1])
-    like = jax.device_put(like, sharding.placements(sharding.state_specs(like)))
+    like = spread(state_of(cfg, jnp.float64)[1], sharding)
     restored = restore(store.load(tmp_path), cfg, like).state
     stepped, _ = step_on(after)(restored, sharding.put_rows(batch_of(cfg)), NUMBERS)
     assert_close(jax.device_get(stepped), expected(1, 1, "float64", True).state, FLOAT64)

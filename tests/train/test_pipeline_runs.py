@@ -56,14 +56,14 @@ def cfg_of(schedule: str, shape: str, stages: str) -> RunConfig:
 
 
 def numbers_of(cfg: RunConfig) -> TrainState:
-    """A state in which no two numbers of an array are alike."""
+    """A state in which no two numbers of an array are alike, in NumPy."""
     _, state = state_of(cfg, jnp.float32)
-    return jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
+    return jax.tree.map(lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
 
 
 def placed(cfg: RunConfig, state: TrainState) -> tuple[TrainState, Layout | None]:
     if cfg.mesh.pipe == 1:
-        return jax.tree.map(jnp.copy, state), None
+        return jax.tree.map(jnp.array, state), None
     layout = Layout(cfg, make_mesh(cfg.mesh), cuts_of(cfg))
     return from_whole(layout, state), layout
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_any_cut_restores_into_any_other(tmp_path: Path, place: 
     state, _ = placed(before, wanted)
     snapshot = Snapshot(state, Position(step=7), ema.on_host(state.params))
     store.save(tmp_path, 7, *contents(before, snapshot, DATA))
-    like, layout = placed(after, jax.tree.map(jnp.zeros_like, wanted))
+    like, layout = placed(after, jax.tree.map(np.zeros_like, wanted))
     found = restore(store.load(tmp_path), after, like)
     average = found.state._replace(params=ema.in_device_memory(found.average))
     states = [found.state, average]

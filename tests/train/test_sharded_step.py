@@ -38,6 +38,7 @@ from dsv3_jax.train.step import (
     gradients,
     step_traffic,
 )
+from tests.runs import spread
 from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.train.telling_step import make_telling_step
@@ -88,13 +89,10 @@ def step_program(cfg: RunConfig) -> Step:
     """The compiled step on the mesh, with its gradients; it puts its arguments in their places."""
     graphdef, state = state_of(cfg, jnp.dtype(cfg.train.dtype))
     sharding = make_sharding(cfg, state.params)
-    places = sharding.placements(sharding.state_specs(state))
     numbers = coefficients(0.01, 0.003)
     arguments = sharding.placed_shapes(state), sharding.put_rows(batch_of(cfg)), numbers
     step = make_telling_step(graphdef, cfg, sharding).lower(*arguments).compile(FAST_COMPILATION)
-    return lambda state, batch: step(
-        jax.device_put(state, places), sharding.put_rows(batch), numbers
-    )
+    return lambda state, batch: step(spread(state, sharding), sharding.put_rows(batch), numbers)
 
 
 def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
@@ -103,7 +101,7 @@ def outcome(cfg: RunConfig, *, whole: bool) -> Outcome:
         (after, metrics), grads = step_program(cfg)(state, batch_of(cfg))
         return Outcome(metrics.loss, grads, after, metrics)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+    state = spread(state, sharding)
     batch = sharding.put_rows(batch_of(cfg))
 
     def grads(state, batch, mtp_weight):

@@ -20,6 +20,7 @@ from dsv3_jax.train.pipeline_run import PipelineRun
 from dsv3_jax.train.pipeline_state import from_whole
 from dsv3_jax.train.scoring import make_scores
 from dsv3_jax.train.sharding import make_sharding
+from tests.runs import spread
 from tests.shapes import FAST_COMPILATION, compiled
 from tests.tolerances import FLOAT64, assert_close
 from tests.train import test_sharded_step as sharded
@@ -123,7 +124,7 @@ def expected_scores(cfg: RunConfig, batch: Batch, dtype: str = "float64") -> np.
 def scored(cfg: RunConfig, batch: Batch) -> np.ndarray:
     graphdef, state = state_of(cfg, jnp.float64)
     sharding = make_sharding(cfg, state.params)
-    state = jax.device_put(state, sharding.placements(sharding.state_specs(state)))
+    state = spread(state, sharding)
     return make_scores(graphdef, cfg, sharding)(state, jax.tree.map(np.asarray, batch))
 
 
