@@ -57,9 +57,9 @@ class Reinforcing:
         given = ("--init-from", self.model, "--prompts", self.prompts, *FLAGS, *rewards)
         return self.run("--output.folder", out, *given, *args)
 
-    def run(self, *args: object) -> int | None:
+    def run(self, *args: object, pictures: bool = False) -> int | None:
         """The command in this process."""
-        with SmallRun(self.home).quick(), _quick_answers():
+        with SmallRun(self.home).quick(pictures), _quick_answers():
             return main(list(map(str, args)))
 
 

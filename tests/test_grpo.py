@@ -71,7 +71,7 @@ def test_rollout_and_training_agree_on_log_probabilities_within_1e_4(ran: Path):
 def test_a_run_leaves_a_page_with_its_rewards(reinforcing: Reinforcing, ran: Path):
     """Drawn again where a finished run is resumed."""
     before = (ran / "metrics.jsonl").read_bytes()
-    assert reinforcing.run("--resume", ran) == 0
+    assert reinforcing.run("--resume", ran, pictures=True) == 0
     page = (ran / "report.html").read_text()
     assert "Finished: all 4 steps" in page
     for title in ("Rewards", "The mean reward went from", "Engine to training, nats per token"):

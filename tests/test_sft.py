@@ -40,7 +40,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Tuning:
 @pytest.fixture(scope="module")
 def tuned(tuning: Tuning) -> Path:
     """A whole run of the default two epochs."""
-    assert tuning.tune(tuning.home / "runs") == 0
+    assert tuning.tune(tuning.home / "runs", pictures=True) == 0
     return tuning.home / "runs" / "sft-001"
 
 

@@ -29,16 +29,37 @@ def test_an_experiment_has_a_question_a_command_figures_and_a_verdict(folder: Pa
     assert f"    python experiments/{folder.name}/run.py" in said
 
 
+# In one process, which loads JAX once. What a script found beside itself goes before the next one:
+# each must find its own.
+HELP = """
+import runpy, sys
+from pathlib import Path
+path = list(sys.path)
+for script in sys.argv[1:]:
+    print(f"\\n{script}", flush=True)
+    sys.argv = [script, "--help"]
+    sys.path[0] = str(Path(script).parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if "/experiments/" in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+"""
+
+
 def test_help_of_every_experiment_ends_well():
-    commands = [[sys.executable, folder / "run.py", "--help"] for folder in EXPERIMENTS]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    for process in started:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        assert "usage:" in said
+    scripts = [str(folder / "run.py") for folder in EXPERIMENTS]
+    command = [sys.executable, "-c", HELP, *scripts]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout
+    for script, after in zip(scripts, [*scripts[1:], None], strict=True):
+        _, _, said = said.partition(f"\n{script}\n")
+        assert "usage:" in said.partition(f"\n{after}\n")[0], script
 
 
 @pytest.fixture

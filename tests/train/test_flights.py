@@ -19,16 +19,11 @@ from dsv3_jax.train.metrics import read_metrics
 from tests.runs import SmallRun, assert_same_checkpoint, spike_at, timeless, write_config
 
 
-@pytest.fixture(scope="module")
-def waiting(small: SmallRun) -> Path:
-    """A run of 6 steps that waited for each. Not to be changed."""
-    assert small.train("--config", small.config) == 0
-    return small.home / "runs" / "small-001"
-
-
 @pytest.fixture(autouse=True)
-def in_flight(waiting: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
-    """For each step whether its program is made first, and how many were in flight before it."""
+def in_flight(finished: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """For each step whether its program is made first, and how many were in flight before it. The
+    finished run waited for each.
+    """
     monkeypatch.setattr(loop, "WAITED_FOR", ())
     launch, noted = Trainer._launch, []
 
@@ -41,18 +36,18 @@ def in_flight(waiting: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool
 
 
 def test_what_is_written_is_the_same(
-    small: SmallRun, waiting: Path, tmp_path: Path, in_flight: list
+    small: SmallRun, finished: Path, tmp_path: Path, in_flight: list
 ):
     assert small.train("--config", small.config, "--output.folder", tmp_path) == 0
     # None behind the validation after 3 and the checkpoint after 4.
     assert [count for _, count in in_flight] == [0, 1, 1, 0, 0, 1]
     run = tmp_path / "small-001"
-    assert timeless(run) == timeless(waiting)
+    assert timeless(run) == timeless(finished)
     for step in (4, 6):
-        one, two = (store.load(path / "checkpoints", step) for path in (run, waiting))
+        one, two = (store.load(path / "checkpoints", step) for path in (run, finished))
         one.meta["config"] = two.meta["config"]
         store.save(run / "checkpoints", step, one.arrays, one.meta)
-        assert_same_checkpoint(run, waiting, step)
+        assert_same_checkpoint(run, finished, step)
 
 
 def test_what_was_launched_before_a_run_goes_back_is_void(
@@ -118,9 +113,9 @@ def test_a_step_in_flight_is_saved_where_the_one_before_cannot_be_told(
 
 
 def test_unless_that_step_has_spoilt_the_weights(
-    small: SmallRun, waiting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    small: SmallRun, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    run = Path(shutil.copytree(waiting, tmp_path / "small-001"))
+    run = Path(shutil.copytree(finished, tmp_path / "small-001"))
     checkpoint = store.load(run / "checkpoints")
     for name, mu in checkpoint.arrays["mu"].items():  # finite, and the update is not
         checkpoint.arrays["mu"][name] = np.full_like(mu, 3e38)

@@ -32,13 +32,6 @@ from tests.runs import (
 )
 
 
-@pytest.fixture(scope="module")
-def finished(small: SmallRun) -> Path:
-    """The folder of the small run after 6 steps in one go. Not to be changed."""
-    assert small.train("--config", small.config) == 0
-    return small.home / "runs" / "small-001"
-
-
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The finished run once more, to be changed."""

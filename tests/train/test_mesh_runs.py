@@ -103,7 +103,7 @@ def finished(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two nodes of two devices, with averaged weights."""
     runs = tmp_path_factory.mktemp("mesh")
     options = ("--output.folder", runs, "--optimizer.ema_decay", 0.5)
-    assert small.train("--config", small.config, *ON_FOUR, *options) == 0
+    assert small.train("--config", small.config, *ON_FOUR, *options, pictures=True) == 0
     return runs / "small-001"
 
 

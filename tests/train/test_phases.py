@@ -13,20 +13,13 @@ from tests.runs import SmallRun
 LONGER = ("--data.length", 32, "--model.yarn.original_length", 16, "--model.yarn.factor", 2.5)
 
 
-@pytest.fixture(scope="module")
-def source(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phases")
-    assert small.train("--config", small.config, "--output.folder", folder) == 0
-    return folder / "small-001"
-
-
-def test_a_next_phase_begins_with_weights_and_moments(small: SmallRun, source: Path, tmp_path):
-    start = ("--init-from", source, "--output.folder", tmp_path, "--train.steps", 2, *LONGER)
+def test_a_next_phase_begins_with_weights_and_moments(small: SmallRun, finished: Path, tmp_path):
+    start = ("--init-from", finished, "--output.folder", tmp_path, "--train.steps", 2, *LONGER)
     assert small.train(*start, "--init-moments") == 0
     cfg = load_json(tmp_path / "small-001" / "config.json")
     assert cfg.model.yarn_active
     assert cfg.data.length == 32
-    before = store.load(source / "checkpoints")
+    before = store.load(finished / "checkpoints")
     after = store.load(tmp_path / "small-001" / "checkpoints", step=0)
     assert (before.step, after.step) == (6, 0)
     for group in ("params", "router_bias", "mu", "nu"):
@@ -37,8 +30,8 @@ def test_a_next_phase_begins_with_weights_and_moments(small: SmallRun, source: P
     assert "and moments of step 6" in (tmp_path / "small-001" / "metrics.jsonl").read_text()
 
 
-def test_without_them_moments_are_new(small: SmallRun, source: Path, tmp_path: Path):
-    start = ("--init-from", source, "--output.folder", tmp_path, "--train.steps", 1, *LONGER)
+def test_without_them_moments_are_new(small: SmallRun, finished: Path, tmp_path: Path):
+    start = ("--init-from", finished, "--output.folder", tmp_path, "--train.steps", 1, *LONGER)
     assert small.train(*start) == 0
     after = store.load(tmp_path / "small-001" / "checkpoints", step=0)
     assert not any(np.any(x) for x in after.arrays["mu"].values())
@@ -55,10 +48,10 @@ def test_moments_of_nothing_are_refused(small: SmallRun, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_a_model_from_elsewhere_has_no_moments(
-    small: SmallRun, source: Path, capsys: pytest.CaptureFixture, tmp_path: Path
+    small: SmallRun, finished: Path, capsys: pytest.CaptureFixture, tmp_path: Path
 ):
     folder, imported = tmp_path / "hf", tmp_path / "imported"
-    assert not convert(["export", str(source), str(folder)])
+    assert not convert(["export", str(finished), str(folder)])
     assert not convert(["import", str(folder), str(imported)])
     for model in (folder, imported):
         start = ("--config", small.config, "--init-from", model, "--output.folder", tmp_path)

@@ -94,7 +94,8 @@ def test_a_checkpoint_of_any_cut_restores_into_any_other(tmp_path: Path, place: 
 def test_a_run_tells_of_its_pipeline_and_goes_on_without_one(small: SmallRun, tmp_path: Path):
     """Its losses, before and after, are those of one device within rounding."""
     options = ("--config", small.config, "--model.num_layers", 2, "--output.folder", tmp_path)
-    assert small.train(*options, *ON_FOUR, "--train.steps", 4, "--optimizer.ema_decay", 0.5) == 0
+    more = ("--train.steps", 4, "--optimizer.ema_decay", 0.5)
+    assert small.train(*options, *ON_FOUR, *more, pictures=True) == 0
     run = tmp_path / "small-001"
     (entry,) = (e for e in read_metrics(run / "metrics.jsonl") if e["kind"] == "pipeline")
     assert (entry["schedule"], entry["ranks"], entry["microbatches"]) == ("dualpipe", 2, 4)

@@ -38,13 +38,6 @@ def rows(small: SmallRun) -> Rows:
         return build_corpus(small.cfg.data, 300, 0, lambda line: None).train
 
 
-@pytest.fixture(scope="module")
-def finished(small: SmallRun) -> Path:
-    """A run of 6 steps without trouble. Not to be changed."""
-    assert small.train("--config", small.config) == 0
-    return small.home / "runs" / "small-001"
-
-
 @jax.custom_vjp
 def poison(h_BTD: jax.Array, bad_B: jax.Array) -> jax.Array:
     """Its input; the gradient of bad rows is NaN."""
@@ -58,9 +51,9 @@ poison.defvjp(
 
 
 @pytest.fixture(scope="module")
-def poisoned(rows: Rows) -> Iterator[None]:
+def poisoned(rows: Rows, finished: Path) -> Iterator[None]:
     """Runs in which the gradients of row 5 and of rows 12 to 17 (steps 7 to 9) are NaN; their
-    programs are forgotten afterwards.
+    programs are forgotten afterwards. The run without trouble has been made before.
     """
     bad_RT = np.stack([rows[i].labels_T for i in (5, *range(12, 18))])
 
@@ -81,7 +74,7 @@ def poisoned(rows: Rows) -> Iterator[None]:
 def passed(small: SmallRun, poisoned: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps, one of which was skipped. Not to be changed."""
     folder = tmp_path_factory.mktemp("passed")
-    assert small.train("--config", small.config, "--output.folder", folder) == 0
+    assert small.train("--config", small.config, "--output.folder", folder, pictures=True) == 0
     return folder / "small-001"
 
 
@@ -289,7 +282,7 @@ def test_a_run_over_a_batch_ramp_with_an_average_resumes_bit_for_bit(
     write_config(tmp_path / "ramp.py", cfg)
     for name, steps in (("whole", 7), ("parts", 5)):
         args = ("--config", tmp_path / "ramp.py", "--output.folder", tmp_path / name)
-        assert small.train(*args, "--train.steps", steps) == 0
+        assert small.train(*args, "--train.steps", steps, pictures=steps == 7) == 0
     run = tmp_path / "parts" / "small-001"
     assert small.train("--resume", run, "--train.steps", 7, "--data.readers", 3) == 0
     whole = tmp_path / "whole" / "small-001"
