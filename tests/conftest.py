@@ -39,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # commands started by a test keep no programs
     # A process born in a script's background ignores ^C, and so would all that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Modules, tests and traces are millions of objects that stay: looking for garbage at every 700
+    # new ones took a sixteenth of the tier.
+    gc.set_threshold(20_000, 10, 10)
     import jax
 
     # A configuration value, not XLA_FLAGS: commands started by a test see one device, as users do.
@@ -54,15 +57,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return files.get("/".join(item.path.parts[-2:]), len(files))
 
     items.sort(key=place)
-
-
-def pytest_collection_finish() -> None:
-    """Traces leave millions of objects that stay: Python's collector, at every 700 new ones, took
-    a sixteenth of the tier. What was imported and collected until here is never looked through.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture
