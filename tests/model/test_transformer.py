@@ -151,7 +151,7 @@ def test_rows_longer_than_the_model_are_refused():
         model.hidden(jnp.zeros((1, 65), jnp.int32))
 
 
-@pytest.mark.parametrize("remat", ["none", "report"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.exhaustive), "report"])
 def test_layers_written_out_compute_what_scanned_ones_do(x64, monkeypatch, remat: str):
     """Hidden states and gradients."""
     model, tokens = random_model(CFG, jnp.float64), random_tokens(CFG, B, T)
