@@ -257,5 +257,5 @@ def test_what_has_no_room_is_refused(weights, length: int, new: int):
 
 
 def test_a_text_may_fill_the_longest_sequence(weights):
-    assert text(weights, np.zeros((1, 60), np.int32), 4).shape == (1, 4)
-    assert text(weights, np.zeros((1, 63), np.int32), 1).shape == (1, 1)
+    assert text(weights, np.zeros((ROWS, 60), np.int32), 4).shape == (ROWS, 4)
+    assert text(weights, np.zeros((ROWS, 63), np.int32), 1).shape == (ROWS, 1)

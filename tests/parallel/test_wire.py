@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.parallel.wire import PLAIN, pack, row_bytes, unpack, wire_of, wire_of_rules
 from dsv3_jax.quant.recipes import RECIPES
-from tests.shapes import normal
+from tests.shapes import compiled, normal
 
 FP8 = wire_of_rules(RECIPES["fp8"]["dispatched"], RECIPES["fp8"]["expert_after_swiglu"])
 
@@ -18,20 +18,22 @@ FP8 = wire_of_rules(RECIPES["fp8"]["dispatched"], RECIPES["fp8"]["expert_after_s
 @pytest.mark.parametrize("width", [256, 200, 5])
 def test_what_comes_is_what_the_recipe_makes_of_it(width: int, dtype):
     """To the bit, and to round it once more changes nothing."""
-    x_RD = (normal(0, 7, width) * 10.0 ** normal(1, 7, 1)).astype(dtype)
-    x_RD = x_RD.at[3].set(0)
-    packed = pack(x_RD, FP8.there)
-    found = unpack(packed, FP8.there, dtype)
-    wanted = FP8.there.quantize(x_RD).dequantize(dtype)
+    x_RD = np.asarray(normal(0, 7, width)) * 10.0 ** np.asarray(normal(1, 7, 1))
+    x_RD[3] = 0
+    x_RD = jnp.asarray(x_RD, dtype)
+    packed = compiled(lambda x: pack(x, FP8.there))(x_RD)
+    found = compiled(lambda packed: unpack(packed, FP8.there, dtype))(packed)
+    wanted = compiled(lambda x: x.dequantize(dtype))(compiled(FP8.there.quantize)(x_RD))
     np.testing.assert_array_equal(np.float32(found), np.float32(wanted))
-    again = FP8.there.fake_quantize(found[None])[0]
+    again = compiled(FP8.there.fake_quantize)(found[None])[0]
     np.testing.assert_array_equal(again, np.float32(found))
     assert sum(part.nbytes for part in packed) == 7 * row_bytes(FP8.there, width, 2)
 
 
 def test_a_row_of_zero_bytes_is_one_of_zeros():
-    empty = jax.tree.map(jnp.zeros_like, pack(normal(0, 2, 256), FP8.there))
-    assert not unpack(empty, FP8.there, jnp.float32).any()
+    packed = jax.eval_shape(lambda x: pack(x, FP8.there), normal(0, 2, 256))
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), packed)
+    assert not compiled(lambda x: unpack(x, FP8.there, jnp.float32))(empty).any()
 
 
 def test_rows_without_an_operand_stay_as_they_are():

@@ -1,7 +1,9 @@
 """The emulated accumulator against whole numbers in Python, and against exact sums."""
 
 from fractions import Fraction
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,7 +49,8 @@ def by_hand(a: np.ndarray, b: np.ndarray, acc: Accumulator) -> float:
 @pytest.mark.parametrize(("bits", "group", "interval"), [(14, 32, 128), (6, 4, 8), (9, 8, None)])
 def test_the_emulation_is_the_sum_by_hand(bits, group, interval, aligned: bool):
     acc = Accumulator(bits, group, interval, aligned)
-    a, b = (np.asarray(fake_quantize(normal(i, 3, 300), (3, 300))) for i in range(2))
+    rounded = compiled(lambda x: fake_quantize(x, (3, 300)))
+    a, b = (np.asarray(rounded(normal(i, 3, 300))) for i in range(2))
     actual = np.asarray(emulated(a, b.T, acc))
     expected = [[by_hand(row, column, acc) for column in b] for row in a]
     assert np.array_equal(actual, np.array(expected, np.float32))
@@ -70,10 +73,14 @@ def test_promotion_keeps_what_the_register_would_lose():
 
 def test_blocks_are_scaled_when_they_are_promoted():
     """With enough bits it is the product of the expanded operands."""
-    a, b = quantize(normal(0, 5, 300)), quantize(normal(1, 300, 7), (128, 128))
-    exact = np.asarray(a.dequantize(), float) @ np.asarray(b.dequantize(), float)
+    quantized = compiled(quantize, static_argnames="block")
+    a = quantized(normal(0, 5, 300))
+    b = quantized(normal(1, 300, 7), block=(128, 128))
+    expanded = compiled(lambda *blocked: [x.dequantize() for x in blocked])(a, b)
+    wide_a, wide_b = (np.asarray(x, float) for x in expanded)
+    exact = wide_a @ wide_b
     run = compiled(emulated_product, static_argnums=2)
-    size = np.abs(np.asarray(a.dequantize())) @ np.abs(np.asarray(b.dequantize()))
+    size = np.abs(wide_a) @ np.abs(wide_b)
     fine = np.abs(np.asarray(run(a, b, Accumulator(bits=18))) - exact)
     coarse = np.abs(np.asarray(run(a, b, Accumulator(bits=8))) - exact)
     assert (fine <= 2.0**-17 * size).all()
@@ -96,6 +103,7 @@ def test_sizes_that_cannot_be_are_refused(sizes: dict, message: str):
 
 
 def test_blocks_that_do_not_meet_are_refused():
-    a, b = quantize(jnp.ones((2, 4)), (1, 4)), quantize(jnp.ones((4, 2)), (2, 2))
+    blocked = (((2, 4), (1, 4)), ((4, 2), (2, 2)))
+    a, b = (jax.eval_shape(partial(quantize, block=b), jnp.ones(s)) for s, b in blocked)
     with pytest.raises(ValueError, match=r"blocks are \(1, 4\) and \(2, 2\)"):
         emulated_product(a, b, Accumulator())
