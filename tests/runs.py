@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -166,8 +167,13 @@ def random_state(cfg: RunConfig, sharding: RunSharding = ONE_DEVICE) -> TrainSta
     """What `init_state` returns, with NumPy's numbers: no half minute for a compilation."""
     model = random_model(cfg.model, seed=cfg.train.seed)
     _, params, biases = nnx.split(model, nnx.Param, RouterBias)
-    state = TrainState(params, biases, adamw(cfg.optimizer).init(params))
-    return spread(state, sharding)
+    return spread(TrainState(params, biases, empty_moments(cfg, params)), sharding)
+
+
+def empty_moments(cfg: RunConfig, params: nnx.State) -> Any:
+    """What the optimiser begins with, zeros throughout, without a program for each shape."""
+    shapes = jax.eval_shape(adamw(cfg.optimizer).init, params)
+    return jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), shapes)
 
 
 def spread(state: TrainState, sharding: RunSharding) -> TrainState:

@@ -93,7 +93,7 @@ def random_module(build: Callable[[], Module], std: float = 0.2, seed: int = 0) 
             values = 0.05 * noise
         else:
             values = 1 + 0.2 * noise if "norm" in name else std * noise
-        return abstract.replace(jnp.asarray(values, abstract.dtype))
+        return abstract.replace(in_dtype(values, abstract.dtype))
 
     graphdef, state = nnx.split(jax.eval_shape(build))
     return nnx.merge(graphdef, nnx.map_state(variable, state))
@@ -101,7 +101,13 @@ def random_module(build: Callable[[], Module], std: float = 0.2, seed: int = 0) 
 
 def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
     """Standard normal numbers of NumPy; by default float64 under x64, else float32."""
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return in_dtype(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def in_dtype(values: np.ndarray, dtype: Any) -> jax.Array:
+    """Cast as `jnp.asarray(values, dtype)` casts, in NumPy: JAX compiles that for each shape."""
+    values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    return jnp.asarray(values if dtype is None else values.astype(jnp.dtype(dtype)))
 
 
 def random_tokens(cfg: ModelConfig, rows: int, length: int, seed: int = 0) -> jax.Array:

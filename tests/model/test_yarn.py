@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, YarnConfig
-from dsv3_jax.model.yarn import frequencies, rope_table, rotate, softmax_scale
-from tests.shapes import normal, tiny_model
+from dsv3_jax.model import yarn
+from dsv3_jax.model.yarn import frequencies, softmax_scale
+from tests.shapes import compiled, normal, tiny_model
 from tests.tolerances import FLOAT64, assert_close
 
 PLAIN = ModelConfig(max_length=4096)
 EXTENDED = ModelConfig(max_length=163840)
+# Each a program of one piece: their operations one by one take longer to compile.
+rope_table, rotate = compiled(yarn.rope_table, static_argnums=(0, 2)), compiled(yarn.rotate)
 
 
 def test_frequencies_without_yarn_are_powers_of_theta():

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.parallel.copies import (
-    fill_slots,
-    fill_values,
-    in_slots,
-    running_count,
-    sum_copies,
-    values_of_copies,
-)
+from dsv3_jax.parallel import copies as made
+from dsv3_jax.parallel.copies import running_count
+from tests.shapes import compiled
 
 R, J, S, D = 7, 3, 12, 4
+# Each a program of one piece: their operations one by one are some hundred to compile.
+in_slots = compiled(made.in_slots, static_argnums=1, static_argnames="complete")
+fill_slots, fill_values, sum_copies, values_of_copies = map(
+    compiled, (made.fill_slots, made.fill_values, made.sum_copies, made.values_of_copies)
+)
 
 
 @pytest.fixture
@@ -60,5 +60,5 @@ def test_sums_are_at_least_float32():
 @pytest.mark.parametrize("size", [1, 127, 128, 129, 1000])
 def test_running_counts_are_numpys(size: int):
     chosen = np.random.default_rng(size).random((size, 3)) < 0.5
-    np.testing.assert_array_equal(running_count(jnp.asarray(chosen)), chosen.cumsum(0))
+    np.testing.assert_array_equal(compiled(running_count)(chosen), chosen.cumsum(0))
     assert jax.eval_shape(running_count, jnp.asarray(chosen)).dtype == jnp.int32

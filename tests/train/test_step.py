@@ -21,7 +21,6 @@ from dsv3_jax.model.transformer import DeepSeekV3
 from dsv3_jax.train import loss as loss_module
 from dsv3_jax.train import step as step_module
 from dsv3_jax.train.loss import LossParts
-from dsv3_jax.train.optimizer import adamw
 from dsv3_jax.train.step import (
     PARTS,
     Coefficients,
@@ -35,6 +34,7 @@ from dsv3_jax.train.step import (
     norms_by_part,
     squared_norms,
 )
+from tests.runs import empty_moments
 from tests.shapes import FAST_COMPILATION, compiled, random_model, random_tokens, tiny_model
 from tests.tolerances import FLOAT64, assert_close
 
@@ -51,7 +51,7 @@ RUN = RunConfig(
 def state_of(cfg: RunConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, TrainState]:
     """What `init_state` returns, with the random weights and biases of the tests."""
     graphdef, params, biases = nnx.split(random_model(cfg.model, dtype), nnx.Param, RouterBias)
-    return graphdef, TrainState(params, biases, adamw(cfg.optimizer).init(params))
+    return graphdef, TrainState(params, biases, empty_moments(cfg, params))
 
 
 def batch_of(cfg: RunConfig) -> Batch:
