@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -23,17 +22,16 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.model import router
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.pipeline import Executed
 from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.stages import cut
-from dsv3_jax.train.loss import loss
 from dsv3_jax.train.pipeline import Pipeline
 from dsv3_jax.train.pipeline_layout import Layout
 from dsv3_jax.train.pipeline_state import by_stage, from_whole, joined, to_whole
 from dsv3_jax.train.step import Coefficients, StepMetrics, TrainState
 from tests.shapes import FAST_COMPILATION, random_tokens, tiny_model
+from tests.train.margins import routing_margin
 from tests.train.telling_step import make_telling_step
 from tests.train.test_step import coefficients, state_of
 
@@ -260,29 +258,8 @@ def without_traffic(outcome: Outcome) -> Any:
     return outcome._replace(metrics=outcome.metrics._replace(traffic=None))
 
 
-def routing_margin(patch: pytest.MonkeyPatch, case: Case) -> float:
-    """The smallest distance, on one device, between a score, of experts or groups, that is among
-    the best and one that is not.
-    """
-    margins, choose, model = [], router.choose_experts, case.model
-
-    def look(biased_BTE, cfg):
-        grouped = np.sort(biased_BTE.reshape(*biased_BTE.shape[:2], model.num_groups, -1), -1)
-        scores = grouped[..., -2:].sum(-1)
-        best = np.argsort(scores, -1)[..., -model.num_kept_groups :]
-        among = np.take_along_axis(grouped, best[..., None], -2)
-        among = among.reshape(*best.shape[:2], -1)
-        for ranked, kept in ((scores, best.shape[-1]), (among, model.experts_per_token)):
-            ranked = np.sort(ranked, -1)
-            margins.append((ranked[..., -kept] - ranked[..., -kept - 1]).min())
-        return choose(biased_BTE, cfg)
-
-    patch.setattr(router, "choose_experts", look)
+def margin_of(case: Case) -> float:
     graphdef, state = state_for(case)
-    with jax.disable_jit():
-        whole = nnx.merge(graphdef, state.params, state.biases)
-        batch = jax.tree.map(jnp.asarray, batch_of(case))
-        train = replace(case.plain, remat="none").config.train  # `look` computes with numbers
-        loss(whole, batch, jnp.int32(1), jnp.float32(0.3), train)
-    assert len(margins) == 2 * (model.num_moe_layers + model.mtp_depth)
-    return min(margins)
+    batch = jax.tree.map(jnp.asarray, batch_of(case))
+    train = replace(case.plain, remat="none").config.train  # so that each layer is met once
+    return routing_margin(case.model, graphdef, state, batch, train)

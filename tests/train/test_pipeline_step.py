@@ -21,8 +21,8 @@ from tests.train.pipelines import (
     Walked,
     batch_of,
     expected,
+    margin_of,
     numbers,
-    routing_margin,
     state_for,
     walked,
     without_traffic,
@@ -201,10 +201,9 @@ SINGLE = [
     ],
     ids=str,
 )
-def test_it_is_the_same_in_float32(monkeypatch: pytest.MonkeyPatch, case: Case):
+def test_it_is_the_same_in_float32(case: Case):
     """On inputs whose choice of experts no rounding can change."""
-    with monkeypatch.context() as patch:
-        assert routing_margin(patch, case) > 1e-4
+    assert margin_of(case) > 1e-4
     check(case)
 
 

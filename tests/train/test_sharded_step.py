@@ -25,11 +25,9 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.data.loader import Batch
-from dsv3_jax.model import router
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.mesh import TOKEN_AXES, parameter_name
 from dsv3_jax.train.exchange_records import bytes_of_row, exchange_entry
-from dsv3_jax.train.loss import loss
 from dsv3_jax.train.sharding import ONE_DEVICE, ROWS, WHOLE, make_sharding
 from dsv3_jax.train.step import (
     StepMetrics,
@@ -41,6 +39,7 @@ from dsv3_jax.train.step import (
 from tests.runs import spread
 from tests.shapes import FAST_COMPILATION, compiled, random_tokens, tiny_model
 from tests.tolerances import FLOAT32, FLOAT64, assert_close
+from tests.train.margins import routing_margin
 from tests.train.telling_step import make_telling_step
 from tests.train.test_step import coefficients, state_of
 
@@ -160,39 +159,14 @@ def test_all_meshes_give_the_same(x64, shape: str, mtp: int, microbatches: int):
     [pytest.param(s, marks=pytest.mark.exhaustive) for s in SHAPES if s != "1x2x4"]
     + [pytest.param("1x2x4", marks=pytest.mark.slow)],
 )
-def test_meshes_give_the_same_in_float32(monkeypatch: pytest.MonkeyPatch, shape: str):
+def test_meshes_give_the_same_in_float32(shape: str):
     """On inputs whose choice of experts no rounding can change."""
-    with monkeypatch.context() as patch:
-        assert routing_margin(patch, run_of("1x1x1", 1, 2, "float32")) > 1e-4
+    assert margin_of(run_of("1x1x1", 1, 2, "float32")) > 1e-4
     compare(outcome(run_of(shape, 1, 2, "float32"), whole=False), 1, 2, "float32")
 
 
-def routing_margin(patch: pytest.MonkeyPatch, cfg: RunConfig) -> float:
-    """The smallest distance between a score, of experts or groups, that is among the best and one
-    that is not.
-    """
-    margins, choose = [], router.choose_experts
-
-    def look(biased_BTE, model):
-        grouped = np.sort(biased_BTE.reshape(*biased_BTE.shape[:2], model.num_groups, -1), -1)
-        by_group = np.sort(grouped[..., -2:].sum(-1), -1)
-        kept = model.num_kept_groups
-        margins.append((by_group[..., -kept] - by_group[..., -kept - 1]).min())
-        best = np.argsort(grouped[..., -2:].sum(-1), -1)[..., -kept:]
-        among = np.sort(
-            np.take_along_axis(grouped, best[..., None], -2).reshape(*best.shape[:2], -1), -1
-        )
-        k = model.experts_per_token
-        margins.append((among[..., -k] - among[..., -k - 1]).min())
-        return choose(biased_BTE, model)
-
-    patch.setattr(router, "choose_experts", look)
-    graphdef, state = state_of(cfg)
-    model = nnx.merge(graphdef, state.params, state.biases)
-    with jax.disable_jit():
-        loss(model, batch_of(cfg), jnp.int32(1), jnp.float32(0.3), cfg.train)
-    assert len(margins) == 2 * (cfg.model.num_moe_layers + cfg.model.mtp_depth)
-    return min(margins)
+def margin_of(cfg: RunConfig) -> float:
+    return routing_margin(cfg.model, *state_of(cfg), batch_of(cfg), cfg.train)
 
 
 def test_a_bad_row_is_named_by_its_place_in_the_batch(x64, stepped):

@@ -123,12 +123,11 @@ def test_all_meshes_are_as_one_device(x64, shape, sequence, isolate, remat):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("shape", "sequence"), MESHES)
-def test_it_is_the_same_in_float32(monkeypatch, shape, sequence):
+def test_it_is_the_same_in_float32(shape, sequence):
     """On inputs whose choice of experts no rounding can change."""
-    with monkeypatch.context() as patch:
-        alone = replace(run_of("1x1x1", "none", dtype="float32").train, microbatches=1)
-        cfg = replace(run_of("1x1x1", "none", dtype="float32"), train=alone)
-        assert sharded.routing_margin(patch, cfg) > 1e-4
+    alone = replace(run_of("1x1x1", "none", dtype="float32").train, microbatches=1)
+    cfg = replace(run_of("1x1x1", "none", dtype="float32"), train=alone)
+    assert sharded.margin_of(cfg) > 1e-4
     compare(run_of(shape, sequence, dtype="float32"), FLOAT32)
 
 
