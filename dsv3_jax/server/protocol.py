@@ -57,15 +57,14 @@ def _ids_at_once(found: Any, each: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _prompts_at_once(found: Any, each: ValidatorFunctionWrapHandler) -> Any:
-    """Leaves what may be texts to pydantic."""
     if not isinstance(found, list) or not found:
         return each(found)
-    lists = found if all(type(one) is list for one in found) else [found]
-    if len(lists) <= MOST_CHOICES and all(map(_are_ids, lists)):
+    if len(found) <= MOST_CHOICES and set(map(type, found)) == {str}:
         return found
-    if lists is found or len(found) > MOST_CHOICES:
+    lists = found if all(type(one) is list for one in found) else [found]
+    if len(lists) > MOST_CHOICES or not all(map(_are_ids, lists)):
         raise ValueError("no prompts")
-    return each(found)
+    return found
 
 
 Ids = Annotated[list[TokenId], WrapValidator(_ids_at_once)]

@@ -21,6 +21,8 @@ FIELDS = {f"u{i}": 1 for i in range(MANY)}
         (CompletionRequest, {"prompt": [*[1] * MANY, True]}, "prompt: allowed: text"),
         (CompletionRequest, {"prompt": [*[1] * MANY, [1]]}, "prompt: allowed: text"),
         (CompletionRequest, {"prompt": [["a"] * MANY]}, "prompt: allowed: text"),
+        (CompletionRequest, {"prompt": ["x", ["a"] * MANY]}, "prompt: allowed: text"),
+        (CompletionRequest, {"prompt": ["x", [[]] * MANY]}, "prompt: allowed: text"),
         (CompletionRequest, {"prompt": [[1]] * MANY}, "prompt: allowed: text"),
         (CompletionRequest, {"prompt": "a", "stop": [1] * MANY}, "stop: allowed: text"),
         (CompletionRequest, {"prompt": "a"} | FIELDS, "u0: unknown or unserved field"),
