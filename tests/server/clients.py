@@ -85,7 +85,7 @@ def open_socket(base: str) -> socket.socket:
 
 def raw_request(path: str, body: bytes, *more: str) -> bytes:
     """The bytes of a POST of JSON."""
-    head = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json"]
+    head = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json"]
     head += [f"content-length: {len(body)}", *more, "", ""]
     return "\r\n".join(head).encode() + body
 
