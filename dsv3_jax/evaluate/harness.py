@@ -4,12 +4,15 @@ Importing this file needs lm-eval. Ids are ours: contexts begin with a begin-of-
 as the chat template has them; what a question spells is never taken for a mark of a turn.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from dsv3_jax.data.hashing import key64
 from dsv3_jax.evaluate.conversations import Conversations
 from dsv3_jax.evaluate.subject import Pair, Subject
 from dsv3_jax.inference.prompt_file import SEEDS, Wishes
@@ -19,14 +22,14 @@ DEFAULT_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # What changes nothing at these values; other values ask for what is not here.
 _IDLE = {"top_k": (0, -1, None), "num_beams": (1, None), "num_return_sequences": (1, None)}
-_KNOWN = {"until", "do_sample", "temperature", "top_p", *_LIMITS, *_IDLE}
+_SERVED = ("until", "do_sample", "temperature", "top_p", *_LIMITS)
 
 
 class Harness(TemplateLM):
     """lm-eval's view of a model.
 
     Attributes:
-        seed: of what is drawn; each request of a call has one more than the one before.
+        seed: of what is drawn; a request's own is a function of it and of its place in a call.
         temperature: instead of the tasks' own, if it is not None.
     """
 
@@ -110,30 +113,40 @@ class Harness(TemplateLM):
         return self.subject.write(contexts, wishes)
 
     def _wishes(self, asked: Mapping[str, Any], place: int) -> Wishes:
-        """lm-eval's `generation_kwargs`. ValueError for those that are not here."""
-        for name, value in asked.items():
-            if name not in _KNOWN or value not in _IDLE.get(name, (value,)):
-                raise ValueError(
-                    f"generation_kwargs: {name} {value!r}; allowed: {', '.join(sorted(_KNOWN))}"
-                )
-        limits = [name for name in _LIMITS if asked.get(name) is not None]
-        until = asked.get("until") or []
-        until = [until] if isinstance(until, str) else until
-        if not (isinstance(until, list | tuple) and all(isinstance(text, str) for text in until)):
-            raise ValueError(
-                f"generation_kwargs: until {until!r}; allowed: a text or a list of them"
-            )
-        temperature = _number("temperature", asked.get("temperature") or 0, float)
-        if asked.get("do_sample") is False:
-            temperature = 0.0
-        most = _number(limits[0], asked[limits[0]], int) if limits else DEFAULT_TOKENS
-        return Wishes(
-            self._max_tokens or most,
-            temperature if self.temperature is None else self.temperature,
-            _number("top_p", asked.get("top_p") or 1, float),
-            (self.seed + place) % SEEDS,
-            tuple(filter(None, until)),
+        wishes = wishes_of(asked)
+        return replace(
+            wishes,
+            max_tokens=self._max_tokens or wishes.max_tokens,
+            temperature=wishes.temperature if self.temperature is None else self.temperature,
+            seed=key64("answer", self.seed, place) % SEEDS,
         )
+
+
+def wishes_of(asked: Mapping[str, Any]) -> Wishes:
+    """lm-eval's `generation_kwargs`. ValueError for those that are not here."""
+    for name, value in asked.items():
+        _check_field(name, value)
+    limits = [name for name in _LIMITS if asked.get(name) is not None]
+    until = asked.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    if not (isinstance(until, list | tuple) and all(isinstance(text, str) for text in until)):
+        raise ValueError(f"generation_kwargs: until {until!r}; allowed: a text or a list of them")
+    temperature = _number("temperature", asked.get("temperature") or 0, float)
+    return Wishes(
+        _number(limits[0], asked[limits[0]], int) if limits else DEFAULT_TOKENS,
+        0.0 if asked.get("do_sample") is False else temperature,
+        _number("top_p", asked.get("top_p") or 1, float),
+        stop=tuple(filter(None, until)),
+    )
+
+
+def _check_field(name: str, value: Any) -> None:
+    if name in _SERVED or (name in _IDLE and value in _IDLE[name]):
+        return
+    idle = {known: " or ".join(map(json.dumps, values)) for known, values in _IDLE.items()}
+    alone = ", ".join(f"{known} ({values})" for known, values in idle.items())
+    allowed = idle.get(name, f"{', '.join(_SERVED)}; and at these values alone {alone}")
+    raise ValueError(f"generation_kwargs: {name} {value!r}; allowed: {allowed}")
 
 
 def _number(name: str, value: Any, kind: type) -> Any:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsv3_jax.data.hashing import key64
+
 Scoring = Literal["perplexity", "generation"]
 
 CHAT_TOKENS = 8192
@@ -113,13 +115,14 @@ def runs_of(
     seed: int = 0,
 ) -> tuple[Run, ...]:
     """How often, and how, a set of so many samples runs: once as the task says, but a small set
-    whose answers are written runs `repeats` times at each temperature, with a seed for each run. At
-    temperature 0 every run would be the same, so there is one.
+    whose answers are written runs `repeats` times at each temperature, each run with a seed of its
+    own, a function of `seed` and the run's number. At temperature 0 every run would be the same, so
+    there is one.
     """
     if not generates or samples >= SMALL_SET or not temperatures:
         return (Run(None, seed),)
     wished = [t for t in temperatures for _ in range(repeats if t > 0 else 1)]
-    return tuple(Run(t, (seed + i) % 2**32) for i, t in enumerate(wished))
+    return tuple(Run(t, key64("run", seed, i) % 2**32) for i, t in enumerate(wished))
 
 
 def summary(scores: Sequence[float]) -> Summary:

@@ -42,7 +42,7 @@ def load(wish: Wish) -> dict[str, Any]:
     """The tasks and groups of these names, as lm-eval has them, ready to run.
 
     ValueError, one line, for unknown names, tasks that cannot be read, whose data cannot be had,
-    or that run what the model writes without leave.
+    that run what the model writes without leave, or that ask for texts as none are written here.
     """
     with _quiet():
         manager = _manager(wish)
@@ -61,6 +61,9 @@ def load(wish: Wish) -> dict[str, Any]:
             f"--tasks: {unsafe[0]} runs what the model writes, as you, on this machine; "
             "allowed: with --confirm-run-unsafe-code"
         )
+    for name, task in loaded["tasks"].items():
+        if _writes(task):
+            _check_generation(name, task)
     return loaded
 
 
@@ -140,8 +143,7 @@ def _by_run(loaded: dict[str, Any], wish: Wish) -> dict[Run, list[str]]:
     for name, task in loaded["tasks"].items():
         size = len(task.eval_docs)
         size = size if wish.limit is None else min(size, wish.limit)
-        writes = task.get_config("output_type") == "generate_until"
-        for run_ in runs_of(size, writes, wish.temperatures, wish.repeats, wish.seed):
+        for run_ in runs_of(size, _writes(task), wish.temperatures, wish.repeats, wish.seed):
             found.setdefault(run_, []).append(name)
     return found
 
@@ -215,6 +217,18 @@ def _settle(task: Any, wish: Wish) -> None:
 
 def _is_unsafe(task: Any) -> bool:
     return bool(getattr(task, "UNSAFE_CODE", False))
+
+
+def _writes(task: Any) -> bool:
+    return task.get_config("output_type") == "generate_until"
+
+
+def _check_generation(name: str, task: Any) -> None:
+    """Before other tasks are scored, whose scores its fault would cost."""
+    try:
+        ours.wishes_of(task.get_config("generation_kwargs") or {}).check()
+    except ValueError as error:
+        raise ValueError(f"--tasks {name}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -20,20 +20,24 @@ from dsv3_jax.evaluate.protocol import (
 def test_a_small_set_that_is_written_runs_at_every_temperature_with_new_seeds():
     runs = runs_of(50, True, (0.2, 0.7), repeats=3, seed=5)
     assert [run.temperature for run in runs] == [0.2] * 3 + [0.7] * 3
-    assert [run.seed for run in runs] == [5, 6, 7, 8, 9, 10]
+    more = runs_of(50, True, (0.2, 0.7), repeats=3, seed=6)
+    assert len({run.seed for run in (*runs, *more)}) == 12
 
 
 def test_all_else_runs_once_as_the_task_says():
     once = (Run(None, 5),)
-    assert runs_of(999, True, (0.7,), 1, 5) == (Run(0.7, 5),)
+    assert [run.temperature for run in runs_of(999, True, (0.7,), 1, 5)] == [0.7]
     assert runs_of(1000, True, (0.7,), 3, 5) == once
     assert runs_of(50, False, (0.7,), 3, 5) == once
     assert runs_of(50, True, (), 3, 5) == once
-    assert runs_of(50, True, (0.0,), 3, 5) == (Run(0.0, 5),)
+    assert [run.temperature for run in runs_of(50, True, (0.0,), 3, 5)] == [0.0]
 
 
-def test_seeds_stay_what_an_engine_takes():
-    assert runs_of(50, True, (1.0,), 2, 2**32 - 1)[1].seed == 0
+def test_seeds_are_what_an_engine_takes_and_stay_what_they_are():
+    """Whoever repeats a run has its texts again."""
+    seeds = [run.seed for run in runs_of(50, True, (1.0,), 100, 2**32 - 1)]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert [run.seed for run in runs_of(50, True, (1.0,), 2, 0)] == [4136046139, 3471598235]
 
 
 def test_mean_and_spread_are_numpys():

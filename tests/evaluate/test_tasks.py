@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.evaluate.__main__ import main
+from dsv3_jax.evaluate.protocol import runs_of
 from tests.checkpoint.run_folders import write_run
 from tests.commands import mistake_of
 from tests.evaluate.subjects import make_subject
@@ -127,7 +128,8 @@ def test_a_set_of_fifty_runs_at_every_temperature_with_mean_and_spread(run, tmp_
     )
     (task,) = content["tasks"]
     runs = [(one["temperature"], one["seed"]) for one in task["runs"]]
-    assert runs == [(0.5, 3), (0.5, 4), (1.5, 5), (1.5, 6)]
+    assert [temperature for temperature, _ in runs] == [0.5, 0.5, 1.5, 1.5]
+    assert len({seed for _, seed in runs}) == 4
     assert (task["samples"], task["of"]) == (50, 50)
     assert task["version"] == "2.0"
     # Out of the samples themselves.
@@ -297,16 +299,55 @@ def test_generation_is_asked_for_as_lm_eval_means_it(asked, expected):
     assert wish.temperature == theirs.get("temperature", 0.0)
     harness.seed, harness.temperature = 2**32 - 1, 0.7
     wish = harness._wishes(asked, 3)
-    assert (wish.seed, wish.temperature) == (2, 0.7)
+    assert 0 <= wish.seed < 2**32
+    assert wish.temperature == 0.7
+
+
+def test_runs_of_a_task_that_repeats_its_requests_share_no_seed():
+    """Its 64 requests of one sample would be those of the run before, shifted by one."""
+    from dsv3_jax.evaluate.harness import Harness
+
+    harness, seeds = Harness(make_subject()[1]), set()
+    for run_ in runs_of(164, True, (0.7,), repeats=3):
+        harness.seed = run_.seed
+        seeds |= {harness._wishes({}, place).seed for place in range(64)}
+    assert len(seeds) == 3 * 64
 
 
 def test_generation_that_is_not_here_is_refused():
-    from dsv3_jax.evaluate.harness import Harness
+    from dsv3_jax.evaluate.harness import wishes_of
 
-    harness = Harness(make_subject()[1])
-    for asked in (
-        *({"top_k": 5}, {"repetition_penalty": 1.1}, {"num_beams": 4}, {"until": [5]}),
-        *({"until": {"a": 1}}, {"temperature": "hot"}, {"max_gen_toks": "many"}, {"top_p": [1]}),
+    for asked, said in (
+        ({"top_k": 5}, "5; allowed: 0 or -1 or null"),
+        ({"num_beams": 4}, "4; allowed: 1 or null"),
+        ({"repetition_penalty": 1.1}, "1.1; allowed: until, do_sample, .*; and at .* top_k (0 or"),
+        ({"until": [5]}, "[5]; allowed: a text or a list of them"),
+        ({"until": {"a": 1}}, "{'a': 1}; allowed: a text or a list of them"),
+        ({"temperature": "hot"}, "'hot'; allowed: a number"),
+        ({"max_gen_toks": "many"}, "'many'; allowed: a number"),
+        ({"top_p": [1]}, "[1]; allowed: a number"),
     ):
-        with pytest.raises(ValueError, match=rf"generation_kwargs: {next(iter(asked))} "):
-            harness._wishes(asked, 0)
+        line = f"generation_kwargs: {next(iter(asked))} {said}"
+        with pytest.raises(ValueError, match=re.escape(line).replace(r"\.\*", ".*")):
+            wishes_of(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("{top_k: 5}", "generation_kwargs: top_k 5; allowed: 0 or -1 or null"),
+        ("{temperature: -1}", "temperature is -1.0; allowed: from 0 to below 1e38"),
+    ],
+)
+def test_generation_that_is_not_here_is_told_before_a_model_is_opened(
+    tmp_path, capsys, asked, said
+):
+    """With its task's name, whatever other tasks there are."""
+    (tmp_path / "fifty.py").write_text(FIFTY_PY)
+    for name, kwargs in (("fifty", "{until: []}"), ("other", asked)):
+        text = FIFTY.replace("task: fifty", f"task: {name}")
+        text = re.sub("generation_kwargs: .*", f"generation_kwargs: {kwargs}", text)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    args = ["--checkpoint", tmp_path / "none", "--include-path", tmp_path, "--tasks", "fifty,other"]
+    line = mistake_of(main, [*map(str, args)], capsys)
+    assert f"--tasks other: {said}" in line
