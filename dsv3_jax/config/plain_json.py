@@ -4,17 +4,17 @@ import errno
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def parse_json(text: str | bytes) -> Any:
     """What `json.loads` returns.
 
-    ValueError for what is no JSON, for a name that an object has twice, of which readers take one
-    or the other, and for brackets nested beyond Python's stack.
+    ValueError for what is no JSON (Python would take NaN and Infinity), for a name that an object
+    has twice, of which readers take one or the other, and for brackets beyond Python's stack.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return json.loads(text, object_pairs_hook=_each_once, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -25,6 +25,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{name} stands there twice")
     return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"JSON has no {constant}; allowed: finite numbers and null")
 
 
 def read_json(file: Path) -> Any:

@@ -121,4 +121,4 @@ def _number(x: float) -> float | None:
 
 
 def _json(record: dict) -> str:
-    return json.dumps(record) + "\n"
+    return json.dumps(record, allow_nan=False) + "\n"

@@ -111,9 +111,19 @@ def _fields(line: str) -> dict[str, Any]:
     for name, value in found.items():
         if name not in (*_KINDS, "id"):
             raise ValueError(f"unknown field {shown(name)}; allowed: {_NAMES}")
-        if name != "id":
+        if name == "id":
+            _check_carried(value)
+        else:
             _check(name, value)
     return found
+
+
+def _check_carried(value: Any) -> None:
+    """1e400 is JSON, and infinite where it is read: written again it would be none."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"id is {shown(value)}; allowed: numbers that float64 holds") from None
 
 
 def _check(name: str, value: Any) -> None:
