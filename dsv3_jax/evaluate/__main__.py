@@ -102,9 +102,8 @@ class Options:
                 raise ValueError(f"--{name} is {value}; allowed: {least} or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}; allowed: 0 to 2^32 - 1")
-        if self.chat_template is not None and not self.chat:
-            raise ValueError("--chat-template goes with --chat")
         check_runs(self.temperatures, self.repeats, self.chat)
+        self._check_companions()
         self.engine.check()
         if self.out is not None and _is_in_use(self.out):
             raise ValueError(f"--out {self.out} exists already; allowed: a new or an empty folder")
@@ -113,6 +112,21 @@ class Options:
                 "--tasks needs lm-eval, which is not installed: python -m pip install lm_eval "
                 "(the extra `evaluate`); --perplexity works without"
             )
+
+    def _check_companions(self) -> None:
+        """An option that would be ignored."""
+        for name, value, companion, there in (
+            ("chat-template", self.chat_template, "chat", self.chat),
+            ("stride", self.stride, "perplexity", self.perplexity),
+            ("include-path", self.include_path, "tasks", self.names),
+            ("limit", self.limit, "tasks", self.names),
+            ("num-fewshot", self.num_fewshot, "tasks", self.names),
+            ("temperatures", self.temperatures or None, "tasks", self.names),
+            ("max-tokens", self.max_tokens, "tasks", self.names),
+            ("chat", self.chat or None, "tasks", self.names),
+        ):
+            if value is not None and not there:
+                raise ValueError(f"--{name} goes with --{companion}")
 
 
 def main(args: Sequence[str]) -> int | None:
@@ -140,6 +154,8 @@ def _evaluate(options: Options, args: Sequence[str]) -> tuple["Results", dict[st
         from dsv3_jax.checkpoint.new_folder import check_free_name
 
         check_free_name(options.out, overwrite=False)
+    if options.stride is not None:
+        _check_stride(options.stride, options.checkpoint)
     texts = _texts(options.perplexity)
     wish = _wish(options)
     loaded = None
@@ -160,6 +176,16 @@ def _evaluate(options: Options, args: Sequence[str]) -> tuple["Results", dict[st
 
     made = _made(options, args, subject, time.monotonic() - began)
     return Results(made, dict(subject.counts), scores, text_scores), samples
+
+
+def _check_stride(stride: int, checkpoint: Path) -> None:
+    """Before weights are read."""
+    from dsv3_jax.checkpoint.model_folder import find
+    from dsv3_jax.config.load import load_json
+
+    longest = load_json(find(checkpoint).folder / "config.json").model.max_length
+    if stride > longest:
+        raise ValueError(f"--stride is {stride}; allowed: 1 to model.max_length = {longest}")
 
 
 def _texts(files: Sequence[Path]) -> dict[str, str]:
@@ -193,11 +219,6 @@ def _subject(options: Options) -> "Subject":
         average=options.ema,
         dtype=options.dtype,
     )
-    longest = opened.folder.cfg.max_length
-    if options.stride is not None and options.stride > longest:
-        raise ValueError(
-            f"--stride is {options.stride}; allowed: 1 to model.max_length = {longest}"
-        )
     return Subject(opened, options.engine, options.batch)
 
 

@@ -93,6 +93,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, tmp_path):
         ([*here, "--repeats", 0], "--repeats is 0; allowed: 1 or more"),
         ([*here, "--repeats", 2], "allowed: with --temperatures above 0"),
         ([*here, "--chat-template", tmp_path / "text"], "--chat-template goes with --chat"),
+        ([*here, "--limit", 1], "--limit goes with --tasks"),
+        ([*here, "--num-fewshot", 1], "--num-fewshot goes with --tasks"),
+        ([*here, "--include-path", tmp_path], "--include-path goes with --tasks"),
+        ([*here, "--temperatures", 1], "--temperatures goes with --tasks"),
+        ([*here, "--max-tokens", 1], "--max-tokens goes with --tasks"),
+        ([*here, "--chat"], "--chat goes with --tasks"),
+        (["--checkpoint", run, "--tasks", "x", "--stride", 8], "--stride goes with --perplexity"),
         ([*here, "--rows", 0], "--rows is 0; allowed: at least 1"),
         ([*here, "--out", tmp_path / "text"], "text exists already; allowed: a new or an empty"),
         ([*here, "--out", tmp_path / "held"], "held exists already; allowed: a new or an empty"),
@@ -103,14 +110,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, tmp_path):
         assert said in mistake_of(main, [*map(str, args)], capsys)
 
 
-def test_a_stride_beyond_the_model_is_named(run, capsys, tmp_path):
+def test_a_stride_beyond_the_model_is_told_before_its_weights_are_read(run, capsys, tmp_path):
     (tmp_path / "text").write_text("text")
     args = ["--checkpoint", run, "--perplexity", tmp_path / "text", "--stride", 65]
-    with pytest.raises(SystemExit) as stopped:
-        main([*map(str, args)])
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: --stride is 65; allowed: 1 to model.max_length = 64"
+    said = mistake_of(main, [*map(str, args)], capsys)
+    assert said == "error: --stride is 65; allowed: 1 to model.max_length = 64\n"
 
 
 def test_without_lm_eval_a_line_says_how_to_get_it(run, capsys, without_lm_eval):
