@@ -53,13 +53,13 @@ class Options:
     """API keys, one a line"""
     queue: int = 64
     """Texts that may wait beyond those that run; more are refused with 429"""
-    most_connections: int = 512
+    max_connections: int = 512
     """Clients at the same time"""
-    most_body: int = 4_000_000
+    max_body: int = 4_000_000
     """Bytes of a request"""
-    most_prompt: int | None = None
+    max_prompt: int | None = None
     """Tokens of a prompt; default: as many as the model's context or the cache holds"""
-    most_seconds: float = 600.0
+    max_seconds: float = 600.0
     """Of a request, from when it was read to its end"""
     drain_seconds: int = 30
     """For requests that run when the server is told to leave"""
@@ -77,14 +77,14 @@ class Options:
 
     def check(self) -> None:
         """ValueError, in the names of the options."""
-        most_prompt = self.most_prompt
+        max_prompt = self.max_prompt
         for name, value, holds, allowed in (
             ("port", self.port, 0 <= self.port < 2**16, "0 to 65535"),
             ("queue", self.queue, self.queue >= 0, "0 or more"),
-            ("most-connections", self.most_connections, self.most_connections >= 1, "1 or more"),
-            ("most-body", self.most_body, self.most_body >= 1, "1 or more"),
-            ("most-prompt", most_prompt, most_prompt is None or most_prompt >= 1, "1 or more"),
-            ("most-seconds", self.most_seconds, 0 < self.most_seconds < 1e7, "above 0, to 1e7"),
+            ("max-connections", self.max_connections, self.max_connections >= 1, "1 or more"),
+            ("max-body", self.max_body, self.max_body >= 1, "1 or more"),
+            ("max-prompt", max_prompt, max_prompt is None or max_prompt >= 1, "1 or more"),
+            ("max-seconds", self.max_seconds, 0 < self.max_seconds < 1e7, "above 0, to 1e7"),
             ("drain-seconds", self.drain_seconds, self.drain_seconds >= 0, "0 or more"),
             ("name", self.name, self.name is None or self.name.strip(), "no empty one"),
         ):
@@ -155,9 +155,9 @@ def _service(options: Options, keys: "Keys") -> "Service":
         opened.cfg.bos_id,
         opened.end_ids | template.ends(),
         engine.room,
-        most if options.most_prompt is None else min(options.most_prompt, most),
+        most if options.max_prompt is None else min(options.max_prompt, most),
     )
-    limits = Limits(options.most_body, options.most_seconds)
+    limits = Limits(options.max_body, options.max_seconds)
     return Service(EngineThread(engine, options.queue), jobs, keys, limits)
 
 
@@ -193,7 +193,7 @@ def _serve(options: Options, service: "Service", listening: socket.socket) -> in
     shown = f"[{host}]" if ":" in host else host
     server = make_server(
         make_app(service),
-        connections=options.most_connections,
+        connections=options.max_connections,
         drain_seconds=options.drain_seconds,
         ready=lambda: to_stderr(f"serving {service.jobs.name} at http://{shown}:{port}"),
     )
