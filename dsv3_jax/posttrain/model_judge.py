@@ -64,13 +64,15 @@ class Judge:
 
 def read_verdict(reply: str) -> bool | None:
     """The last `Verdict: yes` or `no` that is alone in its line, in whatever marks."""
-    found = re.findall(r"^\W*verdict\W+(yes|no)\W*$", reply, re.IGNORECASE | re.MULTILINE)
+    line = r"^[^\w\n]*verdict[^\w\n]+(yes|no)[^\w\n]*$"
+    found = re.findall(line, reply, re.IGNORECASE | re.MULTILINE)
     return found[-1].lower() == "yes" if found else None
 
 
 def read_score(reply: str) -> float | None:
     """The last `Score: N`, N from 0 to 10, that is alone in its line, as a share of 10."""
-    line = r"^\W*score[\s:=*_]+(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*$"
+    blank, marks = r"[^\S\n]", r"[^\w\n]*"
+    line = rf"^{marks}score(?:{blank}|[:=*_])+(\d+(?:\.\d+)?)(?:{blank}*/{blank}*10)?{marks}$"
     found = [float(one) for one in re.findall(line, reply, re.IGNORECASE | re.MULTILINE)]
     return found[-1] / 10 if found and found[-1] <= 10 else None
 

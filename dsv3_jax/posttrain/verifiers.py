@@ -208,7 +208,7 @@ def _json(keys: str) -> Callable[[Answer], Verdict]:
     needed = [key.strip() for key in keys.split(",") if key.strip()]
 
     def judge(answer: Answer) -> Verdict:
-        fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", answer.text.strip(), re.DOTALL)
+        fenced = re.fullmatch(r"```(?:json)?[^\S\n]*\n(.*)```", answer.text.strip(), re.DOTALL)
         found = json.loads(fenced[1] if fenced else answer.text)
         if not needed:
             return Verdict(True)

@@ -28,6 +28,7 @@ def attempt(text: str = "Paris", **changes) -> Attempt:
         ("Verdict: yes, mostly", None),
         ("The verdict: yes", None),
         ("yes", None),
+        ("Verdict:\n\nyes", None),
         ("", None),
     ],
 )
@@ -45,10 +46,19 @@ def test_verdicts_are_read_from_their_own_line(reply: str, vote: bool | None):
         ("Score: 11", None),
         ("Score: -1", None),
         ("Score: many", None),
+        ("Score:\n7", None),
+        ("Score: 7 / 10", 0.7),
     ],
 )
 def test_scores_are_read_from_their_own_line(reply: str, vote: float | None):
     assert read_score(reply) == vote
+
+
+def test_long_runs_of_blanks_and_marks_are_read_in_one_pass():
+    for run in ("\n" * 200_000, "* \n" * 70_000, "-" * 200_000):
+        assert read_verdict(f"{run}\nVerdict: yes\n{run}x") is True
+        assert read_score(f"{run}\nScore: 7\n{run}x") == 0.7
+        assert read_verdict(run) is read_score(run) is None
 
 
 def test_votes_are_counted_exactly():

@@ -58,6 +58,13 @@ def test_formats(text: str, formats: set[str]):
     assert {name for name, has in FORMATS.items() if has(text)} == formats
 
 
+def test_formats_of_long_blank_runs_are_found_in_one_pass():
+    for blanks in ("\n" * 200_000, " \n" * 100_000, " " * 200_000):
+        assert not any(has(f"a{blanks}") for has in FORMATS.values())
+    assert FORMATS["several paragraphs"]("a" + "\n" * 200_000 + "b")
+    assert FORMATS["list"]("a" + "\n" * 200_000 + " - b")
+
+
 @pytest.fixture
 def few():
     writing = problem(id="3", kind="writing")
