@@ -280,31 +280,54 @@ def boxed(text: str) -> str | None:
 
 def same_value(one: str, other: str) -> bool:
     """Whether two answers are the same text but for LaTeX's spacing, or the same number."""
-    plain, twin = _plain(one), _plain(other)
-    return plain == twin or (_number(plain) is not None and _number(plain) == _number(twin))
+    texts, twins = _texts(one), _texts(other)
+    if not texts.isdisjoint(twins):
+        return True
+    value = _number(_joined(one))
+    return value is not None and value == _number(_joined(other))
 
 
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$~]")
-_NUMBER = re.compile(r"([+-]?)(\d{1,100})?(?:\.(\d{0,100}))?(?:/(\d{1,100}))?")
+_GROUP = re.compile(r"(?<=\d)(?:(?:,|\{,\})(?:\\!)?|\\[,:;!])(?=\d{3}(?!\d))")
+_SPACING = r"(?:\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ]|[\s$~])+"
+# A blank between two numbers tells them apart.
+_BLANK = re.compile(rf"(?:(?<=\d)|(?<=\d\.)){_SPACING}(?=\.?\d)")
+_NUMBER = re.compile(r"([+-]?)(?:(\d{1,100}) )?(\d{1,100})?(?:\.(\d{0,100}))?(?:/(\d{1,100}))?")
+
+
+def _texts(text: str) -> set[str]:
+    """Both readings of 3,100: two numbers, or one."""
+    return {_plain(text), _joined(text)}
+
+
+def _joined(text: str) -> str:
+    """Without what sets off thousands: 1,234 and 1{,}234 and 1\\,234, but no mere blank."""
+    return _plain(_GROUP.sub("", text))
 
 
 def _plain(text: str) -> str:
-    text = _SPACING.sub("", text).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text)
-    return text.removesuffix(".")
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\frac\s*(\d)", r"\\frac{\1}", text)  # TeX takes one digit without braces
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
+    parts = _BLANK.split(text)
+    return " ".join(re.sub(_SPACING, "", part) for part in parts).removesuffix(".")
 
 
 def _number(text: str) -> Fraction | None:
-    """Of 12, -0.5, 1/2 and \\frac{1}{2}, also in per cent; None for anything else."""
+    """Of 12, -0.5, 1/2 and \\frac{1}{2}, of 1 1/2 and 1\\frac{1}{2}, also in per cent; None for
+    anything else.
+    """
     percent = text.endswith("%")
     text = text.removesuffix("%").removesuffix("\\")
+    text = re.sub(r"(?<=\d)(?=\\frac)", " ", text)  # a mixed number, not one digit more
     text = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}", r"\1/\2", text)
     found = _NUMBER.fullmatch(text)
-    if found is None or not (found[2] or found[3]):
+    if found is None or not (found[3] or found[4]):
         return None
-    sign, whole, decimals, below = found.groups()
+    sign, before, whole, decimals, below = found.groups()
     if below is not None and (decimals is not None or not int(below)):
         return None
-    value = Fraction(f"{whole or 0}.{decimals or 0}") / int(below or 1)
+    if before is not None and (below is None or whole is None):
+        return None
+    value = int(before or 0) + Fraction(f"{whole or 0}.{decimals or 0}") / int(below or 1)
     return (-value if sign == "-" else value) / (100 if percent else 1)
