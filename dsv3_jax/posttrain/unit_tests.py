@@ -19,7 +19,8 @@ from dsv3_jax.config.fields import shown
 from dsv3_jax.posttrain.attempts import Attempt, Rated
 from dsv3_jax.posttrain.code_runner import Program, Runner
 
-_FENCE = re.compile(r" {0,3}(`{3,})([^`]*)")
+_FENCE = re.compile(r"( *)(`{3,})([^`]*)")
+_CLOSES = 3  # blanks before the fence that ends a block; behind more of them it is part of the code
 _PYTHON = ("python", "python3", "py")
 
 # What Python has when it starts as usual, with its installed packages.
@@ -93,22 +94,31 @@ class UnitTests:
 
 def code_block(text: str) -> str | None:
     """The last fenced block in Python; without one, the last that names no language. None if there
-    is neither; a block that never ends is none.
+    is neither; a block that never ends is none. A block in a list stands as far to the right as its
+    fence does, and its lines lose that much.
     """
     blocks: dict[bool, str] = {}
-    fence, language, lines = "", "", []
-    for line in text.splitlines():
+    fence, language, indent, lines = "", "", 0, []
+    for line in text.split("\n"):  # a literal may hold any of Unicode's other ends of a line
         found = _FENCE.fullmatch(line.rstrip())
         if not fence:
             if found:
-                fence, language, lines = found[1], found[2].strip().lower(), []
-        elif found and len(found[1]) >= len(fence) and not found[2].strip():
+                indent, fence, language = len(found[1]), found[2], found[3].strip().lower()
+                lines = []
+        elif _ends(found, fence, indent):
             if language in (*_PYTHON, ""):
                 blocks[language != ""] = "\n".join(lines) + "\n"
             fence = ""
         else:
-            lines.append(line)
+            blanks = len(line) - len(line.lstrip(" "))
+            lines.append(line[min(blanks, indent) :])
     return blocks.get(True, blocks.get(False))
+
+
+def _ends(found: re.Match | None, fence: str, indent: int) -> bool:
+    if found is None or len(found[1]) > indent + _CLOSES:
+        return False
+    return len(found[2]) >= len(fence) and not found[3].strip()
 
 
 _Test = Callable[[Runner, str], str]
@@ -158,4 +168,4 @@ def _prints(given: str, wanted: str) -> _Test:
 
 def _lines(text: str) -> list[str]:
     """Without blanks at the ends of lines and without empty lines at the end."""
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    return [line.rstrip() for line in text.rstrip().split("\n")]
