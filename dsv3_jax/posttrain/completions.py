@@ -54,7 +54,7 @@ class Source(Protocol):
 
     def answers(self, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Completion | Failure]]:
         """Each ask with its answer, in any order, as they come. Unavailable if there are no
-        more."""
+        more. `close()` as generators have it: nobody waits for the rest."""
 
 
 def without_reasoning(text: str) -> tuple[str, str | None]:

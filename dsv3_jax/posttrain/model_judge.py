@@ -7,6 +7,7 @@ reward model gives its reasons before its reward, and so do these; its wording i
 all texts are ours. The judge is any source of answers: a server, a checkpoint, the model itself.
 """
 
+import contextlib
 import hashlib
 import queue
 import re
@@ -177,28 +178,37 @@ def _within(
     source: Source, asks: Sequence[Ask], seconds: float
 ) -> Iterator[tuple[Ask, Completion | Failure]]:
     """The source's answers, from a thread of its own, so that one that is silent is not waited
-    for. TimeoutError then; errors are else those of the source.
+    for, and closed. TimeoutError then; errors are else those of the source.
     """
     if not asks:
         return
     came: queue.SimpleQueue = queue.SimpleQueue()
+    answers, given_up = source.answers(asks), threading.Event()
 
     def run() -> None:
         try:
-            for pair in source.answers(asks):
-                came.put(pair)
+            with contextlib.closing(answers):
+                for pair in answers:
+                    if given_up.is_set():
+                        return
+                    came.put(pair)
             came.put(None)
         except Exception as error:  # it belongs to the thread that waits
             came.put(error)
 
     threading.Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            pair = came.get(timeout=seconds)
-        except queue.Empty:
-            raise TimeoutError(f"the judge said nothing for {seconds:g} s") from None
-        if isinstance(pair, Exception):
-            raise pair
-        if pair is None:
-            return
-        yield pair
+    try:
+        while True:
+            try:
+                pair = came.get(timeout=seconds)
+            except queue.Empty:
+                raise TimeoutError(f"the judge said nothing for {seconds:g} s") from None
+            if isinstance(pair, Exception):
+                raise pair
+            if pair is None:
+                return
+            yield pair
+    finally:
+        given_up.set()
+        with contextlib.suppress(ValueError):  # a generator at work: its own thread closes it
+            answers.close()

@@ -85,26 +85,41 @@ class ServedModel:
         model.
         """
         self._server, self._sampling = server, sampling
-        self._leaving, self._told = threading.Event(), -math.inf
+        self._told = -math.inf
+        # Of requests: those of a call that was given up count until the server answers them.
+        self._free = threading.BoundedSemaphore(server.concurrency)
         self.described: Mapping[str, Any] = {"model": server.model, "server": server.url}
         _check_model(self)
 
     def answers(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, Completion | Failure]]:
-        """As they come. Unavailable once one of them cannot be had, after those that are there."""
-        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        """As they come. Unavailable once one of them cannot be had, after those that are there.
+        Any thread may close them.
+        """
+        leaving = threading.Event()
         answered: queue.SimpleQueue = queue.SimpleQueue()
+
+        def end() -> None:
+            leaving.set()
+            answered.put(None)
+
+        return _Coming(self._coming(asks, leaving, answered), end)
+
+    def _coming(
+        self, asks: Sequence[Ask], leaving: threading.Event, answered: queue.SimpleQueue
+    ) -> Iterator[tuple[Ask, Completion | Failure]]:
+        """Until all are there, one cannot be had, or None is among those answered."""
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
         for ask in asks:
             waiting.put(ask)
-        self._leaving.clear()
 
         def work() -> None:
-            while not self._leaving.is_set():
+            while not leaving.is_set():
                 try:
                     ask = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    answered.put((ask, self._answer(ask)))
+                    answered.put((ask, self._answer(ask, leaving)))
                 except Exception as error:  # it belongs to the thread that waits for the answers
                     answered.put((ask, error))
 
@@ -116,18 +131,21 @@ class ServedModel:
             for _ in asks:
                 if failed is not None and answered.empty():
                     break
-                ask, answer = answered.get()
+                found = answered.get()
+                if found is None:
+                    return
+                ask, answer = found
                 if isinstance(answer, Exception):
-                    failed = answer
-                    self._leaving.set()
+                    failed = failed or answer
+                    leaving.set()
                 else:
                     yield ask, answer
             if failed is not None:
                 raise failed
         finally:
-            self._leaving.set()
+            leaving.set()
 
-    def _answer(self, ask: Ask) -> Completion | Failure:
+    def _answer(self, ask: Ask, leaving: threading.Event) -> Completion | Failure:
         how = self._sampling
         body = {
             "model": self._server.model,
@@ -140,26 +158,39 @@ class ServedModel:
         if how.stop:
             body["stop"] = list(how.stop)
         try:
-            return self.asked("/chat/completions", body, _completion, self._server.retries)
+            retries = self._server.retries
+            return self.asked("/chat/completions", body, _completion, retries, leaving)
         except _Refused as refused:
             if refused.status in OF_ONE_PROMPT:
                 return Failure(refused.said)
             raise Unavailable(f"--server {self._server.url}: {refused.said}") from None
 
-    def asked(self, path: str, body: Any, read: Callable[[Any], Any], retries: int) -> Any:
+    def asked(
+        self,
+        path: str,
+        body: Any,
+        read: Callable[[Any], Any],
+        retries: int,
+        leaving: threading.Event,
+    ) -> Any:
         """What `read` makes of the answer's JSON. _Refused for a status that is not to pass;
-        Unavailable after the last retry.
+        Unavailable after the last retry, and once nobody waits for it: `leaving`.
         """
+        said = "not asked"
         for trial in range(retries + 1):
             try:
-                return read(self._sent(path, body))
+                with self._free:
+                    if leaving.is_set():
+                        break
+                    return read(self._sent(path, body))
             except _Passing as passing:
                 said, wanted = str(passing), passing.seconds
             if trial < retries:
                 pause = self._server.pause * 2**trial * random.uniform(0.5, 1.0)
                 pause = min(max(pause, wanted), LONGEST_PAUSE)
-                self._tell(f"{said}; again in {pause:,.0f} s")
-                if self._leaving.wait(pause):
+                if not leaving.is_set():
+                    self._tell(f"{said}; again in {pause:,.0f} s")
+                if leaving.wait(pause):
                     break
         times = "once" if trial == 0 else f"{trial + 1} times"
         raise Unavailable(f"--server {self._server.url}: {said}; tried {times}")
@@ -167,7 +198,7 @@ class ServedModel:
     def _tell(self, said: str) -> None:
         """On stderr, not for each of many requests that meet the same trouble."""
         now = time.monotonic()
-        if now - self._told >= _TELL_SECONDS and not self._leaving.is_set():
+        if now - self._told >= _TELL_SECONDS:
             self._told = now
             to_stderr(f"--server {self._server.url}: {said}")
 
@@ -193,6 +224,16 @@ class ServedModel:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise _Passing("answered what is no JSON") from None
+
+
+class _Coming(Iterator):
+    """Answers that any thread may end: a generator cannot be closed while one waits for it."""
+
+    def __init__(self, answers: Iterator, end: Callable[[], None]) -> None:
+        self._answers, self.close = answers, end
+
+    def __next__(self) -> tuple[Ask, Completion | Failure]:
+        return next(self._answers)
 
 
 class _Passing(Exception):
@@ -225,7 +266,7 @@ def _check_model(model: ServedModel) -> None:
     """
     server = model._server
     try:
-        served = model.asked("/models", None, _names, retries=0)
+        served = model.asked("/models", None, _names, 0, threading.Event())
     except _Refused as refused:
         if refused.status in (404, 405):
             return

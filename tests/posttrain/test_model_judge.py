@@ -167,6 +167,47 @@ def test_a_judge_that_stops_or_is_silent_fails_what_it_has_not_judged():
     forever.set()
 
 
+def test_a_source_that_was_given_up_is_closed():
+    forever, closed, said = threading.Event(), threading.Event(), []
+
+    def silent(asks):
+        try:
+            forever.wait(30)
+            for ask in asks:
+                said.append(ask)
+                yield ask, Completion("Verdict: yes")
+        finally:
+            closed.set()
+
+    model = ScriptedModel(lambda ask: None)
+    model.answers = silent
+    (rated,) = ModelJudge(model, "principles", votes=2, seconds=0.1).rate([attempt()])
+    assert rated.failed
+    forever.set()
+    assert closed.wait(30)
+    assert len(said) == 1  # nobody waits for the second
+
+
+def test_a_silent_server_is_not_asked_anew_by_each_batch():
+    silent = threading.Event()
+
+    def answer(number: int, body: dict) -> tuple[int, dict]:
+        silent.wait(30)
+        return 200, chat("Verdict: yes")
+
+    with scripted_server(answer) as (url, asked):
+        source = ServedModel(Server(url, "scripted", concurrency=4), Sampling())
+        judge = ModelJudge(source, "principles", votes=6, seconds=0.3)
+        for _ in range(3):
+            (rated,) = judge.rate([attempt()])
+            assert rated.reason == "the judge said nothing for 0.3 s"
+        assert len(asked) == 4
+        silent.set()
+        again = ModelJudge(source, "principles", votes=6, seconds=30.0)
+        assert again.rate([attempt()])[0].value == 1.0
+        assert len(asked) == 10
+
+
 def test_a_served_model_judges():
     def answer(number: int, body: dict) -> tuple[int, dict]:
         same = "\nParis\n" in body["messages"][1]["content"].split("The answer:")[1][:40]

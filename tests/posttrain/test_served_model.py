@@ -99,11 +99,11 @@ def test_what_may_pass_is_tried_again(passing: tuple[int, Any]):
 def test_pauses_grow_and_heed_the_server(monkeypatch: pytest.MonkeyPatch):
     pauses: list[float] = []
     with scripted_server(lambda n, _: (429 if n else 500, {})) as (url, _):
-        asking = model(url, pause=1.0, retries=8)
-        monkeypatch.setattr(asking._leaving, "wait", lambda seconds: pauses.append(seconds))
+        leaving = threading.Event()
+        monkeypatch.setattr(leaving, "wait", lambda seconds: pauses.append(seconds))
         monkeypatch.setattr(served_model, "_seconds", lambda header: 7.0 if header else 0.0)
         with pytest.raises(Unavailable, match=r"answered 429 .*; tried 9 times"):
-            list(asking.answers(asks(1)))
+            model(url, pause=1.0).asked("/chat/completions", {}, str, 8, leaving)
     assert 0.5 <= pauses[0] <= 1.0
     assert pauses[1:3] == [7.0, 7.0]  # the header's, above 2 and 4 s
     assert pauses[7] == served_model.LONGEST_PAUSE
@@ -186,6 +186,26 @@ def test_answers_that_are_there_when_one_fails_are_handed_out_first():
         with pytest.raises(Unavailable, match="403"):
             next(coming)
         end.set()
+
+
+def test_calls_that_were_given_up_ask_no_more_and_none_goes_beyond_the_concurrency():
+    silent = threading.Event()
+    with scripted_server(lambda *_: (silent.wait(30), (503, {}))[1]) as (url, asked):
+        asking = model(url, concurrency=2, retries=100, seconds=60.0)
+        calls = [asking.answers(asks(9)) for _ in range(3)]
+        waiting = [threading.Thread(target=list, args=(call,)) for call in calls]
+        for thread in waiting:
+            thread.start()
+        while len(asked) < 2:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        for call, thread in zip(calls, waiting, strict=True):
+            call.close()  # from another thread than the one that waits
+            thread.join(30)
+            assert not thread.is_alive()
+        silent.set()
+        time.sleep(0.2)
+        assert len(asked) == 2
 
 
 def test_a_server_that_is_not_there_or_silent_is_told():
