@@ -314,7 +314,7 @@ def _said(error: urllib.error.HTTPError) -> str:
         said = found["error"]["message"]
     except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError):
         said = error.reason
-    return " ".join(str(said).split())[:_SAID]
+    return " ".join(_whole(str(said)).split())[:_SAID]
 
 
 def _seconds(header: str | None) -> float:

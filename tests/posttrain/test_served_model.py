@@ -112,14 +112,14 @@ def test_pauses_grow_and_heed_the_server(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_one_prompts_own_fault_is_its_failure(status: int):
-    said = {"error": {"message": "the prompt\nis too long"}}
+    said = {"error": {"message": "the prompt\nis too long \ud800"}}
 
     def answer(_: int, body: dict) -> tuple[int, Any]:
-        return (status, said) if body["seed"] == 101 else (200, chat("2"))
+        return (status, json.dumps(said).encode()) if body["seed"] == 101 else (200, chat("2"))
 
     with scripted_server(answer) as (url, asked):
         found = answers(url, 3)
-    assert found[1] == Failure(f"answered {status} the prompt is too long")
+    assert found[1] == Failure(f"answered {status} the prompt is too long \ufffd")
     assert [one.text for one in (found[0], found[2])] == ["2", "2"]
     assert len(asked) == 3
 
