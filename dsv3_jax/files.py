@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")  # as `replace_file` names it
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
 
 
@@ -37,6 +39,11 @@ def replace_file(path: str | Path, data: bytes) -> None:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether it is what a killed `replace_file` leaves."""
+    return _PART.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.files import replace_file, whole_lines
+from dsv3_jax.files import is_part, replace_file, whole_lines
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
@@ -79,3 +79,12 @@ def test_a_full_disk_of_lines_is_told_with_the_name_of_the_file() -> None:
         pytest.raises(OSError, match=r"No space left on device: '/dev/full'"),
     ):
         write("one\n")
+
+
+def test_parts_are_known_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.extend(tmp_path.iterdir()))
+    replace_file(tmp_path / "a.json", b"")
+    assert [is_part(path) for path in seen] == [True]
+    for name in ("a.json", ".part", "a.part", f"x.a.{'0' * 32}.part", ".a.0123.part"):
+        assert not is_part(tmp_path / name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import read_table
-from dsv3_jax.files import held
+from dsv3_jax.files import held, is_part
 
 SETTINGS = "settings.json"
 
@@ -24,6 +24,8 @@ class OutFolder(ABC):
         self.path = path
         self.stored = self._stored()
         """Its settings; None if it is new"""
+        for left in [*filter(is_part, path.iterdir())]:  # of a process that was killed
+            left.unlink()
 
     @abstractmethod
     def own(self, found: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -36,7 +38,7 @@ class OutFolder(ABC):
             if settings is not None:
                 return settings
             raise ValueError(f"{file}: no settings of this command")
-        there = sorted(path.name for path in self.path.iterdir())
+        there = sorted(path.name for path in self.path.iterdir() if not is_part(path))
         if there:
             raise ValueError(
                 f"--out {self.path} holds {there[0]}; allowed: a new or an empty folder, or one of "

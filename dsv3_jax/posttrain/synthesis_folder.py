@@ -75,6 +75,8 @@ def synthesis_folder(path: Path) -> Iterator[SynthesisFolder]:
             yield folder
         finally:
             journal = path / JOURNAL
-            if not was_begun and not (journal.exists() and journal.stat().st_size):
+            has_answers = journal.exists() and journal.stat().st_size > 0
+            # Where every prompt is contaminated, samples are written without an answer.
+            if not (was_begun or has_answers or (path / SAMPLES).exists()):
                 for name in (JOURNAL, SETTINGS):
                     (path / name).unlink(missing_ok=True)

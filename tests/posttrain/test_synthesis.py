@@ -340,6 +340,18 @@ def test_problems_of_an_examination_are_not_asked_and_answers_that_show_it_go(in
     assert found["fates"] == dict.fromkeys(found["fates"], 0) | {"contaminated": 1, "kept": 1}
 
 
+def test_a_run_that_has_nothing_to_ask_is_a_whole_run(inputs, tmp_path):
+    exam = write_lines(tmp_path / "exam.jsonl", {"question": "Write!"})
+    lines = write_lines(tmp_path / "w.jsonl", {"prompt": "write", "kind": "writing"})
+    asking, out = replace(inputs, prompts=lines, decontaminate=(exam,)), tmp_path / "out"
+    for _ in range(2):
+        assert synthesised(asking, out)["problems contaminated"] == 1
+        assert (out / "samples.jsonl").read_bytes() == b""
+    with pytest.raises(ValueError, match="was begun with another --seed"):
+        synthesised(replace(asking, seed=1), out)
+    assert synthesised(replace(asking, decontaminate=()), out, reselect=True)["candidates"] == 6
+
+
 def test_folders_of_something_else_are_refused(inputs, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").touch()
