@@ -17,14 +17,21 @@ from collections.abc import Iterator, Sequence
 # Chinese and Japanese have no blanks between words: each character is one.
 _SIGNS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TOKEN = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+|[^\w\s]")
+# Full-width letters and half-width katakana, as East Asian texts mix them with the usual ones.
+_WIDTHS = {
+    code: int(of.split()[1], 16)
+    for code in (0x3000, *range(0xFF01, 0xFFEF))
+    if (of := unicodedata.decomposition(chr(code))).startswith(("<wide>", "<narrow>"))
+}
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+")
 
 Gram = tuple[str, ...]
 
 
 def normalised(text: str) -> str:
-    """In one width and one case (Unicode's NFKC and case folding), with single blanks."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """In one width and one case, with single blanks. NFC, not NFKC, for which 10⁵ is 105."""
+    text = unicodedata.normalize("NFC", text.translate(_WIDTHS))
+    return " ".join(text.casefold().split())
 
 
 def tokens(text: str) -> list[str]:
@@ -33,8 +40,8 @@ def tokens(text: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Words alone."""
-    return _WORD.findall(normalised(text))
+    """Words alone, however they are written (NFKC): what an evaluation text is known by."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def grams(items: Sequence[str], size: int) -> Iterator[Gram]:
@@ -46,33 +53,48 @@ def grams(items: Sequence[str], size: int) -> Iterator[Gram]:
         yield tuple(items[place : place + size])
 
 
-def exact_duplicates(texts: Sequence[str]) -> list[int | None]:
-    """For each text the first one that is the same; None for the first ones."""
-    first: dict[str, int] = {}
-    found = (first.setdefault(normalised(text), place) for place, text in enumerate(texts))
-    return [None if same == place else same for place, same in enumerate(found)]
+class KeptTexts:
+    """Those of some texts that are kept, one after the other, and which of them another repeats."""
 
+    def __init__(self, texts: Sequence[str], threshold: float, size: int) -> None:
+        """Of n-grams of `size`; a threshold of 0: no two are alike."""
+        self._plain = [normalised(text) for text in texts]
+        self._first: dict[str, int] = {}
+        self._threshold = threshold
+        told = texts if threshold else []
+        self._sets = [set(map(hash, grams(tokens(text), size))) for text in told]
+        self._counts = Counter(gram for found in self._sets for gram in found)
+        self._index: defaultdict[int, list[int]] = defaultdict(list)
 
-def near_duplicates(texts: Sequence[str], threshold: float, size: int) -> list[int | None]:
-    """For each text the first kept one whose similarity reaches the threshold, above 0 and at most
-    1; None for those that are kept themselves.
-    """
-    sets = [set(map(hash, grams(tokens(text), size))) for text in texts]
-    counts = Counter(gram for found in sets for gram in found)
-    index: defaultdict[int, list[int]] = defaultdict(list)
-    same: list[int | None] = []
-    for place, found in enumerate(sets):
-        # Two sets as alike as that have `least` in common, and so at least one of the first
-        # len(found) - least + 1 of either.
-        least = math.ceil(threshold * len(found) - 1e-9)
-        begin = sorted(found, key=lambda gram: (counts[gram], gram))[: len(found) - least + 1]
-        candidates = sorted({other for gram in begin for other in index[gram]})
-        alike = (one for one in candidates if similarity(found, sets[one]) >= threshold)
-        same.append(next(alike, None))
-        if same[-1] is None:
-            for gram in begin:
-                index[gram].append(place)
-    return same
+    def keep(self, place: int) -> None:
+        """From now on it can be repeated."""
+        self._first.setdefault(self._plain[place], place)
+        for gram in self._begin(place):
+            self._index[gram].append(place)
+
+    def same(self, place: int) -> int | None:
+        """The first kept text that is the same."""
+        return self._first.get(self._plain[place])
+
+    def like(self, place: int) -> int | None:
+        """The first kept text whose similarity reaches the threshold."""
+        candidates = sorted({one for gram in self._begin(place) for one in self._index[gram]})
+        reaches = (
+            one
+            for one in candidates
+            if similarity(self._sets[place], self._sets[one]) >= self._threshold
+        )
+        return next(reaches, None)
+
+    def _begin(self, place: int) -> list[int]:
+        """Two sets that are alike have `least` in common, and so at least one of the first
+        len(found) - least + 1 of either.
+        """
+        if not self._threshold:
+            return []
+        found, counts = self._sets[place], self._counts
+        least = math.ceil(self._threshold * len(found) - 1e-9)
+        return sorted(found, key=lambda gram: (counts[gram], gram))[: len(found) - least + 1]
 
 
 def similarity(one: set[int], other: set[int]) -> float:

@@ -1,16 +1,15 @@
 """From candidates to samples: which are kept, and why the others are not."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.posttrain.candidates import Entry
 from dsv3_jax.posttrain.completions import Completion, with_reasoning
 from dsv3_jax.posttrain.contamination import EvaluationTexts
-from dsv3_jax.posttrain.duplicates import exact_duplicates, near_duplicates
+from dsv3_jax.posttrain.duplicates import KeptTexts
 from dsv3_jax.posttrain.journal import Key
 from dsv3_jax.posttrain.problems import Problem
 from dsv3_jax.posttrain.synthesis_options import Selection
@@ -20,9 +19,9 @@ FATES = (
     "failed",
     "rejected",
     "rejected by a person",
+    "contaminated",
     "duplicate",
     "near duplicate",
-    "contaminated",
     "beyond --keep",
     "kept",
 )
@@ -66,7 +65,7 @@ class Selected:
     fates: dict[Key, str] = field(default_factory=dict)
     """One of FATES for each"""
     because: dict[Key, str] = field(default_factory=dict)
-    """The sample or the evaluation text that it repeats, or who has rejected it and why"""
+    """The kept sample or the evaluation text that it repeats, or who has rejected it and why"""
 
 
 def candidates_of(problems: Iterable[Problem], entries: Mapping[Key, Entry]) -> list[Candidate]:
@@ -89,28 +88,18 @@ def select(
     texts: EvaluationTexts | None,
     reviews: Mapping[Key, Mapping[str, Any]],
 ) -> Selected:
-    """Judges' verdicts, then people's, then duplicates, contamination and the most of a problem."""
+    """Judges' verdicts, then people's, then contamination, duplicates and the most of a problem."""
     selected = Selected()
     left = [one for one in candidates if _is_accepted(one, reviews, selected)]
     selected.accepted = list(left)
+    left = [one for one in left if not _is_contaminated(one, texts, selected)]
     if how.prefer == "shortest":
         places = {one.problem.key: place for place, one in reversed([*enumerate(left)])}
         left.sort(key=lambda one: (places[one.problem.key], len(one.answer)))
-    left = _without(left, exact_duplicates, "duplicate", selected)
-    if how.near_duplicates:
-        near = partial(near_duplicates, threshold=how.near_duplicates, size=how.near_ngram)
-        left = _without(left, near, "near duplicate", selected)
-    counts: defaultdict[tuple[str, str], int] = defaultdict(int)
-    for one in left:
-        shown = texts and contaminated(one.problem, texts, one.answer)
-        if shown:
-            selected.fates[one.key], selected.because[one.key] = "contaminated", shown
-        elif counts[one.problem.key] == how.keep:
-            selected.fates[one.key] = "beyond --keep"
-        else:
-            counts[one.problem.key] += 1
-            selected.fates[one.key] = "kept"
-            selected.kept.append(one)
+    for kind in dict.fromkeys(one.problem.kind for one in left):
+        # Kind by kind: a problem's two samples may well have one answer.
+        _keep([one for one in left if one.problem.kind == kind], how, selected)
+    selected.kept = [one for one in left if selected.fates[one.key] == "kept"]
     return selected
 
 
@@ -132,20 +121,30 @@ def _is_accepted(
     return False
 
 
-def _without(
-    left: Sequence[Candidate],
-    find: Callable[[Sequence[str]], Sequence[int | None]],
-    fate: str,
-    selected: Selected,
-) -> list[Candidate]:
-    """Kind by kind: a problem's two samples may well have one answer."""
-    for kind in dict.fromkeys(one.problem.kind for one in left):
-        group = [one for one in left if one.problem.kind == kind]
-        for one, place in zip(group, find([one.said for one in group]), strict=True):
-            if place is not None:
-                selected.fates[one.key] = fate
-                selected.because[one.key] = " ".join(map(str, group[place].key))
-    return [one for one in left if one.key not in selected.fates]
+def _is_contaminated(one: Candidate, texts: EvaluationTexts | None, selected: Selected) -> bool:
+    shown = texts and contaminated(one.problem, texts, one.answer)
+    if shown:
+        selected.fates[one.key], selected.because[one.key] = "contaminated", shown
+    return bool(shown)
+
+
+def _keep(group: Sequence[Candidate], how: Selection, selected: Selected) -> None:
+    """A candidate can only repeat what is kept: else both would be lost."""
+    kept = KeptTexts([one.said for one in group], how.near_duplicates, how.near_ngram)
+    counts: Counter[tuple[str, str]] = Counter()
+    for place, one in enumerate(group):
+        fate, of = "duplicate", kept.same(place)
+        if of is None:
+            fate, of = "near duplicate", kept.like(place)
+        if of is not None:
+            selected.because[one.key] = " ".join(map(str, group[of].key))
+        elif counts[one.problem.key] == how.keep:
+            fate = "beyond --keep"
+        else:
+            fate = "kept"
+            counts[one.problem.key] += 1
+            kept.keep(place)
+        selected.fates[one.key] = fate
 
 
 def sample_of(

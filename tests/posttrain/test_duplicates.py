@@ -1,15 +1,15 @@
 """Duplicates as a slow look at all pairs finds them."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.posttrain.duplicates import (
-    exact_duplicates,
+    KeptTexts,
     grams,
-    near_duplicates,
     normalised,
     similarity,
     tokens,
@@ -17,6 +17,25 @@ from dsv3_jax.posttrain.duplicates import (
 )
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcde"), max_size=12).map(" ".join), max_size=10)
+
+
+def exact_duplicates(texts: Sequence[str]) -> list[int | None]:
+    """Of each text the first one that is the same, where all others are kept."""
+    return repeats(texts, KeptTexts.same, 0, 1)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float, size: int) -> list[int | None]:
+    """Of each text the first kept one that is alike, where all others are kept."""
+    return repeats(texts, KeptTexts.like, threshold, size)
+
+
+def repeats(texts, look, threshold, size):
+    kept, found = KeptTexts(texts, threshold, size), []
+    for place in range(len(texts)):
+        found.append(look(kept, place))
+        if found[-1] is None:
+            kept.keep(place)
+    return found
 
 
 def slow_near(texts, threshold, size):
@@ -54,6 +73,20 @@ def test_exact_duplicates_are_the_first_text_with_the_same_normal_form(texts):
 def test_width_case_and_blanks_do_not_count_and_symbols_do():
     assert exact_duplicates(["x  =\n1", "\uff38 = 1 ", "x = 2", "x == 1"]) == [None, 0, None, None]
     assert near_duplicates(["x = 1 - 2", "x = 1 + 2"], 1.0, 2) == [None, None]
+
+
+def test_what_only_looks_like_another_text_is_not_the_same():
+    for one, other in (("10⁵", "105"), ("x²", "x2"), ("ℝ", "R"), ("½", "1⁄2")):
+        assert exact_duplicates([one, other]) == [None, None]
+        assert near_duplicates([one, other], 0.1, 1) == [None, None]
+    assert exact_duplicates(["ｶﾞ１％", "ガ1%", "e\u0301", "É"]) == [None, 0, None, 2]
+
+
+def test_only_what_is_kept_is_repeated():
+    kept = KeptTexts(["a b c", "a b c d", "A b c", "a b c d"], 0.6, 1)
+    assert [kept.same(2), kept.like(1)] == [None, None]
+    kept.keep(1)
+    assert [kept.same(2), kept.like(2), kept.same(3)] == [None, 1, 1]
 
 
 def test_words_are_characters_where_there_are_no_blanks():

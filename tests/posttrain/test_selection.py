@@ -97,6 +97,28 @@ def test_near_duplicates_go_from_the_threshold_on_and_say_of_what():
     assert selected.because == {pair[1].key: "1 reasoning_original 0"}
 
 
+WORDS = "one two three four five six seven eight nine ten"
+
+
+def test_a_candidate_beyond_the_most_of_its_problem_stands_in_no_others_way():
+    many = (
+        candidate(number=0, text="something else"),
+        candidate(number=1, text=WORDS),
+        candidate(TWO, 0, f"{WORDS} more"),
+        candidate(TWO, 1, WORDS),
+    )
+    low = {"near_duplicates": 0.6}
+    assert fates(*many, **low) == ["kept", "beyond --keep", "kept", "near duplicate"]
+    selected = select(many, Selection(**low), None, {})
+    assert selected.because == {many[3].key: "2 reasoning_original 0"}
+
+
+def test_a_contaminated_candidate_stands_in_no_others_way():
+    texts = EvaluationTexts([("exam", "nine ten more")], 3)
+    pair = candidate(number=0, text=f"{WORDS} more"), candidate(number=1, text=WORDS)
+    assert fates(*pair, texts=texts, near_duplicates=0.6) == ["contaminated", "kept"]
+
+
 def test_a_problems_two_samples_are_no_duplicates_of_each_other():
     twin = problem(id="1", prompt="one?", kind="reasoning_reflective")
     assert fates(candidate(text="a b c d e f"), candidate(twin, 0, "a b c d e f")) == ["kept"] * 2

@@ -20,6 +20,9 @@ def verdict(spec: str, text: str, reference: str | None = None, **changes) -> Ve
     [
         ("exact", " Paris\n", "paris", True),
         ("exact", "Paris.", "Paris", False),
+        ("exact", "10⁵", "105", False),
+        ("exact", "x²", "x2", False),
+        ("exact", "Ａ１", "a1", True),
         ("boxed", "so \\boxed{4}", "4", True),
         ("boxed", "so \\boxed{4}", "so it is \\boxed{4}", True),
         ("boxed", "so 4", "4", False),
