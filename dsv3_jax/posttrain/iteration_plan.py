@@ -3,6 +3,7 @@ and checked against each other.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ class Plan:
     judges: list[Verifier]
     texts: EvaluationTexts | None
     examples: list[str]
-    """The lines of --samples"""
+    """Lines of JSON: the conversations of --samples"""
     known: set[str]
     """What these say, normalised as `said_by`"""
     skipped: int
@@ -121,14 +122,13 @@ def _check_problems(problems: Sequence[Problem], judges: Sequence[Verifier]) -> 
 
 
 def _examples(file: Path | None) -> tuple[list[str], list[Messages]]:
-    """Lines and messages. ValueError, one line, for what is no conversation."""
+    """Messages, as lines of JSON and as they are. ValueError, one line, for what is no
+    conversation.
+    """
     if file is None:
         return [], []
-    found = list(read_conversations(str(file)))
-    lines = file.read_text("utf-8").split("\n")
-    kept = [one for one in found if not one.rejected]
-    numbers = [int(one.name.rpartition(":")[2]) for one in kept]
-    return [lines[number - 1] for number in numbers], [list(one.messages) for one in kept]
+    kept = [list(one.messages) for one in read_conversations(str(file)) if not one.rejected]
+    return [json.dumps({"messages": one}, ensure_ascii=False) for one in kept], kept
 
 
 def _check_apart(

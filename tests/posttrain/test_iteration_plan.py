@@ -1,5 +1,7 @@
 """What is read before a model is opened: faults are one line, with file and line."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def test_what_is_held_out_is_nowhere_else(tmp_path: Path):
         plan(tmp_path, other, held_out=held_out, samples=samples)
     found = plan(tmp_path, GOOD, samples=samples)
     assert found.known == {"p |- p 2. p by copy 1"}
-    assert found.examples == samples.read_text().splitlines()
+    assert [json.loads(line) for line in found.examples] == [{"messages": TURNS}]
 
 
 def test_samples_that_are_no_conversations_are_refused_and_rejected_ones_left_out(tmp_path: Path):
@@ -60,7 +62,19 @@ def test_samples_that_are_no_conversations_are_refused_and_rejected_ones_left_ou
     rejected = {"messages": TURNS, "verification": {"by": "human", "verdict": "rejected"}}
     kept = {"messages": [{"role": "user", "content": "a"}, TURNS[1]]}
     some = write_lines(tmp_path / "e.jsonl", rejected, kept)
-    assert plan(tmp_path, GOOD, samples=some).examples == some.read_text().splitlines()[1:]
+    assert [json.loads(line) for line in plan(tmp_path, GOOD, samples=some).examples] == [kept]
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
+def test_samples_may_be_packed_and_hold_any_end_of_a_line(tmp_path: Path, name: str):
+    kept = {"messages": [{"role": "user", "content": "a\u2028ä"}, TURNS[1]]}
+    lines = [json.dumps(one, ensure_ascii=False) for one in ({"messages": TURNS}, kept)]
+    data = "\n".join([lines[0].replace(", ", ",\r"), *lines]).encode()
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    found = plan(tmp_path, GOOD, samples=file).examples
+    assert [json.loads(line) for line in found] == [{"messages": TURNS}] * 2 + [kept]
+    assert not any(set(line) & set("\r\n") for line in found)
 
 
 def test_contaminated_statements_are_not_asked(tmp_path: Path):
