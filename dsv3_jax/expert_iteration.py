@@ -14,6 +14,7 @@ from dsv3_jax.cli import clean_on_signals, parse, run, to_stderr, user_errors
 from dsv3_jax.config.fields import check
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.posttrain.iteration_options import Keeping
+from dsv3_jax.posttrain.setting_files import text_of
 from dsv3_jax.posttrain.sft import check_fine_tuning
 from dsv3_jax.posttrain.synthesis_options import Sampling
 from dsv3_jax.train import command
@@ -185,7 +186,7 @@ def _plan(options: Options, tuning: Sequence[str]) -> "Plan":
         keeping=options.keeping,
         more={
             "--dtype": options.dtype,
-            "--chat-template": template and template.read_text("utf-8", "replace"),
+            "--chat-template": template and text_of(template),
             "--": list(tuning),
         },
     )

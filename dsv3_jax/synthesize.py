@@ -15,8 +15,8 @@ import tyro
 from dsv3_jax import process
 from dsv3_jax.cli import clean_on_signals, parse, run, to_stderr, user_errors
 from dsv3_jax.config.fields import check
-from dsv3_jax.config.plain_json import check_plain
 from dsv3_jax.inference.options import EngineOptions
+from dsv3_jax.posttrain.setting_files import text_of
 from dsv3_jax.posttrain.synthesis_options import Sampling, Selection
 
 if TYPE_CHECKING:
@@ -191,15 +191,9 @@ def _inputs(options: Options) -> "Inputs":
             "--step": options.step,
             "--ema": options.ema,
             "--dtype": options.dtype,
-            "--chat-template": template and _text_of(template),
+            "--chat-template": template and text_of(template),
         },
     )
-
-
-def _text_of(file: Path) -> str:
-    """Whether it is UTF-8 is told by who uses it."""
-    check_plain(file)
-    return file.read_text("utf-8", "replace")
 
 
 def _served(options: Options) -> "Source":

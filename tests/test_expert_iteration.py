@@ -3,6 +3,7 @@ work.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     tuning: Tuning, statements: Path, tmp_path: Path, capsys
 ):
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3}')
+    os.mkfifo(tmp_path / "pipe")  # to read it would be to wait for who writes to it
     out = tmp_path / "out"
     at = ("--statements", statements, "--out", out, "--checkpoint", tuning.model)
     by = (*at, "--verifier", "exact")
@@ -115,6 +117,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ((*by, "--statements", tmp_path / "bad.jsonl"), "bad.jsonl line 1: prompt is 3; allowed: "),
         ((*by, "--held-out", statements), "is held out and stands"),
         ((*by, "--samples", tmp_path / "bad.jsonl"), "bad.jsonl"),
+        ((*by, "--chat-template", tmp_path / "pipe"), "not a plain file"),
+        ((*by, "--chat-template", tmp_path / "gone"), "No such file"),
         ((*by, "--out", statements), "is a file; allowed: a new or an empty folder"),
         ((*by, "--out", tmp_path), "holds bad.jsonl; allowed: a new or an empty folder"),
         ((*by, "--", "--epoch", "3"), "--epoch"),

@@ -2,7 +2,6 @@
 and checked against each other.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from dsv3_jax.posttrain.duplicates import normalised
 from dsv3_jax.posttrain.iteration_options import Keeping
 from dsv3_jax.posttrain.problems import Messages, Problem, check_references, read_problems
 from dsv3_jax.posttrain.selection import contaminated
+from dsv3_jax.posttrain.setting_files import hash_of
 from dsv3_jax.posttrain.synthesis_options import Sampling
 from dsv3_jax.posttrain.templates import check_kind, read_templates
 from dsv3_jax.posttrain.verifiers import Verifier, verifiers
@@ -147,9 +147,7 @@ def _check_apart(
 
 
 def _settings(inputs: Inputs, templates: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides what comes out, but for the number of rounds, which may grow. Files by their
-    content: a copy of one elsewhere is the same.
-    """
+    """All that decides what comes out, but for the number of rounds, which may grow."""
     found = {
         "--statements": hash_of(inputs.statements),
         "--held-out": inputs.held_out and hash_of(inputs.held_out),
@@ -169,8 +167,3 @@ def _settings(inputs: Inputs, templates: Mapping[str, str]) -> dict[str, Any]:
         named = asdict(options)
         found.update({f"--{name.replace('_', '-')}": value for name, value in named.items()})
     return found
-
-
-def hash_of(file: Path) -> str:
-    """SHA-256 of its bytes, in hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -5,7 +5,6 @@ The report has R1 and experts of each domain write the answers and keeps the goo
 counts, prompts or thresholds, so these are options.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -35,6 +34,7 @@ from dsv3_jax.posttrain.selection import (
     sample_of,
     select,
 )
+from dsv3_jax.posttrain.setting_files import hash_of
 from dsv3_jax.posttrain.synthesis_folder import (
     ASKING,
     FATES_FILE,
@@ -124,9 +124,8 @@ def read_work(inputs: Inputs) -> Work:
 
 
 def _settings(inputs: Inputs, problems: Sequence[Problem]) -> dict[str, dict[str, Any]]:
-    """Files by their content: a copy of one elsewhere is the same."""
     asking = {
-        "--prompts": _hash_of(inputs.prompts),
+        "--prompts": hash_of(inputs.prompts),
         "--kind": inputs.kind,
         "--templates": {one.kind: one.template["hash"] for one in problems},
         "--value": dict(inputs.values or {}),
@@ -136,17 +135,13 @@ def _settings(inputs: Inputs, problems: Sequence[Problem]) -> dict[str, dict[str
         **(inputs.model or {}),
     }
     selecting = {
-        "--decontaminate": [_hash_of(file) for file in inputs.decontaminate],
-        "--reviewed": inputs.reviewed and _hash_of(inputs.reviewed),
+        "--decontaminate": [hash_of(file) for file in inputs.decontaminate],
+        "--reviewed": inputs.reviewed and hash_of(inputs.reviewed),
     }
     for half, options in ((asking, inputs.sampling), (selecting, inputs.selection)):
         named = asdict(options)
         half.update({f"--{name.replace('_', '-')}": value for name, value in named.items()})
     return {ASKING: asking, SELECTING: selecting}
-
-
-def _hash_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def synthesise(
