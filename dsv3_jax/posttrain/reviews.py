@@ -39,6 +39,11 @@ def _review(line: str) -> tuple[Key, dict[str, Any]]:
         by, verdict, note = said["by"], said["verdict"], said["note"]
     except (TypeError, LookupError):
         raise ValueError("no sample of this command, with verification and provenance") from None
+    for name, value in (("provenance.prompt.id", key.id), ("kind", key.kind)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {shown(value)}; allowed: text")
+    if type(key.number) is not int:
+        raise ValueError(f"provenance.candidate is {shown(key.number)}; allowed: a whole number")
     if by == "human" and verdict not in VERDICTS:
         allowed = ", ".join(VERDICTS)
         raise ValueError(f"verification.verdict is {shown(verdict)}; allowed: {allowed}")

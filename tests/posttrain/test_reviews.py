@@ -9,10 +9,17 @@ from dsv3_jax.posttrain.journal import Key
 from dsv3_jax.posttrain.reviews import read_reviews
 
 
-def sample(number: int, by: str, verdict: str | None, note: object = "") -> str:
-    made = {"prompt": {"id": "1"}, "candidate": number}
+def sample(
+    number: object,
+    by: str,
+    verdict: str | None,
+    note: object = "",
+    named: object = "1",
+    kind: object = "writing",
+) -> str:
+    made = {"prompt": {"id": named}, "candidate": number}
     said = {"by": by, "verdict": verdict, "note": note}
-    return json.dumps({"kind": "writing", "verification": said, "provenance": made})
+    return json.dumps({"kind": kind, "verification": said, "provenance": made})
 
 
 def test_lines_that_people_judged_are_read_and_others_passed_over(tmp_path: Path):
@@ -37,6 +44,17 @@ def test_lines_that_people_judged_are_read_and_others_passed_over(tmp_path: Path
         ("{}", "no sample of this command"),
         (sample(0, "human", "good"), "verification.verdict is 'good'; allowed: accepted, rejected"),
         (sample(0, "human", "accepted", 1), "verification.note is 1; allowed: text"),
+        (
+            sample(0, "human", "accepted", named=["1"]),
+            "provenance.prompt.id is ['1']; allowed: text",
+        ),
+        (sample(0, "human", "accepted", kind={}), "kind is {}; allowed: text"),
+        (sample("0", "human", "accepted"), "provenance.candidate is '0'; allowed: a whole number"),
+        (
+            sample(True, "human", "accepted"),
+            "provenance.candidate is True; allowed: a whole number",
+        ),
+        (sample(0.0, "human", "accepted"), "provenance.candidate is 0.0; allowed: a whole number"),
     ],
 )
 def test_a_line_that_is_none_is_told_with_its_number(tmp_path: Path, line: str, said: str):
