@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.answers import AnswerTemplate
 
 
-class Conversations(ChatTemplate):
+class Conversations(AnswerTemplate):
     """A chat template between text and ids."""
 
     @property

@@ -42,6 +42,7 @@ class Harness(TemplateLM):
         super().__init__()
         self.subject, self.seed, self.temperature = subject, 0, None
         self._chat, self._max_tokens = chat, max_tokens
+        self._ends = chat.ends() if chat else frozenset()
 
     # --- ids -------------------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class Harness(TemplateLM):
         """What the model writes after each context, up to one of its `until` strings."""
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         wishes = [self._wishes(request.args[1], place) for place, request in enumerate(requests)]
-        return self.subject.write(contexts, wishes)
+        return self.subject.write(contexts, wishes, self._ends)
 
     def _wishes(self, asked: Mapping[str, Any], place: int) -> Wishes:
         wishes = wishes_of(asked)

@@ -113,14 +113,20 @@ class Subject:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def write(self, prompts: Sequence[Sequence[int]], wishes: Sequence[Wishes]) -> list[str]:
-        """The texts behind these prompts. A prompt leaves the answer the room that it wishes, but
-        at most half of the model's length, and loses its beginning for that.
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        wishes: Sequence[Wishes],
+        ends: frozenset[int] = frozenset(),
+    ) -> list[str]:
+        """The texts behind these prompts, up to what ends a text of the model's or one of `ends`. A
+        prompt leaves the answer the room that it wishes, but at most half of the model's length,
+        and loses its beginning for that.
 
         ValueError for a prompt without a token, and for wishes that cannot be.
         """
         asks = [
-            (Prompt("given as ids", wish, {}), self._request(prompt, wish))
+            (Prompt("given as ids", wish, {}), self._request(prompt, wish, ends))
             for prompt, wish in zip(prompts, wishes, strict=True)
         ]
         engine, texts = self._engine_for([request for _, request in asks]), []
@@ -135,15 +141,14 @@ class Subject:
                 texts.append(self._counted(written))
         return texts
 
-    def _request(self, prompt: Sequence[int], wish: Wishes) -> Request:
+    def _request(self, prompt: Sequence[int], wish: Wishes, ends: frozenset[int]) -> Request:
         wish.check()
         room = self.longest - min(wish.max_tokens, self.longest // 2)
         if len(prompt) > room:
             self.counts["cut"] += 1
             prompt = prompt[-room:]
-        return Request(
-            prompt, wish.max_tokens, wish.temperature, wish.top_p, wish.seed, self.folder.end_ids
-        )
+        ends |= self.folder.end_ids
+        return Request(prompt, wish.max_tokens, wish.temperature, wish.top_p, wish.seed, ends)
 
     def _counted(self, written: Written) -> str:
         self.counts["written"] += 1
