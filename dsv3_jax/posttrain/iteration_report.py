@@ -8,6 +8,7 @@ from typing import Any
 from dsv3_jax.drawing import BLUE, GREEN, ORANGE, SLATE, new_figure, save_picture
 from dsv3_jax.files import replace_file
 from dsv3_jax.posttrain.iteration_folder import NUMBERS, PICTURE, REPORT
+from dsv3_jax.posttrain.markdown_tables import cell, table
 
 Record = Mapping[str, Any]
 
@@ -32,16 +33,16 @@ Settled so far is of all statements. A round's attempts are by the model of the 
 def markdown(rounds: Sequence[Record], settings: Mapping[str, Any], skipped: int) -> str:
     """The report as text."""
     parts = ["# Expert iteration", f"![Pass rates and data set by round]({PICTURE})"]
-    parts += ["## Attempts", _MEANT, _table(list(_attempt_rows(rounds)))]
+    parts += ["## Attempts", _MEANT, table(*_attempt_rows(rounds))]
     if skipped:
         parts.append(f"{skipped:,} statements are contaminated and were not asked.")
-    parts += ["## Data set", _table(list(_sample_rows(rounds)))]
+    parts += ["## Data set", table(*_sample_rows(rounds))]
     held_out = list(_held_out_rows(rounds))
     if held_out:
         parts += ["## Held-out statements", "By the model that each round made."]
-        parts.append(_table(held_out))
-    rows = [(name, _cell(json.dumps(said, ensure_ascii=False))) for name, said in settings.items()]
-    return "\n\n".join([*parts, "## Settings", _table([("", ""), *rows])]) + "\n"
+        parts.append(table(*held_out))
+    rows = [(name, cell(json.dumps(said, ensure_ascii=False))) for name, said in settings.items()]
+    return "\n\n".join([*parts, "## Settings", table(("", ""), *rows)]) + "\n"
 
 
 def _ks(records: Sequence[Record]) -> list[str]:
@@ -80,7 +81,7 @@ def _model(record: Record) -> str:
     if record["model"] is None:
         return "none"
     step = record["model"]["step"]
-    return _cell(record["model"]["model"]) + (f", step {step:,}" if step is not None else "")
+    return cell(record["model"]["model"]) + (f", step {step:,}" if step is not None else "")
 
 
 def _sample_rows(rounds: Sequence[Record]) -> Iterator[Sequence[str]]:
@@ -109,17 +110,6 @@ def _held_out_rows(rounds: Sequence[Record]) -> Iterator[Sequence[str]]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *others = rows
-    lines = [head, ["---"] * len(head), *others]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw_rates(rounds: Sequence[Record], path: Path) -> None:

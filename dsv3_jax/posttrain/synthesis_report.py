@@ -11,6 +11,7 @@ from dsv3_jax.drawing import BLUE, ORANGE, new_figure, save_picture, short
 from dsv3_jax.files import replace_file
 from dsv3_jax.posttrain.duplicates import words
 from dsv3_jax.posttrain.formats import FORMATS
+from dsv3_jax.posttrain.markdown_tables import cell, table
 from dsv3_jax.posttrain.sample_statistics import STAGES
 from dsv3_jax.posttrain.selection import Candidate
 from dsv3_jax.posttrain.synthesis_folder import NUMBERS, PICTURE, REPORT
@@ -36,22 +37,22 @@ def markdown(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The report as text."""
     parts = [
         "# Synthesis",
-        _table(("", "number"), [(name, f"{n:,}") for name, n in _counts(found)]),
+        table(("", "number"), *((name, f"{n:,}") for name, n in _counts(found))),
         "## What became of the candidates",
-        _table(("", "candidates"), [(name, f"{n:,}") for name, n in found["fates"].items()]),
+        table(("", "candidates"), *((name, f"{n:,}") for name, n in found["fates"].items())),
     ]
     for title, name in (("Rejected by", "rejections"), ("Failed because", "failures")):
         if found[name]:
-            rows = [(_cell(said), f"{n:,}") for said, n in found[name].items()]
-            parts.append(_table((title, "candidates"), rows))
+            rows = [(cell(said), f"{n:,}") for said, n in found[name].items()]
+            parts.append(table((title, "candidates"), *rows))
     parts += ["## Lengths", f"![Words of an answer, before and after]({PICTURE})"]
     for unit in ("characters", "words", "tokens"):
         rows = list(_length_rows(found["texts"], unit))
         if rows:
-            parts.append(_table((unit, "stage", *_LENGTHS), rows))
+            parts.append(table((unit, "stage", *_LENGTHS), *rows))
     parts += ["## Formats", "Share of answers that have one."]
-    parts.append(_table(("kind", "stage", *FORMATS), list(_format_rows(found["texts"]))))
-    parts += ["## Settings", _table(("", ""), list(_setting_rows(settings)))]
+    parts.append(table(("kind", "stage", *FORMATS), *_format_rows(found["texts"])))
+    parts += ["## Settings", table(("", ""), *_setting_rows(settings))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -82,17 +83,7 @@ def _format_rows(texts: Mapping[str, Any]) -> Any:
 
 def _setting_rows(settings: Mapping[str, Any]) -> Any:
     for name, value in settings.items():
-        yield name, _cell(json.dumps(value, ensure_ascii=False))
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        yield name, cell(json.dumps(value, ensure_ascii=False))
 
 
 def draw_lengths(stages: Mapping[str, Sequence[Candidate]], path: Path) -> None:
