@@ -49,4 +49,6 @@ def _review(line: str) -> tuple[Key, dict[str, Any]]:
         raise ValueError(f"verification.verdict is {shown(verdict)}; allowed: {allowed}")
     if not isinstance(note, str):
         raise ValueError(f"verification.note is {shown(note)}; allowed: text")
-    return key, {"by": by, "verdict": verdict, "note": note}
+    # Of halves of surrogate pairs, which no file of ours can hold, question marks.
+    whole = note.encode("utf-8", "replace").decode()
+    return key, {"by": by, "verdict": verdict, "note": whole}

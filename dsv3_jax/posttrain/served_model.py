@@ -278,7 +278,7 @@ def _check_model(model: ServedModel) -> None:
 
 def _names(found: Any) -> list[str]:
     try:
-        return [str(one["id"]) for one in found["data"]]
+        return [_whole(str(one["id"])) for one in found["data"]]
     except (TypeError, LookupError):
         raise _Passing("answered what is no list of models") from None
 
@@ -312,7 +312,7 @@ def _said(error: urllib.error.HTTPError) -> str:
         content = error.read(_MOST_BYTES)
         found = json.loads(content)
         said = found["error"]["message"]
-    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError):
+    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, RecursionError):
         said = error.reason
     return " ".join(_whole(str(said)).split())[:_SAID]
 

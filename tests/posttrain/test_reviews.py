@@ -37,6 +37,12 @@ def test_lines_that_people_judged_are_read_and_others_passed_over(tmp_path: Path
     assert read_reviews(None) == {}
 
 
+def test_half_a_surrogate_pair_in_a_note_is_replaced(tmp_path: Path):
+    (tmp_path / "r").write_text(sample(0, "human", "rejected", "so \ud800"))
+    (said,) = read_reviews(tmp_path / "r").values()
+    assert said["note"] == "so ?"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

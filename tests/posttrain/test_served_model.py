@@ -222,8 +222,8 @@ def test_a_server_that_is_not_there_or_silent_is_told():
 
 def test_the_model_must_be_served_if_the_server_says_what_is():
     with (
-        scripted_server(lambda *_: (200, chat("2")), models=("a", "b")) as (url, _),
-        pytest.raises(Unavailable, match=r"--model 'scripted' is not served; allowed: a, b$"),
+        scripted_server(lambda *_: (200, chat("2")), models=("a", "b\ud800")) as (url, _),
+        pytest.raises(Unavailable, match=r"--model 'scripted' is not served; allowed: a, b\ufffd$"),
     ):
         model(url)
     with scripted_server(lambda *_: (200, chat("2")), models=None) as (url, _):
