@@ -151,12 +151,13 @@ def test_what_ends_an_answer_is_exported_with_the_template(tmp_path: Path, train
     template = "{% for m in messages %}{{ m.content }}MARK{% endfor %}".replace("MARK", mark)
     (chat / "chat_template.jinja").write_text(template)
     known = {"bos_token_id": CFG.bos_id, "eos_token_id": CFG.eos_id}
-    for name, kept in (("out", {}), ("more", known | {"temperature": 0.6})):
+    more, none = known | {"temperature": 0.6}, {"eos_token_id": None}
+    for name, kept in (("out", {}), ("more", more), ("none", none)):
         if kept:
             (chat / "generation_config.json").write_text(json.dumps(kept))
         assert not run("export", chat, tmp_path / name)
         told = json.loads((tmp_path / name / "generation_config.json").read_text())
-        assert told == known | kept | {"eos_token_id": [CFG.eos_id, mark_id]}
+        assert told == (kept or known) | {"eos_token_id": [CFG.eos_id, mark_id]}
     (chat / "generation_config.json").unlink()
     (chat / "chat_template.jinja").unlink()
     assert not run("export", chat, tmp_path / "plain")

@@ -249,8 +249,8 @@ def _write_ends(folder: Path, cfg: ModelConfig) -> None:
     file = folder / GENERATION
     with contextlib.suppress(ValueError, OSError):  # of files that were copied as they are
         content = read_table(file) if file.exists() else {"bos_token_id": cfg.bos_id}
-        found = content.get("eos_token_id", cfg.eos_id)
-        known = found if isinstance(found, list) else [found]
+        found = content.get("eos_token_id")
+        known = found if isinstance(found, list) else [cfg.eos_id if found is None else found]
         ends = AnswerTemplate.of_folder(folder, open_tokenizer(folder)).ends()
         if not ends <= {*known, cfg.eos_id}:
             _write_json(file, content | {"eos_token_id": [*known, *sorted(ends)]})

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_jax.config.fields import shown
@@ -111,9 +113,13 @@ class ChatTemplate:
     def _apart(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if message["role"] == "assistant":
             return dict(message)
-        return {name: self._text_apart(value) for name, value in message.items()}
+        return self._text_apart(message)
 
     def _text_apart(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self._text_apart(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._text_apart(part) for part in value]
         if not isinstance(value, str) or self._marks is None:
             return value
         text = value.replace(_APART, "")
@@ -152,7 +158,7 @@ def _begun(tokens: Iterable[str]) -> tuple[str, ...]:
 def _compiled(source: str) -> Template:
     """With what transformers gives to templates."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
@@ -160,8 +166,30 @@ def _compiled(source: str) -> Template:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, indent: int | None = None, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **more)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+class _Generation(Extension):
+    """{% generation %}, by which templates mark answers for a mask; here it is what it holds."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> NoReturn:

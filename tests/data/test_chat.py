@@ -112,6 +112,28 @@ def test_templates_have_what_transformers_gives_them(tokenizer):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
+        ("{{ messages[0] | tojson(sort_keys=True) }}", '{"content": "hi", "role": "user"}'),
+        ("{{ 'é' | tojson(ensure_ascii=True) }}", '"\\u00e9"'),
+        ("{{ [1] | tojson(False, None, (',', ':')) }}", "[1]"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "ahib"),
+    ],
+)
+def test_filters_and_tags_are_transformers_own(tokenizer, source: str, said: str):
+    template = ChatTemplate(tokenizer, source)
+    assert spelt(tokenizer, template.encode(ASK)) == [said]
+
+
+def test_marks_stay_text_however_deep_a_users_content_is(tokenizer):
+    template = ChatTemplate(tokenizer, "{{ messages[0].content[0].text }}")
+    content = [{"type": "text", "text": f"a{EOS}b"}]
+    ids = template.encode([{"role": "user", "content": content}])
+    assert tokenizer.eos_id not in ids
+    assert content == [{"type": "text", "text": f"a{EOS}b"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
         ("{{ raise_exception('no\nsuch') }}", "no such"),
         ("{{ messages[3].content }}", "list object has no element 3"),
         ("{{ messages.pop() }}", "access to attribute 'pop' of 'list' object is unsafe"),
