@@ -214,8 +214,8 @@ def show(options: Options) -> None:
     from dsv3_jax.parallel.schedules import make, simulate
     from dsv3_jax.plan.bubbles import FORMULAS
     from dsv3_jax.plan.cells import print_parts
+    from dsv3_jax.plan.moments import LARGEST
     from dsv3_jax.plan.schedule_tables import rank_table, whole_table
-    from dsv3_jax.plan.step_time import LARGEST
     from dsv3_jax.plan.timeline import OPTION, draw_timeline, title
     from dsv3_jax.train.console import RunConsole
 

@@ -47,14 +47,20 @@ def check_pipeline(cfg: RunConfig) -> None:
             )
         return
     cuts_of(cfg)
-    part = cfg.train.rows // cfg.train.microbatches
-    rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
+    counts = microbatch_counts(cfg)
     # Small steps of a ramp fall back to 1F1B, whose stages are dualpipe's and not dualpipev's.
-    rows = min(rows) if cfg.pipeline.schedule == "dualpipev" else max(rows)
+    count = counts[-1] if cfg.pipeline.schedule == "dualpipev" else counts[0]
     try:
-        check(cfg.pipeline.schedule, cfg.mesh.pipe, rows // part)
+        check(cfg.pipeline.schedule, cfg.mesh.pipe, count)
     except ValueError as error:
         raise ValueError(f"pipeline.schedule, with train.microbatches: {error}") from error
+
+
+def microbatch_counts(cfg: RunConfig) -> list[int]:
+    """Of every step size, a ramp's too, the largest first."""
+    part = cfg.train.rows // cfg.train.microbatches
+    rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
+    return sorted({size // part for size in rows}, reverse=True)
 
 
 def schedule_name(cfg: RunConfig, microbatches: int) -> str:

@@ -18,9 +18,15 @@ from typing import Any, NamedTuple
 from dsv3_jax.config import QuantConfig, RunConfig
 from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.stages import Cut
-from dsv3_jax.plan.cuts import check_pipeline, cuts_of, layer_counts, schedule_name
+from dsv3_jax.plan.cuts import (
+    check_pipeline,
+    cuts_of,
+    layer_counts,
+    microbatch_counts,
+    schedule_name,
+)
 from dsv3_jax.plan.kept import Kept
-from dsv3_jax.plan.moments import Key, Moment, fullest_moments, moments_of, orders
+from dsv3_jax.plan.moments import Key, Moment, check_size, fullest_moments, moments_of, orders
 from dsv3_jax.plan.parameters import GRADIENT_BYTES, Parameters
 from dsv3_jax.plan.traffic import gather_of
 
@@ -131,9 +137,10 @@ class MemoryPlan:
 
 def memory_of(cfg: RunConfig, parameters: Parameters | None = None) -> MemoryPlan:
     """Of a run as configured; `parameters` of its model on its mesh, if there are some already.
-    ValueError for a pipeline that cannot be.
+    ValueError for a pipeline that cannot be, or that would take too long to simulate.
     """
     check_pipeline(cfg)
+    check_size(cfg.mesh.pipe, max(microbatch_counts(cfg)))
     return MemoryPlan(cfg, tuple(_Ranks(cfg, parameters or Parameters(cfg)).all))
 
 
@@ -220,12 +227,10 @@ class _Ranks:
 
 
 def _schedules(cfg: RunConfig) -> Iterator[Key]:
-    """Of every step size, a ramp's too, the largest first: `check_pipeline` has seen that this one
-    is the run's own schedule, with all of its copies of stages.
+    """Of every step size, the largest first: `check_pipeline` has seen that this one is the run's
+    own schedule, with all of its copies of stages.
     """
-    part = cfg.train.rows // cfg.train.microbatches
-    rows = [cfg.train.rows, *(int(phase.value) for phase in cfg.schedule.rows_phases)]
-    for count in sorted({size // part for size in rows}, reverse=True):
+    for count in microbatch_counts(cfg):
         yield schedule_name(cfg, count), cfg.mesh.pipe, count
 
 

@@ -14,7 +14,18 @@ Moment: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Micro-batches of each chunk between F and b, or B; and between b and W"""
 Key: TypeAlias = tuple[str, int, int]  # name, ranks, micro-batches
 
+LARGEST = 100_000  # ranks times micro-batches, which take about a minute to simulate
+
 orders = lru_cache(32)(operations_of)
+
+
+def check_size(ranks: int, microbatches: int) -> None:
+    """ValueError for a schedule that would take too long to simulate."""
+    if ranks * microbatches > LARGEST:
+        raise ValueError(
+            f"mesh.pipe {ranks:,} times train.microbatches {microbatches:,} is too large to "
+            f"simulate; allowed: up to {LARGEST:,}"
+        )
 
 
 @lru_cache(256)

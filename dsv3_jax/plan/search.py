@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dsv3_jax.config import MeshConfig, PipelineConfig, RunConfig
-from dsv3_jax.plan.cuts import check_pipeline
+from dsv3_jax.plan.cuts import check_pipeline, microbatch_counts
 from dsv3_jax.plan.hardware import Hardware, WhatIf
 from dsv3_jax.plan.layer_time import Job, check_job
 from dsv3_jax.plan.memory import MemoryPlan, memory_of
+from dsv3_jax.plan.moments import check_size
 from dsv3_jax.plan.parameters import Parameters, traced
 from dsv3_jax.plan.prediction import Prediction, predict
-from dsv3_jax.plan.step_time import LARGEST
 
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 REMATS = ("none", "report", "full")  # fastest first, since each computes more again
@@ -153,12 +153,13 @@ def _layouts(cfg: RunConfig, ask: Ask) -> Iterator[RunConfig]:
     """
     for mesh in _meshes(cfg, ask):
         microbatches, left = divmod(cfg.train.rows, mesh.row_groups)
-        if left or mesh.pipe * microbatches > LARGEST:
+        if left:
             continue
         train = replace(cfg.train, microbatches=microbatches)
         for schedule in SCHEDULES if mesh.pipe > 1 else SCHEDULES[:1]:
             try:
                 layout = replace(cfg, mesh=mesh, train=train, pipeline=PipelineConfig(schedule))
+                check_size(mesh.pipe, max(microbatch_counts(layout)))
                 check_pipeline(layout)
             except ValueError:
                 continue

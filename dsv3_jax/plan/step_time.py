@@ -17,7 +17,7 @@ from dsv3_jax.plan.layer_time import (
     input_gradient_time,
     weight_gradient_time,
 )
-from dsv3_jax.plan.moments import counts, orders
+from dsv3_jax.plan.moments import check_size, counts, orders
 from dsv3_jax.plan.products import Item, items_in
 from dsv3_jax.plan.traffic import (
     ZeroTraffic,
@@ -26,8 +26,6 @@ from dsv3_jax.plan.traffic import (
     weights_of,
     zero_traffic,
 )
-
-LARGEST = 100_000  # ranks times micro-batches, which take about a minute to simulate
 
 
 @dataclass(frozen=True)
@@ -186,11 +184,7 @@ class Stepper:
     def _schedule(self, rows: int) -> Schedule:
         ranks = self.cfg.mesh.pipe
         microbatches = rows * self.cfg.train.microbatches // self.cfg.train.rows
-        if ranks * microbatches > LARGEST:
-            raise ValueError(
-                f"mesh.pipe {ranks:,} times train.microbatches {microbatches:,} is too large to "
-                f"simulate; allowed: up to {LARGEST:,}"
-            )
+        check_size(ranks, microbatches)
         made = orders if self._transfer is None else _made
         return made(schedule_name(self.cfg, microbatches), ranks, microbatches)
 

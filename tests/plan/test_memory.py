@@ -216,6 +216,22 @@ def test_no_change_is_one_that_is_refused():
     assert ("--mesh.pipe 4", 16) in {(c.text, c.devices) for c in changes_of(memory_of(enough))}
 
 
+def test_a_schedule_that_would_take_hours_is_refused_and_advised_to_nobody():
+    """Of the largest step, be it one of a ramp."""
+    line = "mesh.pipe 1 times train.microbatches 300,000 is too large to simulate; allowed: up to"
+    run = tiny_run()
+    many = replace(run, train=replace(run.train, rows=300_000, microbatches=300_000))
+    ramp = ScheduleConfig(rows_phases=(Phase(0, 640, 300_000.0),))
+    ramped = replace(run, schedule=ramp, train=replace(run.train, rows=8, microbatches=8))
+    for cfg in (many, ramped):
+        with pytest.raises(ValueError, match=line):
+            memory_of(cfg)
+    one = memory_of(replace(run, train=replace(run.train, rows=10**8)))
+    advised = {change.text.split()[0] for change in changes_of(one)}
+    assert advised
+    assert "--train.microbatches" not in advised
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_rank_holds_the_whole_model_whatever_the_schedule(name: str):
     (rank,) = memory_of(run_of(MeshConfig(), schedule=name)).ranks

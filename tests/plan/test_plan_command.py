@@ -182,6 +182,10 @@ def test_a_plan_for_this_machine(capsys, monkeypatch):
             [*V3, "--train.microbatches", "30"],
             "pipeline.schedule, with train.microbatches: dualpipe on 16 ranks",
         ),
+        (
+            [*TINY, "--train.rows", "300000", "--train.microbatches", "300000"],
+            "mesh.pipe 1 times train.microbatches 300,000 is too large to simulate; allowed: up to",
+        ),
         ([*V3, "--pipeline.stages", "E+61+H+M"], "pipeline.stages: 'E+61+H+M' has 1 stage;"),
         ([*V3, "--quant.recipe", "f32"], "train.dtype is float32; allowed with --hardware h800"),
         ([*V3, "--what-if.comm-sms", "132"], "--what-if.comm-sms is 132; allowed: 0 to 131"),
