@@ -9,7 +9,10 @@ other process knows of, and lets all processes wait for each other.
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +73,7 @@ def write_part(folder: Path, number: int, groups: Mapping[str, Mapping[str, Sequ
 def joined(folder: Path, processes: int) -> dict[str, dict[str, dict[str, Any]]]:
     """The manifest's lines of all arrays, from what every process left beside its pieces.
 
-    CheckpointError if pieces are missing, or overlap.
+    CheckpointError if pieces are missing, or overlap, or lie outside of their array.
     """
     arrays: dict[str, dict[str, dict[str, Any]]] = {}
     for number in range(processes):
@@ -81,12 +84,34 @@ def joined(folder: Path, processes: int) -> dict[str, dict[str, dict[str, Any]]]
         file.unlink()
     for group, named in arrays.items():
         for name, line in named.items():
-            found = sum(Box(p["at"], p["shape"]).size for p in line["pieces"])
-            if found != whole(line["shape"]).size:
-                raise CheckpointError(
-                    f"array {group}/{name}: pieces of {found} elements for shape {line['shape']}"
-                )
+            fault = _fault(line)
+            if fault:
+                raise CheckpointError(f"array {group}/{name}: {fault}")
     return arrays
+
+
+def _fault(line: Mapping[str, Any]) -> str | None:
+    """Of the pieces that should make an array."""
+    boxes, shape = [Box(p["at"], p["shape"]) for p in line["pieces"]], line["shape"]
+    found = sum(box.size for box in boxes)
+    if found != whole(shape).size:
+        return f"pieces of {found} elements for shape {shape}"
+    return None if _tile(boxes, whole(shape)) else f"pieces overlap, or leave shape {shape}"
+
+
+def _tile(boxes: Sequence[Box], area: Box) -> bool:
+    """Whether each element of `area` is in one of the boxes, none in two, and no other in any.
+
+    Boxes need not be compared with each other: how many cover an element is known from its
+    differences along all axes, which are zero but at corners, where they are 1 or -1 for each box.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for box, weight in (*((box, 1) for box in boxes), (area, -1)):
+        ends = [((at, 1), (at + size, -1)) for at, size in zip(*box, strict=True)]
+        for corner in product(*ends):
+            place = tuple(at for at, _ in corner)
+            corners[place] += weight * math.prod(sign for _, sign in corner)
+    return not any(corners.values())
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -112,10 +137,10 @@ class Reader:
     def read(self, group: str, name: str, line: Mapping[str, Any], box: Box) -> np.ndarray:
         """A box of an array, from the pieces that have some of it, whose checksums are verified.
 
-        CheckpointError for what is damaged or missing.
+        CheckpointError for what is damaged or missing, or there twice.
         """
         found = np.empty(box.shape, line["dtype"])
-        filled = 0
+        filled: list[Box] = []
         for piece in line["pieces"]:
             there = Box(tuple(piece["at"]), tuple(piece["shape"]))
             inside = there.within(box)
@@ -123,9 +148,11 @@ class Reader:
                 continue
             array = self._verified(group, name, line["dtype"], piece)
             found[inside.slices] = array[box.within(there).slices]
-            filled += inside.size
-        if filled != box.size:
-            raise CheckpointError(f"{self.folder}: array {group}/{name} has a gap")
+            filled.append(inside)
+        if not _tile(filled, whole(box.shape)):
+            raise CheckpointError(
+                f"{self.folder}: array {group}/{name} has a gap, or pieces that overlap"
+            )
         return found
 
     def _verified(self, group: str, name: str, dtype: str, piece: Mapping[str, Any]) -> np.ndarray:
