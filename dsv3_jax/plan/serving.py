@@ -17,13 +17,15 @@ from dsv3_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from dsv3_jax.config.fields import check
+from dsv3_jax.config.fields import check, shown
+from dsv3_jax.config.mesh import MAX_DEVICES
 from dsv3_jax.config.presets import dsv3_671b
 from dsv3_jax.plan.hardware import H800, Hardware
 from dsv3_jax.plan.kernel_rates import Figure, nearest_gemm, nearest_latency
 from dsv3_jax.plan.layer_time import Job, Time, forward_time
 from dsv3_jax.plan.products import Product, items_of
 
+LARGEST_SIZE = 2**31 - 1  # model.max_length's own bound; products of such are finite floats
 MEASURED_TOKENS = 128  # a device, of the exchange's latencies
 PUBLISHED_DAY = "open-infra-index, 24 hours to 2025-02-28"
 CACHE_HITS = 0.563  # share of input tokens that day
@@ -53,11 +55,20 @@ class ServingLayout:
     """Latents in E4M3 with an FP32 scale for each 128, rotary keys in BF16"""
 
     def __post_init__(self) -> None:
-        one_or_more = "prefill_devices", "decode_devices", "prompt", "prefill_tokens", "batch"
-        for name in (*one_or_more, "redundant_experts", "context"):
-            least, allowed = (1, "at least 1") if name in one_or_more else (0, "0 or more")
-            value = getattr(self, name)
-            check(f"--serving.{name.replace('_', '-')}", value, value >= least, allowed)
+        for name, (least, most) in _BOUNDS.items():
+            value, option = getattr(self, name), f"--serving.{name.replace('_', '-')}"
+            check(option, shown(value), least <= value <= most, f"{least} to {most:,}")
+
+
+_BOUNDS = {
+    "prefill_devices": (1, MAX_DEVICES),
+    "decode_devices": (1, MAX_DEVICES),
+    "redundant_experts": (0, LARGEST_SIZE),
+    "prompt": (2, LARGEST_SIZE),  # a row of the run that prefill is planned as
+    "prefill_tokens": (1, LARGEST_SIZE),
+    "context": (0, LARGEST_SIZE),
+    "batch": (1, LARGEST_SIZE),
+}
 
 
 def cache_bytes_per_layer(model: ModelConfig, fp8: bool = False) -> int:

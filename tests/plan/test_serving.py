@@ -1,5 +1,6 @@
 """Serving: published bytes and latency bounds; throughput computed again."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,15 @@ from dsv3_jax.plan.serving import (
 from dsv3_jax.plan.serving_lines import serving_lines
 
 V3 = Serving(dsv3_671b(), H800, ServingLayout(), H800.price)
+NUMBERS = {
+    "prefill_devices": (1, 2**20),
+    "decode_devices": (1, 2**20),
+    "redundant_experts": (0, 2**31 - 1),
+    "prompt": (2, 2**31 - 1),
+    "prefill_tokens": (1, 2**31 - 1),
+    "context": (0, 2**31 - 1),
+    "batch": (1, 2**31 - 1),
+}
 
 
 def test_cache_of_a_token_of_v3():
@@ -169,7 +179,31 @@ def test_units_that_experts_do_not_divide_into_are_refused(devices):
         Serving(dsv3_671b(), H100, layout, None)
 
 
-@pytest.mark.parametrize("name", ["prefill_devices", "decode_devices", "prompt", "batch"])
-def test_layouts_of_nothing_are_refused(name):
-    with pytest.raises(ValueError, match=f"--serving.{name.replace('_', '-')} is 0; allowed"):
-        ServingLayout(**{name: 0})
+@pytest.mark.parametrize("value", [-1, 2**31, 10**400])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_layouts_of_nothing_and_beyond_all_measure_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^--serving.{name.replace('_', '-')} is ") as told:
+        ServingLayout(**{name: value})
+    least, most = NUMBERS[name]
+    assert str(told.value).endswith(f"; allowed: {least} to {most:,}")
+    assert len(str(told.value)) < 120
+    assert ServingLayout(**{name: least})
+    with pytest.raises(ValueError, match=f"is {least - 1}; allowed"):
+        ServingLayout(**{name: least - 1})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("end", [0, 1])
+def test_layouts_within_bounds_are_planned_or_refused_by_their_own_options(name, end):
+    told = refusal_of(ServingLayout(**{"batch": 1, name: NUMBERS[name][end]}))
+    assert told is None or told.startswith("--serving.")
+
+
+def refusal_of(layout: ServingLayout) -> str | None:
+    """By Serving; without one the plan has nothing but finite numbers."""
+    try:
+        serving = replace(V3, layout=layout)
+    except ValueError as error:
+        return str(error)
+    assert all(math.isfinite(line.value) for line in serving_lines(serving))
+    return None
