@@ -39,6 +39,8 @@ PATTERN = "|".join(
 )
 RESERVED = 256
 """Ids after the ranks, for special tokens and for those that have no name yet"""
+LONGEST = 4096
+"""Bytes of a token: every division of it is looked at"""
 
 
 def read_tiktoken(path: Path, byte_chars: list[str]) -> Tokenizer:
@@ -78,10 +80,16 @@ def _ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(_read(path, path).splitlines(), start=1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            spelt, rank = line.split()
+            token = base64.b64decode(spelt, validate=True)
+            ranks[token] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"tokenizer {path}: line {number} is no token and its rank") from None
+        if len(token) > LONGEST:
+            raise ValueError(
+                f"tokenizer {path}: line {number} has a token of {len(token):,} bytes; allowed: at "
+                f"most {LONGEST:,}"
+            )
     missing = 256 - sum(bytes([byte]) in ranks for byte in range(256))
     if missing:
         raise ValueError(f"tokenizer {path}: {missing} of the 256 bytes have no rank")
@@ -109,7 +117,7 @@ def _pattern_in(source: str) -> str | None:
     try:
         with warnings.catch_warnings(action="ignore"):  # about escapes, which do not concern us
             nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of deep nesting
         return None
     for node in nodes:
         names = node.targets if isinstance(node, ast.Assign) else []

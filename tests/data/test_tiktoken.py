@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,19 @@ FAULTS = {
             "needed: their pat_str, or a tokenizer.json"
         ),
     ),
+    "Python that Python's parser gives up on": (
+        lambda folder: (folder / "tokenization_kimi.py").write_text("x = " + "-" * 20000 + "1"),
+        (
+            "tokenization_kimi.py splits text in another way than Moonlight and Kimi-K2 do; "
+            "needed: their pat_str, or a tokenizer.json"
+        ),
+    ),
+    "a token of a whole file": (
+        lambda folder: write_folder(
+            folder, ranks=[*GOLDEN["ranks"], b64encode(b"a" * 100_000).decode()]
+        ),
+        f"line {FIRST + 1} has a token of 100,000 bytes; allowed: at most 4,096",
+    ),
     "no special tokens": (
         lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
         "tokenizer_config.json has no added_tokens_decoder of ids and tokens",
@@ -143,8 +157,6 @@ def test_a_faulty_folder_is_refused_with_one_line(
 def test_every_character_is_split_as_tiktoken_splits_it(tmp_path: Path):
     """With all pairs of bytes as tokens, in random order, a border moved is another encoding."""
     tiktoken = pytest.importorskip("tiktoken")
-    from base64 import b64encode
-
     draw = random.Random(1)
     pairs = [bytes((a, b)) for a in range(256) for b in range(256)]
     draw.shuffle(pairs)
