@@ -15,7 +15,7 @@ from dsv3_jax.plan.cuts import check_pipeline, microbatch_counts
 from dsv3_jax.plan.hardware import Hardware, WhatIf
 from dsv3_jax.plan.layer_time import Job, check_job
 from dsv3_jax.plan.memory import MemoryPlan, memory_of
-from dsv3_jax.plan.moments import check_size
+from dsv3_jax.plan.moments import LARGEST, check_size
 from dsv3_jax.plan.parameters import Parameters, traced
 from dsv3_jax.plan.prediction import Prediction, predict
 
@@ -97,7 +97,8 @@ def search(cfg: RunConfig, ask: Ask, told: Told = lambda doing, done, of: None) 
         raise ValueError(
             f"--devices is {ask.devices:,}; allowed: numbers with a mesh whose node x local divides"
             f" the {cfg.model.num_experts} experts, and whose data x node x local divides "
-            f"train.rows = {cfg.train.rows:,} (and each of schedule.rows_phases)"
+            f"train.rows = {cfg.train.rows:,} (and each of schedule.rows_phases), with mesh.pipe x "
+            f"train.microbatches up to {LARGEST:,}"
         )
     capacity, model = ask.hardware.memory.value, traced(cfg.model)
     plans, nearest, parameters = [], None, {}

@@ -217,6 +217,10 @@ def test_a_model_that_fits_nowhere_is_an_answer(capsys, monkeypatch):
         (["--top", "3"], "--top is 3 without --search"),
         (["--search", "--devices", "0"], "--devices is 0; allowed: 1 to 1,048,576"),
         (["--search", "--devices", "1009"], "--devices is 1,009; allowed: numbers with a mesh"),
+        (
+            ["--search", "--devices", "8", "--train.rows", "122880000"],
+            "with mesh.pipe x train.microbatches up to 100,000",
+        ),
         (["--search", "--top", "0"], "--top is 0; allowed: 1 or more"),
         (["--search", "--serve"], "--search and --serve; allowed: one of them"),
         (["--search", "--timeline", "a.png"], "--search and --timeline"),
