@@ -17,6 +17,7 @@ import tyro
 from dsv3_jax.cli import clean_on_signals, parse, run, user_errors
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.presets import tiny
+from dsv3_jax.files import held
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,8 +140,9 @@ def _write(cfg: DataConfig, out: Path, vocab_size: int, progress: "Progress") ->
             validation_fraction=cfg.validation_fraction,
             split_rate=cfg.split_rate,
         )
-    finally:
-        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def _summary(out: Path, manifest: "Manifest") -> str:
@@ -197,22 +199,22 @@ def _check_text(cfg: DataConfig) -> None:
 
 @contextlib.contextmanager
 def _empty(out: Path) -> Iterator[None]:
-    """An empty folder to write to, and again empty or gone if that fails."""
-    is_new = not out.exists()
-    if not is_new and not out.is_dir():
+    """An empty folder that no other process writes to; a new one goes if that fails."""
+    if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; allowed: a new or an empty folder")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    held = sorted(path.name for path in out.iterdir())
-    if held:
-        raise ValueError(f"--out {out} holds {held[0]}; allowed: a new or an empty folder")
-    try:
-        yield
-    except BaseException:
-        for path in out.iterdir():
-            path.unlink()
-        if is_new:
-            out.rmdir()
-        raise
+    # It stays empty for as long as the text is read, so emptiness does not keep others away.
+    with held(out, ValueError(f"--out {out}: another process is writing there")):
+        there = sorted(path.name for path in out.iterdir())
+        if there:
+            raise ValueError(f"--out {out} holds {there[0]}; allowed: a new or an empty folder")
+        try:
+            yield
+        except BaseException:
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+            raise
 
 
 if __name__ == "__main__":

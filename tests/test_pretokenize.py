@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import shards, sources, tokenised
+from dsv3_jax.data import held_out, shards, sources, tokenised
 from dsv3_jax.data.corpus import Corpus, build_corpus
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.packing import Rows
@@ -180,6 +180,54 @@ def test_an_interrupted_command_leaves_the_folder_as_it_was(
         main(args)
     assert out.exists() is not is_new
     assert is_new or not list(out.iterdir())
+
+
+def test_two_commands_cannot_write_one_folder(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    out, seen = tmp_path / "tokens", []
+    args = ["--source", f"{text}/*", "--out", str(out), "--vocab-size", str(VOCAB)]
+    original_survey, original_add = held_out.survey, shards.ShardWriter.add
+
+    def second() -> None:
+        before = sorted(out.iterdir())
+        seen.append(refused(args, capsys))
+        assert sorted(out.iterdir()) == before
+
+    def survey(*given: object) -> held_out.Survey:
+        monkeypatch.setattr(held_out, "survey", original_survey)
+        second()  # nothing is written yet
+        return original_survey(*given)
+
+    def add(self: shards.ShardWriter, *document: object) -> None:
+        monkeypatch.setattr(shards.ShardWriter, "add", original_add)
+        original_add(self, *document)
+        second()
+
+    monkeypatch.setattr(held_out, "survey", survey)
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    main(args)
+    assert seen == [f"error: --out {out}: another process is writing there"] * 2
+    folder = shards.TokenFolder(out)
+    assert {path.name for path in out.iterdir()} == {shards.MANIFEST, *folder.manifest.files}
+
+
+def test_a_failed_command_removes_nothing_that_it_has_not_written(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "tokens"
+    original = shards.ShardWriter.add
+
+    def add(self: shards.ShardWriter, *document: object) -> None:
+        original(self, *document)
+        (out / "mine").touch()
+        (out / "folder").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--source", f"{text}/*", "--out", str(out), "--vocab-size", str(VOCAB)])
+    assert {path.name for path in out.iterdir()} == {"mine", "folder"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_folder(

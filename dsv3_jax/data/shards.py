@@ -127,14 +127,21 @@ class ShardWriter:
             with self._system_errors():
                 writer.close()
 
+    def discard(self) -> None:
+        """Removes what was written, and nothing else that may lie in the folder."""
+        with contextlib.suppress(OSError):  # of a full disk, which the shard's end does not fit on
+            self.close()
+        for name in (*_files(self._shards), MANIFEST):
+            (self._folder / name).unlink(missing_ok=True)
+
     def _next_shard(self) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.close()
         self._shard = f"shard-{len(self._shards):05d}.array_record"
+        self._shards[self._shard], self._room = 0, self._shard_bytes
         with self._system_errors():
             self._writer = ArrayRecordWriter(str(self._folder / self._shard), _WRITER_OPTIONS)
-        self._shards[self._shard], self._room = 0, self._shard_bytes
 
     @contextlib.contextmanager
     def _system_errors(self) -> Iterator[None]:
