@@ -17,8 +17,15 @@ import numpy as np
 
 from dsv3_jax.data.fim import ADDED, Fim
 from dsv3_jax.data.hashing import key64, words
+from dsv3_jax.data.recent import RecentDocuments
 from dsv3_jax.data.shuffle import shuffled
 from dsv3_jax.data.tokenised import TokenDocuments
+
+# A document of more rows is kept when it is read: it is stored as one record, which is read, and
+# rearranged, as a whole, so its rows would cost the square of its length.
+_LONG_ROWS = 16
+# Of long documents that are kept, 2^27 tokens.
+_KEPT_BYTES = 2**29
 
 
 class Row(NamedTuple):
@@ -83,6 +90,7 @@ class Rows:
         self._growing = threading.Lock()
         # Two epochs: readers work on both sides of the boundary at the same time.
         self._stream = functools.lru_cache(maxsize=2)(self._make_stream)
+        self._recent = RecentDocuments(_KEPT_BYTES)
 
     def __len__(self) -> int:
         """Rows in the first epoch."""
@@ -168,10 +176,14 @@ class Rows:
         return np.concatenate(pieces)
 
     def _document(self, stream: Stream, document: int) -> np.ndarray:
+        cuts = () if stream.cuts is None else tuple(stream.cuts[document].tolist())
+        if self._lengths[document] <= _LONG_ROWS * self.length:
+            return self._read_document(document, cuts)
+        return self._recent.get((document, cuts), lambda: self._read_document(document, cuts))
+
+    def _read_document(self, document: int, cuts: tuple[int, ...]) -> np.ndarray:
         tokens = self.corpus.read(document)
-        if stream.cuts is None or stream.cuts[document, 0] < 0:
-            return tokens
-        return self._fim.rearrange(tokens, *stream.cuts[document].tolist())
+        return self._fim.rearrange(tokens, *cuts) if cuts and cuts[0] >= 0 else tokens
 
 
 def _touched(stream: Stream, first: int, last: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.data import packing
 from dsv3_jax.data.fim import ADDED, Fim
 from dsv3_jax.data.packing import Row, Rows
 from dsv3_jax.data.tokenised import TokenizedCorpus, tokenize
@@ -197,6 +198,51 @@ def test_rate_zero_changes_nothing() -> None:
     plain, never = Rows(corpus, 8, 5), Rows(corpus, 8, 5, Fim(0.0, 2, 3, 4, 0))
     for index in range(3 * len(plain)):
         np.testing.assert_array_equal(plain[index].labels_T, never[index].labels_T)
+
+
+# --- long documents ---
+
+
+@pytest.mark.parametrize(("seed", "fim"), [(None, None), (5, None), (5, FIM)])
+def test_a_long_document_is_read_once_for_all_its_rows(
+    seed: int | None, fim: Fim | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, rearranged = collections.Counter(), collections.Counter()
+    original_read, original_rearrange = TokenizedCorpus.read, Fim.rearrange
+
+    def counted_read(corpus: TokenizedCorpus, document: int) -> np.ndarray:
+        read[document] += 1
+        return original_read(corpus, document)
+
+    def counted_rearrange(fim: Fim, ids: np.ndarray, *cuts: int) -> np.ndarray:
+        rearranged[len(ids)] += 1
+        return original_rearrange(fim, ids, *cuts)
+
+    lengths = (9, 4000, 30, 7, 5000, 12)
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "_LONG_ROWS", 10**9)
+        expected = [*Rows(corpus_of(*lengths), 8, seed, fim)]
+    monkeypatch.setattr(TokenizedCorpus, "read", counted_read)
+    monkeypatch.setattr(Fim, "rearrange", counted_rearrange)
+    rows = Rows(corpus_of(*lengths), 8, seed, fim)
+    for row, wanted in zip(rows, expected, strict=True):
+        np.testing.assert_array_equal(row.tokens_T, wanted.tokens_T)
+        np.testing.assert_array_equal(row.labels_T, wanted.labels_T)
+    assert len(expected) > 1000
+    assert read[1] == read[4] == 1
+    assert rearranged[4000] <= 1
+    assert rearranged[5000] <= 1
+
+
+def test_a_long_document_is_rearranged_anew_in_each_epoch() -> None:
+    always = Fim(1.0, begin_id=2, hole_id=3, end_id=4, opening=0)
+    corpus = corpus_of(1000, 1000)
+    one = Rows(corpus, 8, 5, always)
+    for epoch in range(3):
+        stream = one._stream(epoch)
+        for document in range(2):
+            wanted = always.rearrange(corpus.read(document), *stream.cuts[document].tolist())
+            np.testing.assert_array_equal(one._document(stream, document), wanted)
 
 
 # --- isolation ---
