@@ -7,6 +7,7 @@ serves as `data.source`; training then sees the same rows, bit for bit, as on th
 import contextlib
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _write(cfg: DataConfig, out: Path, vocab_size: int, progress: "Progress") ->
 def _summary(out: Path, manifest: "Manifest") -> str:
     """What was written, and the options with which training reads it."""
     size = sum(file.bytes for file in manifest.files.values())
-    flags = f"--data.source {out} --model.vocab-size {manifest.vocab_size}"
+    flags = f"--data.source {shlex.quote(str(out))} --model.vocab-size {manifest.vocab_size}"
     for name in ("validation_fraction", "split_rate"):
         value = getattr(manifest, name)
         if value != getattr(DataConfig, name):

@@ -4,6 +4,7 @@ what did not finish is not taken for a folder.
 
 import json
 import resource
+import shlex
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,6 +91,15 @@ def test_the_last_line_says_how_to_train(text: Path, tmp_path: Path, capsys: pyt
     size = shards.TokenFolder(out).tokenizer.vocab_size
     options = f"--data.source {out} --model.vocab-size {size} --data.split-rate 0.25"
     assert last.endswith(f"train on it with {options}")
+
+
+def test_the_options_of_the_last_line_are_a_shells(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "my $tokens"
+    main(["--source", f"{text}/*", "--out", str(out), "--vocab-size", str(VOCAB)])
+    options = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].rpartition(" with ")[2])
+    assert options[:2] == ["--data.source", str(out)]
 
 
 def test_a_given_tokenizer_goes_into_the_folder(text: Path, tmp_path: Path):
