@@ -186,13 +186,15 @@ def _unchanged(documents: Iterator["Document"], content_hash: str) -> Iterator["
 
 
 def _check_text(cfg: DataConfig) -> None:
+    from dsv3_jax.data.paths import user_path
     from dsv3_jax.data.shards import is_token_folder
     from dsv3_jax.data.sources import entries_of
 
     for entry in entries_of(cfg.source):
-        if is_token_folder(Path(entry).expanduser()):
+        path = user_path(entry, "--source")
+        if is_token_folder(path):
             raise ValueError(f"--source {entry} holds tokens already; allowed: text")
-        if Path(entry).expanduser().is_dir():
+        if path.is_dir():
             raise ValueError(
                 f"--source {entry} is a folder; allowed: files, as in '{entry}/**/*.txt'"
             )

@@ -252,6 +252,7 @@ def test_help_names_the_options_and_loads_no_jax():
         (["--data.format", "text"], "data.format is text; allowed here: prompts"),
         (["--prompts", "{p}"], "bad.jsonl line 2: one of prompt and messages is needed"),
         (["--prompts", "none.jsonl"], "none.jsonl"),
+        (["--prompts", "~nosuchuser/a"], "data.source ~nosuchuser/a: no home folder is known"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_run_behind(

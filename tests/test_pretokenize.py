@@ -139,6 +139,8 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
         ),
         ([f"{text}/a*", "--vocab-size", str(10**20)], f"--vocab-size is {10**20}; allowed"),
         ([f"{text}/a*", "--tokenizer", "gone.json"], "tokenizer gone.json: cannot read it"),
+        (["~nosuchuser/a"], "error: --source ~nosuchuser/a: no home folder is known for ~nosuch"),
+        ([f"{text}/a*", "--tokenizer", "~nosuchuser/a"], "tokenizer ~nosuchuser/a: no home folder"),
         ([f"{text}/a*", "--split-rate", "2"], "--split-rate is 2.0; allowed: 0 to 1"),
         ([f"{text}/a*", "--bad-utf8", "ignore"], "--bad-utf8"),
     ]:

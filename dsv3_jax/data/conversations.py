@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import parse_json
 from dsv3_jax.data.jsonl import json_lines, whole_text
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.sources import entries_of, matching
 from dsv3_jax.data.text_files import BadUtf8
 
@@ -52,7 +53,7 @@ def _files(entry: str) -> list[Path]:
         raise ValueError(
             "data.source is stdlib; allowed with data.format messages: files or globs of .jsonl"
         )
-    folder = Path(entry).expanduser()
+    folder = user_path(entry, "data.source")
     if folder.is_dir():
         raise ValueError(
             f"data.source: {folder} is a folder; allowed with data.format messages: files, as in "

@@ -16,6 +16,7 @@ from dsv3_jax.data.hashing import key64
 from dsv3_jax.data.held_out import Survey, survey
 from dsv3_jax.data.mixture import Mixture
 from dsv3_jax.data.packing import Rows
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.samples import SampleRows
 from dsv3_jax.data.shards import TokenFolder, is_token_folder
 from dsv3_jax.data.sources import entries_of, load_documents
@@ -120,7 +121,8 @@ class _Source:
 
     def __init__(self, cfg: DataConfig, entries: tuple[str, ...]) -> None:
         self._cfg, self._name = cfg, " ".join(entries)
-        paths = {entry: Path(entry).expanduser() for entry in entries if entry != "stdlib"}
+        named = (entry for entry in entries if entry != "stdlib")
+        paths = {entry: user_path(entry, "data.source") for entry in named}
         paths = {entry: path for entry, path in paths.items() if is_token_folder(path)}
         self.folders = [TokenFolder(path) for path in dict.fromkeys(paths.values())]
         self._survey: Survey | None = None

@@ -13,6 +13,7 @@ from dsv3_jax.data.conversations import Conversation, read_conversations
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.documents import text_hash
 from dsv3_jax.data.held_out import is_held_out
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.samples import SampleRows, Samples
 from dsv3_jax.data.sources import entries_of
 from dsv3_jax.data.tokenised import check_fits
@@ -89,7 +90,7 @@ def template_of(cfg: DataConfig, tokenizer: Tokenizer, folder: Path | None) -> A
     """
     if not cfg.chat_template:
         return AnswerTemplate.of_folder(folder, tokenizer) if folder else AnswerTemplate(tokenizer)
-    file = Path(cfg.chat_template).expanduser()
+    file = user_path(cfg.chat_template, "data.chat_template")
     try:
         return AnswerTemplate.of_file(file, tokenizer)
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.jsonl import read_jsonl
 from dsv3_jax.data.parquet import read_parquet
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.stdlib import stdlib_files
 from dsv3_jax.data.text_files import BadUtf8, read_python, read_text
 
@@ -79,7 +80,7 @@ def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], 
 
 def matching(pattern: str) -> list[Path]:
     """The files of a glob. Folders that a wildcard meets are passed over; ValueError for none."""
-    literal = Path(pattern).expanduser()
+    literal = user_path(pattern, "data.source")
     if literal.is_dir():
         raise ValueError(
             f"data.source: {literal} is a folder; allowed: files, as in '{literal}/**/*.txt', or "

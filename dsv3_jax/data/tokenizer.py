@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import read_json
 from dsv3_jax.data.cache import hash_texts, store
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.tiktoken import read_tiktoken
 from dsv3_jax.files import cache_folder, replace_file
 
@@ -177,11 +178,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     ValueError if the file is missing, unreadable or no tokenizer, or if no token is known to end a
     text.
     """
-    if Path(path).suffix == ".model":
+    path = user_path(path, "tokenizer")
+    if path.suffix == ".model":
         byte_chars = sorted(_byte_alphabet(), key=_byte_alphabet().__getitem__)
-        return Tokenizer(read_tiktoken(Path(path), byte_chars), str(path))
+        return Tokenizer(read_tiktoken(path, byte_chars), str(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"tokenizer {path}: cannot read it: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -193,7 +195,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer {path} is no tokenizer.json: {reason}") from None
-    return Tokenizer(backend, str(path), *_stated(Path(path).parent))
+    return Tokenizer(backend, str(path), *_stated(path.parent))
 
 
 def _stated(folder: Path) -> Iterator[list[str]]:

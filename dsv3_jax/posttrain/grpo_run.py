@@ -5,7 +5,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.console import Console
 from dsv3_jax.config import RunConfig
 from dsv3_jax.config.grpo import GrpoConfig
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.sample_corpus import template_of
 from dsv3_jax.data.tokenised import check_fits
 from dsv3_jax.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Grpo(Kind):
         data, folder = cfg.data, resume or init_from
         data = replace(data, chat_template="") if resume else data
         template = template_of(data, kept, folder and folder.path)
-        read = read_prompts(Path(cfg.data.source).expanduser())
+        read = read_prompts(user_path(cfg.data.source, "data.source"))
         room = min(cfg.data.length + 1, cfg.model.max_length) - self.settings.max_tokens
         if room < 1:
             raise ValueError(
