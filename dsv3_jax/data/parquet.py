@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsv3_jax.config.plain_json import check_plain
 from dsv3_jax.data.documents import Document
 from dsv3_jax.data.text_files import BadUtf8, decode, reason_of
 
@@ -30,6 +31,7 @@ def read_parquet(path: Path, name: str, field: str, bad_utf8: BadUtf8) -> Iterat
         ) from None
     number = 0
     try:
+        check_plain(path)
         with pq.ParquetFile(path) as file:
             _check_column(path, file, field)
             for batch in file.iter_batches(_BATCH_ROWS, columns=[field]):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from dsv3_jax.config.plain_json import check_plain
 from dsv3_jax.data.documents import Document
 
 BadUtf8 = Literal["reject", "replace"]
@@ -51,6 +52,7 @@ def reason_of(error: Exception) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        check_plain(path)
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"data.source: cannot read {path}: {reason_of(error)}") from None

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config.fields import shown
-from dsv3_jax.config.plain_json import read_json
+from dsv3_jax.config.plain_json import check_plain, read_json
 from dsv3_jax.data.cache import hash_texts, store
 from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.tiktoken import read_tiktoken
@@ -183,6 +183,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         byte_chars = sorted(_byte_alphabet(), key=_byte_alphabet().__getitem__)
         return Tokenizer(read_tiktoken(path, byte_chars), str(path))
     try:
+        check_plain(path)
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"tokenizer {path}: cannot read it: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """Documents are the files asked for, read one by one; bad input is one line."""
 
 import gzip
+import os
 import sysconfig
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_a_dangling_link_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot read") as error:
         load_documents(f"{tmp_path}/*.txt")
     assert f"{tmp_path}/a.txt: No such file" in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)  # to read it would be to wait for who writes to it
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: not a plain file") as error:
+        load_documents(f"{tmp_path}/*")
+    one_line(error)
 
 
 def test_a_forbidden_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

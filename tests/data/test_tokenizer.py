@@ -247,8 +247,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(
 
 
 def test_a_folder_is_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read it: Is a directory"):
+    with pytest.raises(ValueError, match="cannot read it: not a plain file"):
         load_tokenizer(tmp_path)
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")  # to read it would be to wait for who writes to it
+    with pytest.raises(ValueError, match="cannot read it: not a plain file"):
+        load_tokenizer(tmp_path / "pipe.json")
 
 
 def test_a_vocabulary_without_end_of_sentence_is_refused(tmp_path: Path) -> None:
