@@ -12,7 +12,7 @@ from dsv3_jax.config.fields import shown
 from dsv3_jax.config.plain_json import parse_json
 from dsv3_jax.data.jsonl import json_lines, whole_text
 from dsv3_jax.data.paths import user_path
-from dsv3_jax.data.sources import entries_of, matching
+from dsv3_jax.data.sources import each_once, entries_of, matching
 from dsv3_jax.data.text_files import BadUtf8
 
 ROLES = ("system", "user", "assistant")
@@ -41,8 +41,8 @@ def read_conversations(
     ValueError with file, line and field for what is no conversation: not JSON, no `messages`, an
     unknown role or field, a content that is no text, no answer at the end or an empty one.
     """
-    files = {path.as_posix(): path for entry in entries_of(source) for path in _files(entry)}
-    for name, path in sorted(files.items()):
+    files = each_once(path for entry in entries_of(source) for path in _files(entry))
+    for name, path in sorted((path.as_posix(), path) for path in files.values()):
         for number, record in json_lines(path, bad_utf8, parse_json):
             where = f"data.source: {path} line {number}"
             yield _conversation(f"{name}:{number}", where, record, bad_utf8)

@@ -1,5 +1,6 @@
 """From a `DataConfig` to rows: documents, split, tokenizer, tokens, mixture (report 4.1)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,8 @@ class _Source:
         named = (entry for entry in entries if entry != "stdlib")
         paths = {entry: user_path(entry, "data.source") for entry in named}
         paths = {entry: path for entry, path in paths.items() if is_token_folder(path)}
-        self.folders = [TokenFolder(path) for path in dict.fromkeys(paths.values())]
+        folders = {os.path.realpath(path): path for path in paths.values()}
+        self.folders = [TokenFolder(path) for path in folders.values()]
         self._survey: Survey | None = None
         self.train: list[Document] = []
         self._held_out: list[Document] = []

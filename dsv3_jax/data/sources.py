@@ -6,7 +6,7 @@ one by one while somebody iterates, so a corpus larger than the memory can be go
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from dsv3_jax.data.paths import user_path
 from dsv3_jax.data.stdlib import stdlib_files
 from dsv3_jax.data.text_files import BadUtf8, read_python, read_text
 
-# Path -> (name of the file, what reads its documents)
-_Files = dict[Path, tuple[str, Callable[[Path, str], Iterator[Document]]]]
+# Where a file lies, however it is spelt -> (path, name, what reads its documents)
+_Files = dict[str, tuple[Path, str, Callable[[Path, str], Iterator[Document]]]]
 
 
 def entries_of(source: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ def iterate_documents(
     for entry in entries:
         files |= _files_of(entry, field, bad_utf8)
     is_empty = True
-    for path, (name, read) in sorted(files.items(), key=lambda item: item[1][0]):
+    for path, name, read in sorted(files.values(), key=lambda file: file[1]):
         for document in read(path, name):
             if document.text:
                 is_empty = False
@@ -65,8 +65,12 @@ def load_documents(
 def _files_of(entry: str, field: str, bad_utf8: BadUtf8) -> _Files:
     if entry == "stdlib":
         read = partial(read_python, bad_utf8=bad_utf8)
-        return {path: (name, read) for path, name in stdlib_files().items()}
-    return {path: (path.as_posix(), _reader(path, field, bad_utf8)) for path in matching(entry)}
+        found = stdlib_files().items()
+        return {os.path.realpath(path): (path, name, read) for path, name in found}
+    return {
+        place: (path, path.as_posix(), _reader(path, field, bad_utf8))
+        for place, path in each_once(matching(entry)).items()
+    }
 
 
 def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], Iterator[Document]]:
@@ -76,6 +80,11 @@ def _reader(path: Path, field: str, bad_utf8: BadUtf8) -> Callable[[Path, str], 
     if name.endswith(".parquet"):
         return partial(read_parquet, field=field, bad_utf8=bad_utf8)
     return partial(read_text, bad_utf8=bad_utf8)
+
+
+def each_once(paths: Iterable[Path]) -> dict[str, Path]:
+    """Where files lie -> the first of their paths, in whatever order a folder lists them."""
+    return {os.path.realpath(path): path for path in sorted(paths, reverse=True)}
 
 
 def matching(pattern: str) -> list[Path]:

@@ -69,6 +69,13 @@ def test_a_fault_is_told_with_file_line_and_field(tmp_path: Path, line: Any, mes
         list(read_conversations(str(file)))
 
 
+def test_a_file_of_several_spellings_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = lines_to(tmp_path / "a.jsonl", {"messages": [ASK, SAY]})
+    monkeypatch.chdir(tmp_path)
+    (found,) = read_conversations((str(file), "a.jsonl"))
+    assert found.name == f"{file}:1"
+
+
 def test_files_that_hold_no_conversations_are_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x")
     os.mkfifo(tmp_path / "pipe.jsonl")  # to read it would be to wait for who writes to it

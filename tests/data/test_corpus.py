@@ -287,6 +287,17 @@ def test_folders_and_text_are_one_corpus_of_one_tokenizer(three: DataConfig, tmp
         assert found == wanted
 
 
+def test_a_folder_of_two_spellings_counts_once(
+    three: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = pretokenize(three, three.source[0], tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    once, _ = build(replace(three, source=(folder,), weights=()))
+    twice, _ = build(replace(three, source=(folder, "a"), weights=()))
+    assert len(twice.train) == len(once.train)
+    assert twice.content_hash == once.content_hash
+
+
 def test_folders_of_several_tokenizers_are_refused(three: DataConfig, tmp_path: Path):
     text, other, _ = three.source
     folders = (

@@ -106,6 +106,22 @@ def test_globs_give_each_file_once_sorted_and_untouched(tmp_path: Path) -> None:
     assert documents == [Document(f"{tmp_path}/{name}", texts[name]) for name in expected]
 
 
+def test_a_file_of_several_spellings_comes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "a.txt").write_text("a")
+    (here / "link.txt").symlink_to("a.txt")
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir(here)
+    spellings = ("a.txt", f"{here}/a.txt", "~/a.txt", "../*/a.txt", "link.txt")
+    names = ("a.txt", f"{here}/a.txt", f"{here}/a.txt", "../here/a.txt", "link.txt")
+    for last, name in zip(spellings, names, strict=True):
+        assert load_documents((*spellings, last)) == [Document(name, "a")]
+    assert load_documents("*.txt") == [Document("a.txt", "a")]
+
+
 def test_stdlib_and_globs_combine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_stdlib(tmp_path / "lib", monkeypatch, {"a.py": b"library"})
     (tmp_path / "a.py").write_text("mine")
