@@ -24,8 +24,8 @@ from dsv3_jax.data.tokenised import TokenDocuments
 # A document of more rows is kept when it is read: it is stored as one record, which is read, and
 # rearranged, as a whole, so its rows would cost the square of its length.
 _LONG_ROWS = 16
-# Of long documents that are kept, 2^27 tokens.
-_KEPT_BYTES = 2**29
+# Of long documents that are kept, 2^26 tokens.
+_KEPT_BYTES = 2**28
 
 
 class Row(NamedTuple):
