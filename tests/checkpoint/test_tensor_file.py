@@ -39,7 +39,7 @@ def test_what_was_written_is_read(tmp_path: Path):
         (lambda h: h["b"].update(data_offsets=[24, 0]), "b is F32"),
         (lambda h: h["b"].update(shape=["2", 3]), "b has shape"),
         (lambda h: h["b"].update(shape=[-2, -3]), "b has shape"),
-        (lambda h: h["b"].update(shape=[float("inf")]), "b has shape"),
+        (lambda h: h["b"].update(shape=[float("inf")]), "JSON has no Infinity"),
         (lambda h: json.dumps(h).replace('"b"', '"a"'), "a stands there twice"),
     ],
 )
