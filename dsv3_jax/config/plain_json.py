@@ -1,4 +1,4 @@
-"""JSON that others wrote: every fault is one line, a ValueError or an OSError."""
+"""JSON and text that others wrote: every fault is one line, a ValueError or an OSError."""
 
 import errno
 import json

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv3_jax.config.plain_json import check_plain
+
 
 class Window(NamedTuple):
     """Tokens from `begin` to `end` are read, and the last `scored` behind them are scored."""
@@ -63,7 +65,10 @@ def windows(tokens: int, longest: int, stride: int) -> Iterator[Window]:
 
 
 def read_text(file: Path) -> str:
-    """ValueError, one line, for a file that is empty or no UTF-8; OSError if it cannot be read."""
+    """ValueError, one line, for a file that is empty or no UTF-8; OSError if it is no plain
+    file, or cannot be read.
+    """
+    check_plain(file)
     data = file.read_bytes()
     if not data:
         raise ValueError(f"{file} is empty; allowed: text of one byte or more")

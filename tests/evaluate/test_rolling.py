@@ -1,6 +1,7 @@
 """Windows over a text: every token once, with as much before it as promised."""
 
 import math
+import os
 
 import pytest
 from hypothesis import given
@@ -50,4 +51,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         read_text(tmp_path / "latin")
     with pytest.raises(OSError, match="No such file"):
         read_text(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a plain file"):
+        read_text(tmp_path / "pipe")
     assert read_text(tmp_path / "text") == "a\r\n€"
