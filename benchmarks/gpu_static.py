@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the packag
 
 from contenders import command_line
 
-from dsv3_jax.cli import fail, run
+from dsv3_jax.cli import fail, run, user_errors
 
 KERNELS = (
     "rows",
@@ -116,7 +116,7 @@ def main(args: Sequence[str]) -> None:
         return
     from contenders.gpu_kernels import modules
 
-    with tempfile.TemporaryDirectory() as made:
+    with user_errors(), tempfile.TemporaryDirectory() as made:
         kept = options.keep or Path(made)
         driver = stand_in(kept)
         print(f"sm_90a, jax {jax.__version__}, {ptxas(options.packages)}")

@@ -106,6 +106,22 @@ def test_mistakes_are_one_line(args, message: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith(message)
 
 
+@needs_kernels
+def test_what_cannot_be_written_or_found_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    import gpu_static
+
+    plugin = tmp_path / gpu_static.PLUGIN
+    plugin.parent.mkdir(parents=True)
+    plugin.touch()
+    (tmp_path / "file").touch()
+    for more in (["--keep", str(tmp_path / "file" / "kept")], []):  # and no ptxas
+        with pytest.raises(SystemExit) as end:
+            gpu_static.main(["--packages", str(tmp_path), *more])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
 def test_what_is_lacking_is_said(capsys: pytest.CaptureFixture):
     import gpu_static
 
