@@ -42,6 +42,9 @@ KERNELS = (
     "swiglu_columns",
     "multiply_rows",
     "multiply_columns",
+    "multiply_bf16",
+    "multiply_bf16_transposed",
+    "multiply_bf16_columns",
 )
 # A multiprocessor's, of compute capability 9.0.
 REGISTERS, SHARED_BYTES, THREADS = 65_536, 228 * 1024, 2048

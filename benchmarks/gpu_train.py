@@ -133,18 +133,19 @@ def config(options: argparse.Namespace, recipe: str) -> RunConfig:
     changes = {"num_experts": options.experts, "num_layers": options.layers}
     given = {name: value for name, value in changes.items() if value is not None}
     model = replace(preset(), **given)
-    kernels = options.kernels if recipe in WITH_KERNELS else "off"
+    kernels = options.kernels if recipe in WITH_KERNELS else "auto"
+    gathers = recipe not in (*WITH_KERNELS, "bf16") or kernels == "off"
     return RunConfig(
         model=model,
         data=DataConfig(length=length),
         train=TrainConfig(
             rows=options.rows,
-            microbatches=options.microbatches or (options.rows if kernels == "off" else 1),
+            microbatches=options.microbatches or (options.rows if gathers else 1),
             dtype="bfloat16",
             remat=options.remat,
         ),
         optimizer=OptimizerConfig(),
-        quant=QuantConfig(recipe, kernels if recipe in WITH_KERNELS else "auto"),
+        quant=QuantConfig(recipe, kernels),
     )
 
 

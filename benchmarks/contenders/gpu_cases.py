@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.quant import fp8
+from dsv3_jax.quant.kernels import bf16_gemm, rows_gemm, wgrad_gemm
 from dsv3_jax.quant.kernels import quantize as passes
-from dsv3_jax.quant.kernels import rows_gemm, wgrad_gemm
-from dsv3_jax.quant.kernels.linear import multiply_in_bf16
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
+from dsv3_jax.quant.kernels.walk import WALK, WALK_OF_SUMS
 from dsv3_jax.quant.kernels.weights import quantize_weight
 from dsv3_jax.quant.swiglu import swiglu
 
@@ -28,6 +28,7 @@ MOST_SETS = 8
 ERROR, DIFF = 4e-3, 1e-3  # allowed; rounding to bfloat16 alone is an error of 1.7e-3
 # Of SwiGLU's bytes: in its exponential function each compiler has last bits of its own.
 BYTES = 0.01
+OWN_BF16 = "bf16 by kernel"
 
 Sets = Sequence[tuple]
 Errors = dict[str, float]
@@ -54,7 +55,7 @@ def rows_case(multiprocessors: int | None, experts: int, m: int, n: int, k: int)
     """Weights of K x N for M rows of each expert, as in Fprop. N is filled up to whole blocks
     beforehand, and what that adds is cut away in the time.
     """
-    walk = replace(rows_gemm.WALK, multiprocessors=multiprocessors)
+    walk = replace(WALK, multiprocessors=multiprocessors)
     expert_x = jnp.repeat(jnp.arange(experts, dtype=jnp.int32), m // BLOCK)
 
     def operands(x, w_EKN):
@@ -65,9 +66,6 @@ def rows_case(multiprocessors: int | None, experts: int, m: int, n: int, k: int)
     def kernel(*operands):
         return rows_gemm.multiply_rows(*operands, jnp.bfloat16, walk)[:, :n]
 
-    def dequantizing(a, s, w, s_w, _):
-        return multiply_in_bf16(a, s, fp8.Blocked(w[0], s_w[0]), jnp.bfloat16)[:, :n]
-
     def exact(a, s, w, s_w, _):
         x, w = dequantized(a, s).reshape(experts, m, k), fp8.Blocked(w, s_w).dequantize()
         return jnp.einsum("emk,enk->emn", x, w[:, :n], precision="highest").reshape(-1, n)
@@ -76,19 +74,30 @@ def rows_case(multiprocessors: int | None, experts: int, m: int, n: int, k: int)
         return jnp.einsum("emk,ekn->emn", x.reshape(experts, m, k), w)
 
     sets = draws((experts * m, k), (experts, k, n))
-    found = products(sets, operands, kernel, bf16, exact, 2 * experts * m * n * k)
+
+    def own_bf16(x, w):
+        return bf16_gemm.multiply_blocks(x, w, expert_x, walk=walk)
+
+    def exact_bf16(x, w):
+        x = x.reshape(experts, m, k).astype(jnp.float32)
+        y = jnp.einsum("emk,ekn->emn", x, w.astype(jnp.float32), precision="highest")
+        return y.reshape(-1, n)
+
+    flops = 2 * experts * m * n * k
+    found = products(sets, operands, kernel, bf16, exact, flops)
     if experts > 1:
-        return found
-    return [*found, replace(found[0], name="bf16 of fp8", run=dequantizing)]
+        found.append(Variant(OWN_BF16, own_bf16, sets, flops, close_to(exact_bf16, sets)))
+    return found
 
 
 def wgrad_case(multiprocessors: int | None, d: int, f: int, blocks: Sequence[int]) -> list[Variant]:
     """dW [D, F] of experts that have so many blocks of 128 tokens. XLA's side has the same tokens
     in equal parts, for the experts that have any.
     """
-    walk = replace(wgrad_gemm.WALK, multiprocessors=multiprocessors)
+    walk = replace(WALK_OF_SUMS, multiprocessors=multiprocessors)
     tokens, used = sum(blocks) * BLOCK, sum(map(bool, blocks))
-    ends = np.cumsum(blocks)
+    ends, owners = np.cumsum(blocks), np.repeat(np.arange(len(blocks)), blocks)
+    expert_x = jnp.asarray(owners, jnp.int32)
     first, count = (jnp.asarray(each, jnp.int32) for each in (ends - blocks, blocks))
 
     def operands(x, y):
@@ -97,18 +106,29 @@ def wgrad_case(multiprocessors: int | None, d: int, f: int, blocks: Sequence[int
     def kernel(*operands):
         return wgrad_gemm.multiply_columns(*operands, walk)
 
-    def exact(x, s_x, y, s_y, *_):
-        x, y = dequantized(x, s_x), dequantized(y, s_y)
+    def exact(x, y):
         parts = [slice((e - b) * BLOCK, e * BLOCK) for e, b in zip(ends, blocks, strict=True)]
-        each = [jnp.einsum("dt,ft->df", x[:, p], y[:, p], precision="highest") for p in parts]
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        each = [jnp.einsum("td,tf->df", x[p], y[p], precision="highest") for p in parts]
         return jnp.stack(each)
+
+    def exact_of_fp8(x, s_x, y, s_y, *_):
+        return exact(dequantized(x, s_x).T, dequantized(y, s_y).T)
 
     def bf16(x, y):
         x, y = x.reshape(used, -1, d), y.reshape(used, -1, f)
         return jnp.einsum("etd,etf->edf", x, y, preferred_element_type=jnp.float32)
 
-    sets = draws((tokens, d), (tokens, f))
-    return products(sets, operands, kernel, bf16, exact, 2 * d * f * tokens)
+    def own_bf16(x, y):
+        return bf16_gemm.sum_blocks(
+            x, y, expert_x, len(blocks), replace(WALK, multiprocessors=multiprocessors)
+        )
+
+    sets, flops = draws((tokens, d), (tokens, f)), 2 * d * f * tokens
+    found = products(sets, operands, kernel, bf16, exact_of_fp8, flops)
+    if used > 1:
+        found.append(Variant(OWN_BF16, own_bf16, sets, flops, close_to(exact, sets)))
+    return found
 
 
 def products(

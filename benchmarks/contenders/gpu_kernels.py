@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.quant.kernels import bf16_gemm, rows_gemm, wgrad_gemm
 from dsv3_jax.quant.kernels import quantize as passes
-from dsv3_jax.quant.kernels import rows_gemm, wgrad_gemm
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
 from dsv3_jax.quant.kernels.weights import quantize_weight
 
@@ -52,6 +52,18 @@ TABLE: dict[str, tuple[Callable[..., Any], list[Shape]]] = {
             ((1,), INDEX),
             ((1,), INDEX),
         ],
+    ),
+    "multiply_bf16": (
+        bf16_gemm.multiply_blocks,
+        [((T, D), WIDE), ((1, D, F), WIDE), ((T // 128,), INDEX)],
+    ),
+    "multiply_bf16_transposed": (
+        lambda *operands: bf16_gemm.multiply_blocks(*operands, transposed=True),
+        [((T, F), WIDE), ((1, D, F), WIDE), ((T // 128,), INDEX)],
+    ),
+    "multiply_bf16_columns": (
+        bf16_gemm.sum_blocks,
+        [((T, D), WIDE), ((T, F), WIDE), ((1,), INDEX), ((1,), INDEX)],
     ),
 }
 

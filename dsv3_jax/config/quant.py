@@ -25,8 +25,7 @@ class QuantConfig:
 
     kernels: Kernels = "auto"
     """Who multiplies FP8: off: the definition, in float32; on: kernels for Hopper GPUs (H100, H200)
-    where sizes are multiples of 128; auto: if this is such a GPU the same, but products with few
-    rows or a short inner size are made in BF16 of what FP8 stands for; else as off"""
+    where sizes are multiples of 128; auto: on if this is such a GPU, else off"""
 
     def __post_init__(self) -> None:
         check_types("quant", self)

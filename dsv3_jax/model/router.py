@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Init
+from dsv3_jax.model.router_product import fits, router_product
 from dsv3_jax.parallel.dispatch import Traffic
 from dsv3_jax.parallel.sequence import RowShards
 from dsv3_jax.quant.wide import wide
@@ -56,13 +57,13 @@ class Router(nnx.Module):
         `shards` these are this device's parts of rows; the balance is that of the whole rows.
         """
         cfg, high = self.cfg, wide(x_BTD.dtype)
-        # HIGHEST: a TPU would round the operands to bfloat16, a GPU to TF32.
-        logits_BTE = jnp.einsum(
-            "btd,de->bte",
-            x_BTD.astype(high),
-            self.w_DE[...].astype(high),
-            precision=lax.Precision.HIGHEST,
-        )
+        w_DE = self.w_DE[...].astype(high)
+        if fits(x_BTD):
+            logits_BTE = router_product(x_BTD, w_DE)
+        else:  # HIGHEST: a TPU would round the operands to bfloat16, a GPU to TF32.
+            logits_BTE = jnp.einsum(
+                "btd,de->bte", x_BTD.astype(high), w_DE, precision=lax.Precision.HIGHEST
+            )
         s_BTE = checkpoint_name(jax.nn.sigmoid(logits_BTE), "router_scores")
         biased_BTE = s_BTE + self.bias_E[...].astype(high)[None, None]
         experts_BTK = checkpoint_name(choose_experts(biased_BTE, cfg), "router_experts")

@@ -24,6 +24,17 @@ def sum_by_expert(dw_xDF: jax.Array, expert_x: jax.Array, num_experts: int) -> j
     return jnp.einsum("xe,xdf->edf", onehot_xE, dw_xDF, precision=lax.Precision.HIGHEST)
 
 
+def blocks_of_experts(
+    expert_x: jax.Array, num_experts: int, blocks: int
+) -> tuple[jax.Array, jax.Array]:
+    """First block of each expert, and how many it has of so many blocks in all, int32 [E]. expert_x
+    names the experts of equal parts of them, in ascending order.
+    """
+    count_E = jnp.bincount(expert_x, length=num_experts) * (blocks // expert_x.size)
+    first_E = jnp.cumsum(count_E) - count_E
+    return first_E.astype(jnp.int32), count_E.astype(jnp.int32)
+
+
 def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
     """Joined along the last dimension."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)

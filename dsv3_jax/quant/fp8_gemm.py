@@ -69,7 +69,7 @@ def fp8_linear(
     measure = first.taps and first.taps.measure
     arrays = _Arrays(expert_x, tuple(w.value for w in weights))
     sizes = _sizes(source, arrays)
-    by_kernels = first.rule.kernels != "off" and _kernels().fits(first.rule, *sizes)
+    by_kernels = first.rule.by_kernels and _kernels().fits(first.rule, *sizes)
     static = _Static(first.rule, activation, measure, by_kernels)
     slots, taps = (tuple(getattr(w, name) for w in weights) for name in ("slot", "taps"))
     return _fp8_linear(static, source, gate_X1, slots, taps, arrays)

@@ -9,6 +9,9 @@ to the activations'.
 A weight may be a `Blocked`: it is expanded to the activations' dtype before the product, and no
 gradient goes to it. With a `TrainedWeight` the gradient goes where that says, and where it has a
 rule, the product is that of `fp8_gemm`.
+
+On Hopper GPUs kernels multiply an expert's rows in bfloat16 with its weight in place
+(`kernels/bf16_gemm.py`); elsewhere a weight is gathered for every block of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +27,7 @@ from dsv3_jax.quant import tape
 from dsv3_jax.quant.expert_rows import by_group, only_live, side_by_side, sum_by_expert
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.fp8_gemm import ACTIVATION_INPUT, INPUT, Activation, fp8_linear
+from dsv3_jax.quant.kernels.choice import lacking
 from dsv3_jax.quant.trained_weight import TrainedWeight
 from dsv3_jax.quant.wide import wide, wide_einsum
 
@@ -147,7 +151,7 @@ def grouped_linear(
     """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each, in ascending order where kernels multiply (`Rule.kernels`); weights [E, D, F]. With an
+    each, in ascending order where kernels multiply; weights [E, D, F]. With an
     `activation` the input is `activation(x, gate)`. Rows that are not live (bool [X]) count as
     zeros, whatever they hold, and so do their gradients.
     -> [X, F + ...] in x's dtype.
@@ -178,20 +182,25 @@ def _grouped_fwd(x_XD, weights, slots, expert_x):
     def multiply(w_EDF):
         return wide_einsum("xmd,xdf->xmf", x_xMD, w_EDF[expert_x])
 
-    y_xMF = _product(multiply, x_xMD.shape[1], weights, dtype)
-    y_XF = _rows(y_xMF.astype(dtype))
+    if _by_kernels(x_XD, sum(_widths(weights)), expert_x):
+        y_XF = _kernels().multiply_blocks(x_XD, _joined(weights, dtype), expert_x)
+    else:
+        y_XF = _rows(_product(multiply, x_xMD.shape[1], weights, dtype).astype(dtype))
     tape.note(slots, _widths(weights), _gradient_of(weights), (x_XD, y_XF, expert_x))
     return y_XF, (x_XD, weights, tape.hollow(slots), expert_x)
 
 
 def _grouped_bwd(residuals, dy_XF):
     x_XD, weights, slots, expert_x = residuals
-    dy_xMF = by_group(dy_XF, expert_x)
-    w_xDF = _joined(weights, dy_XF.dtype)[expert_x]
-    dx_xMD = wide_einsum("xmf,xdf->xmd", dy_xMF, w_xDF).astype(x_XD.dtype)
+    w_EDF = _joined(weights, dy_XF.dtype)
+    if _by_kernels(dy_XF, x_XD.shape[1], expert_x):
+        dx_XD = _kernels().multiply_blocks(dy_XF, w_EDF, expert_x, transposed=True)
+    else:
+        dy_xMF = by_group(dy_XF, expert_x)
+        dx_XD = _rows(wide_einsum("xmf,xdf->xmd", dy_xMF, w_EDF[expert_x]))
     operands = x_XD, dy_XF, expert_x
     dslots = tape.cotangents(slots, _widths(weights), _gradient_of(weights), operands)
-    return _rows(dx_xMD), None, dslots, None
+    return dx_XD.astype(x_XD.dtype), None, dslots, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
@@ -204,5 +213,21 @@ def _gradient_of(weights: Sequence[jax.Array]) -> Callable[..., jax.Array]:
 def _grouped_wgrad(
     x_XD: jax.Array, dy_XF: jax.Array, expert_x: jax.Array, num_experts: int
 ) -> jax.Array:
+    if _by_kernels(x_XD, dy_XF.shape[1], expert_x):
+        return _kernels().sum_blocks(x_XD, dy_XF, expert_x, num_experts)
     dw_xDF = wide_einsum("xmd,xmf->xdf", by_group(x_XD, expert_x), by_group(dy_XF, expert_x))
     return sum_by_expert(dw_xDF, expert_x, num_experts)
+
+
+def _by_kernels(x_XD: jax.Array, width: int, expert_x: jax.Array) -> bool:
+    """Whether kernels for Hopper GPUs multiply blocks of these rows with weights of this width."""
+    sizes = len(x_XD) // expert_x.size, x_XD.shape[1], width
+    fits = x_XD.dtype == jnp.bfloat16 and all(size and size % 128 == 0 for size in sizes)
+    return fits and lacking() is None
+
+
+def _kernels() -> Any:
+    """Imported when they are wanted: Pallas' GPU part takes time, and old versions differ."""
+    from dsv3_jax.quant.kernels import bf16_gemm
+
+    return bf16_gemm

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config.quant import Kernels, QuantConfig, RecipeName
+from dsv3_jax.config.quant import QuantConfig, RecipeName
 from dsv3_jax.quant.fp8 import Blocked, Scale, divided, fake_quantize, quantize
 from dsv3_jax.quant.kernels.choice import chosen
 
@@ -64,13 +64,12 @@ class Rule:
     kept: Operand
     """What the forward pass keeps: X, or behind SwiGLU its arguments. With recomputation
     (`train.remat`) these alone are kept, and X is computed and rounded again"""
-    kernels: Kernels = "off"
-    """Whether kernels for Hopper GPUs multiply instead of the definition; auto: or BF16, where it
-    was faster"""
+    by_kernels: bool = False
+    """Whether kernels for Hopper GPUs multiply instead of the definition"""
 
     def quantized(self, w: jax.Array) -> Blocked:
         """A weight [..., D, F] as products take it, by a kernel where one can."""
-        if self.kernels != "off" and (self.weight.fmt, self.weight.block) == ("e4m3", SQUARE):
+        if self.by_kernels and (self.weight.fmt, self.weight.block) == ("e4m3", SQUARE):
             from dsv3_jax.quant.kernels.weights import fits, quantize_weight  # not with older JAX
 
             if fits(w):
@@ -142,5 +141,5 @@ RECIPES: dict[RecipeName, Recipe] = {
 def recipe_of(quant: QuantConfig) -> Recipe:
     """The recipe that is asked for, with kernels where they are. ValueError as of `chosen`."""
     recipe = RECIPES[quant.recipe]
-    kernels = chosen(quant.kernels) if recipe else "off"
-    return {kind: replace(rule, kernels=kernels) for kind, rule in recipe.items()}
+    by_kernels = bool(recipe) and chosen(quant.kernels)
+    return {kind: replace(rule, by_kernels=by_kernels) for kind, rule in recipe.items()}

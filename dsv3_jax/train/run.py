@@ -51,11 +51,6 @@ from dsv3_jax.train.step import abstract_state, check_state
 from dsv3_jax.train.trouble import BadSteps
 from dsv3_jax.train.writers import open_writers, packages_of
 
-PRODUCTS = {
-    "off": "emulated GEMMs",
-    "on": "kernels where sizes are multiples of 128, else emulated GEMMs",
-    "auto": "kernels, or BF16 if faster, where sizes are multiples of 128, else emulated GEMMs",
-}
 COMPILING = (  # a run without a pipeline, and one with
     "compiling the training step (up to a minute",
     "compiling the stages of the pipeline (minutes",
@@ -216,9 +211,10 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
         f"{count.activated_no_embedding / 1e6:,.1f} M active per token beside embedding and MTP"
     )
     if recipe := recipe_of(cfg.quant):
-        (kernels,) = {rule.kernels for rule in recipe.values()}
-        how = PRODUCTS[kernels if cfg.quant.recipe in WITH_KERNELS else "off"]
-        say(f"           linears by the recipe {cfg.quant.recipe}, in {how}")
+        by_kernels = any(rule.by_kernels for rule in recipe.values())
+        kernels = "kernels where sizes are multiples of 128, else "
+        how = kernels if by_kernels and cfg.quant.recipe in WITH_KERNELS else ""
+        say(f"           linears by the recipe {cfg.quant.recipe}, in {how}emulated GEMMs")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")
     if cfg.mesh.pipe > 1:

@@ -290,9 +290,15 @@ def test_rows_are_computed_together_where_no_weight_is_gathered_for_each_block()
 
     counts = {
         (recipe, kernels): config(parsed(["--rows", "8", "--kernels", kernels]), recipe)
-        for recipe, kernels in (("bf16", "auto"), ("fp8", "auto"), ("fp8", "off"))
+        for recipe, kernels in (
+            ("bf16", "auto"),
+            ("bf16", "off"),  # which is said of FP8
+            ("fp8", "auto"),
+            ("fp8", "off"),
+            ("fp8_per_tensor", "auto"),
+        )
     }
-    assert [cfg.train.microbatches for cfg in counts.values()] == [8, 1, 8]
+    assert [cfg.train.microbatches for cfg in counts.values()] == [1, 1, 1, 8, 8]
 
 
 def test_a_benchmark_for_gpus_says_once_that_there_is_none():

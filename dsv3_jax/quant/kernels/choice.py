@@ -8,14 +8,12 @@ OLDEST_JAX = (0, 11)
 HOPPER = "9.0"
 
 
-def chosen(asked: Kernels) -> Kernels:
-    """What was asked for; where no kernel can run "off" for "auto", and ValueError for "on"."""
-    if asked == "off":
-        return "off"
-    missing = lacking()
+def chosen(asked: Kernels) -> bool:
+    """Whether kernels multiply. ValueError for "on" where none can run."""
+    missing = None if asked == "off" else lacking()
     if missing and asked == "on":
         raise ValueError(f"quant.kernels is on; allowed here: auto, off, since {missing}")
-    return "off" if missing else asked
+    return asked != "off" and not missing
 
 
 def lacking() -> str | None:

@@ -6,9 +6,6 @@
 
 Tensor cores want the inner dimension of both operands of E4M3 last. Dgrad finds weights so; for
 Fprop they are transposed, which moves two bytes a weight where the product reads one.
-
-Where XLA's BF16 product was faster, Fprop and Dgrad take it instead (`quant.kernels` auto), of what
-the same E4M3 and scales stand for, rounded to bfloat16.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,21 +14,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.quant.expert_rows import side_by_side
+from dsv3_jax.quant.expert_rows import blocks_of_experts, side_by_side
 from dsv3_jax.quant.fp8 import Blocked
 from dsv3_jax.quant.kept import Kept, keep, kept_as
 from dsv3_jax.quant.kernels.quantize import quantize_both, quantize_columns, quantize_rows, retile
 from dsv3_jax.quant.kernels.rows_gemm import multiply_rows
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
-from dsv3_jax.quant.kernels.walk import BLOCK
+from dsv3_jax.quant.kernels.tiles import BLOCK
 from dsv3_jax.quant.kernels.wgrad_gemm import multiply_columns
 from dsv3_jax.quant.recipes import COLUMN, ROW, SQUARE, Operand, Rule
 from dsv3_jax.quant.swiglu import swiglu
-
-# Of dense linears: up to these sizes XLA's product of BF16 was faster on an H200, 219 us beside 289
-# with an inner size of 512, and 35 beside 54 with 128 rows, not counting what it takes to make BF16
-# of FP8 (docs/decisions.md).
-SHORT_INNER, FEW_ROWS = 512, 128
 
 
 class Columns(NamedTuple):
@@ -78,7 +70,7 @@ def forward(
         kept = _keep(source, rule.kept)
     w = _side_by_side(weights)
     w_EFD = Blocked(*(jnp.swapaxes(part, -1, -2) for part in (w.values, w.scales)))
-    y_XF = _product(rule, *rows, w_EFD, expert_x, source.dtype)
+    y_XF = _product(*rows, w_EFD, expert_x, source.dtype)
     return y_XF[:, : sum(w.shape[-1] for w in weights)], kept
 
 
@@ -93,7 +85,7 @@ def input_gradient(
     *rows, values, scales = quantize_both(
         _filled(dy_XF), rule.grad_output.scale, rule.wgrad_grad_output.scale
     )
-    dx_XD = _product(rule, *rows, _side_by_side(weights), expert_x, dtype)
+    dx_XD = _product(*rows, _side_by_side(weights), expert_x, dtype)
     return dx_XD, Columns(values, scales)
 
 
@@ -117,30 +109,13 @@ def weight_gradient(
     else:
         source = kept.dequantize()
         x = quantize_columns(activation(source, gate_X1) if activation else source, scale)
-    tokens = dy.values.shape[1]
-    if expert_x is None:
-        count_E = jnp.full(1, tokens // BLOCK, jnp.int32)
-    else:
-        count_E = jnp.bincount(expert_x, length=experts) * (tokens // expert_x.size // BLOCK)
-    first_E = jnp.cumsum(count_E) - count_E
-    dw = multiply_columns(*x, *dy, first_E.astype(jnp.int32), count_E.astype(jnp.int32))
-    dw = dw[..., :width]
+    experts = 1 if expert_x is None else experts
+    owned = blocks_of_experts(_owners(expert_x), experts, dy.values.shape[1] // BLOCK)
+    dw = multiply_columns(*x, *dy, *owned)[..., :width]
     return dw[0] if expert_x is None else dw
 
 
-def multiply_in_bf16(
-    a_TK: jax.Array, s_kT: jax.Array, w_NK: Blocked, dtype: jnp.dtype
-) -> jax.Array:
-    """`multiply_rows` of one expert by XLA, of operands rounded to bfloat16."""
-    # XLA's products on GPUs sum bfloat16 in float32, whatever they return. To return that would
-    # take more than what BF16 is to gain: 537 MB of 4096 x 32768.
-    x_TK = Blocked(a_TK, s_kT.T, ROW).dequantize(jnp.bfloat16)
-    w_NK = w_NK.dequantize(jnp.bfloat16)
-    return jnp.einsum("tk,nk->tn", x_TK, w_NK, preferred_element_type=dtype)
-
-
 def _product(
-    rule: Rule,
     a_TK: jax.Array,
     s_kT: jax.Array,
     w_ENK: Blocked,
@@ -148,14 +123,12 @@ def _product(
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Rows in tiles 1x128 times the transpose of each block's expert's weight -> [T, N]."""
-    tokens, inner = a_TK.shape
-    if expert_x is not None:
-        experts = expert_x
-    elif rule.kernels == "auto" and (inner <= SHORT_INNER or tokens <= FEW_ROWS):
-        return multiply_in_bf16(a_TK, s_kT, w_ENK[0], dtype)
-    else:
-        experts = jnp.zeros(1, jnp.int32)  # all rows are of the one
-    return multiply_rows(a_TK, s_kT, w_ENK.values, w_ENK.scales, experts, dtype)
+    return multiply_rows(a_TK, s_kT, w_ENK.values, w_ENK.scales, _owners(expert_x), dtype)
+
+
+def _owners(expert_x: jax.Array | None) -> jax.Array:
+    """Experts of blocks of rows; without experts all rows are of the one."""
+    return jnp.zeros(1, jnp.int32) if expert_x is None else expert_x
 
 
 def _keep(source: jax.Array, operand: Operand) -> Kept:

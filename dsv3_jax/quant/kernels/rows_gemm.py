@@ -14,21 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.quant.kernels.walk import (
-    BLOCK,
-    OPERAND,
-    ROWS,
-    Sums,
-    Walk,
-    place,
-    products,
-    walked,
-    warpgroup,
-)
+from dsv3_jax.quant.kernels.sums import SCALES, VALUES, down, promoted, spread
+from dsv3_jax.quant.kernels.tiles import BLOCK
+from dsv3_jax.quant.kernels.walk import WALK, Tile, Walk, place, resident, walked
 
-WALK = Walk(width=8)  # of 4, 8 and 16, which all were within 3 %
+LEAST_BLOCKS = 4
+"""Of the inner size that a split one has: fewer are soon summed"""
 
 
 @partial(jax.jit, static_argnames=("dtype", "walk"))
@@ -49,44 +41,52 @@ def multiply_rows(
     of 128 as well.
     """
     (tokens, inner), columns = a_TK.shape, b_ENK.shape[1]
-    specs = (
-        plgpu.BlockSpec((BLOCK, BLOCK), lambda k: (0, k), transforms=OPERAND),
-        plgpu.BlockSpec((1, BLOCK), lambda k: (k, 0)),
-        plgpu.BlockSpec((BLOCK, BLOCK), lambda k: (0, k), transforms=OPERAND),
-    )
-    sums = Sums(walk, specs, dtype)
+    tiles = tokens // BLOCK, columns // BLOCK
+    splits = _splits(tiles[0] * tiles[1], inner // BLOCK, resident(walk))
+    blocks = inner // BLOCK // splits
 
-    def body(a_TK: Any, s_kT: Any, b_ENK: Any, s_Enk: Any, expert_x: Any, out_TN: Any) -> None:
-        @partial(
-            pl.run_scoped,
-            **sums.allocations(a_TK, s_kT, b_ENK.at[0]),
-            collective_axes="warpgroup",
+    def tile_of(
+        a_TK: Any,
+        s_kT: Any,
+        b_ENK: Any,
+        s_Enk: Any,
+        expert_x: Any,
+        out_STN: Any,
+        split: jax.Array,
+        index: jax.Array,
+    ) -> Tile:
+        m, n = place(index, tiles, walk)
+        rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
+        expert, first = expert_x[lax.div(m * BLOCK, tokens // expert_x.size)], split * blocks
+
+        def parts(k: jax.Array) -> tuple:
+            within = pl.ds((first + k) * BLOCK, BLOCK)
+            return a_TK.at[rows, within], b_ENK.at[expert, cols, within], s_kT.at[first + k, rows]
+
+        total = partial(
+            promoted,
+            blocks=blocks,
+            scales=lambda k, s_R: (down(s_R), s_Enk[expert, n, first + k]),
+            factors=lambda s_R, of_block: spread(s_R * of_block, 0),
         )
-        def _(copies: Any, tile: Any) -> None:
-            tiles = tokens // BLOCK, columns // BLOCK
+        return Tile(out_STN.at[split, rows, cols], blocks, parts, total)
 
-            @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="resident")
-            def _(loop: plgpu.NDLoopInfo) -> None:
-                m, n = place(loop.index[0], tiles, walk)
-                rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
-                expert = expert_x[lax.div(m * BLOCK, tokens // expert_x.size)]
+    out = jax.ShapeDtypeStruct((splits, tokens, columns), jnp.float32 if splits > 1 else dtype)
+    y_STN = walked(
+        tile_of,
+        (splits, tiles[0] * tiles[1]),
+        [a_TK, s_kT, b_ENK, s_Enk, expert_x],
+        (VALUES, VALUES, SCALES),
+        out,
+        BLOCK,
+        walk,
+    )
+    return y_STN.sum(0).astype(dtype) if splits > 1 else y_STN[0]
 
-                def step(index: Any, a: Any, s: Any, b: Any, total: jax.Array) -> jax.Array:
-                    _, own_rows = warpgroup()
 
-                    def scaling() -> Any:
-                        down = plgpu.Layout.WGMMA.reduce(1)
-                        scale = plgpu.load(s.at[0, own_rows], layout=down)
-                        scale = scale * s_Enk[expert, n, index[0]]
-                        return lambda part: part * lax.broadcast_in_dim(scale, (ROWS, BLOCK), [0])
-
-                    return total + products(a.at[own_rows], b, scaling)
-
-                operands = a_TK.at[rows], s_kT.at[:, rows], b_ENK.at[expert].at[cols]
-                out = out_TN.at[rows, cols]
-                sums.write(step, inner // BLOCK, operands, out, copies, tile)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    out = jax.ShapeDtypeStruct((tokens, columns), dtype)
-    return walked(body, [a_TK, s_kT, b_ENK, s_Enk, expert_x], out, walk)
+def _splits(tiles: int, blocks: int, resident: int) -> int:
+    """Parts of the inner size, each with an output of its own, so that few tiles keep more
+    multiprocessors busy.
+    """
+    most = max(1, min(resident // tiles, blocks // LEAST_BLOCKS))
+    return max(parts for parts in range(1, most + 1) if blocks % parts == 0)

@@ -1,14 +1,14 @@
-"""How the GEMM kernels share out their work: blocks of the grid that stay and walk over tiles of
-the output, two warpgroups that multiply and one that copies.
+"""How the GEMM kernels share out their work: blocks of the grid, one resident on each
+multiprocessor, that walk over tiles of the output. In each two warpgroups multiply and one copies.
 
-A block of the grid is resident on each multiprocessor. A tile has 128 rows and 128 columns, of
-which each multiplying warpgroup has 64 rows: 64 float32 registers a thread for a block's products,
-and 64 for their sum. One warpgroup's promotion (64 or 128 operations a thread) hides behind the
-other's products (4 instructions of `wgmma`). Stages of the copies fill the shared memory.
+A tile has 128 rows, of which each multiplying warpgroup has 64. Copies run on from tile to tile:
+the next one's operands come while this one's products are summed up and written, and nothing but
+the copies ties the two warpgroups together.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,106 +17,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.quant.kernels.tiles import BLOCK, E4M3, launched, swizzled
+from dsv3_jax.quant.kernels.ring import Part, Ring
+from dsv3_jax.quant.kernels.tiles import BLOCK, launched, swizzled
 
 WARPGROUPS = 2
 ROWS = BLOCK // WARPGROUPS  # of one warpgroup: those of one `wgmma`
-OPERAND = swizzled(E4M3)
-_SHARED_BYTES = 227 * 1024
-_COPIER_REGISTERS = 40
-_ANY_NUMBER = 1 << 20  # of blocks: the copies' shared memory is the same for all from `stages` on
+_SHARED_BYTES = 226 * 1024  # of 227 that a block can have; the rest is for barriers
+# Of 65,536 in all for three times 128 threads: 2 x 240 + 24 of 512. Wgrad in FP8 takes 238.
+_COPIER_REGISTERS, _MULTIPLIER_REGISTERS = 24, 240
 
 
 @dataclass(frozen=True)
 class Walk:
     """What was chosen by timing (benchmarks/README.md)."""
 
-    width: int
+    width: int = 8
     """Rows of tiles that are walked together, so that their operands stay in the L2"""
     stages: int = 4
-    """At most so many blocks' operands in shared memory"""
+    """At most so many blocks' operands in shared memory; at least 2"""
     multiprocessors: int | None = None
     """That have a block of the grid; None: all of the device's"""
 
 
-class Sums:
-    """A tile's sums, made step by step from copies of operands that stay ahead of it.
-
-    `step(index, *operands, sum)` is called for every block of the inner size and gives the sum with
-    that block in it.
-    """
-
-    def __init__(self, walk: Walk, specs: Sequence[plgpu.BlockSpec], dtype: jnp.dtype) -> None:
-        self.specs, self.dtype = specs, jnp.dtype(dtype)
-        operands = sum(BLOCK * (BLOCK if len(spec.transforms) else 4) for spec in specs)
-        left = _SHARED_BYTES - BLOCK * BLOCK * self.dtype.itemsize - 1024
-        self.stages = min(walk.stages, left // operands)
-
-    def allocations(self, *operands: Any) -> dict[str, Any]:
-        """What `pl.run_scoped` is to allocate, for operands of these shapes."""
-        return {
-            "copies": self._pipeline(_nothing, _nothing, _ANY_NUMBER).get_allocations(*operands),
-            "tile": plgpu.SMEM(
-                (WARPGROUPS, ROWS, BLOCK), self.dtype, transforms=swizzled(self.dtype)
-            ),
-        }
-
-    def write(
-        self,
-        step: Callable[..., jax.Array],
-        blocks: int | jax.Array,
-        operands: Sequence[Any],
-        out: Any,
-        copies: Any,
-        tile: Any,
-    ) -> None:
-        """The sum over so many blocks of the operands' tiles, to a tile of the output."""
-        own, own_rows = warpgroup()
-
-        def context(run: Callable[[jax.Array], jax.Array]) -> None:
-            zeros = jnp.zeros((ROWS, BLOCK), jnp.float32)
-            total = run(plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
-            tile[own] = total.astype(self.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile.at[own], out.at[own_rows])
-
-        self._pipeline(step, context, blocks)(*operands, allocations=copies)
-
-    def _pipeline(self, step: Callable, context: Callable, blocks: int | jax.Array) -> Callable:
-        return plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(blocks,),
-            memory_registers=_COPIER_REGISTERS,
-            in_specs=self.specs,
-            wg_axis="warpgroup",
-            num_compute_wgs=WARPGROUPS,
-            max_concurrent_steps=self.stages,
-            compute_context=context,
-        )
+WALK = Walk()
+WALK_OF_SUMS = Walk(width=4)
+"""Of products whose inner size is the tokens: more tiles, each of fewer blocks"""
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """A step or context of a pipeline of which only the allocations are asked for."""
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the output, and what it is summed from."""
 
-
-def warpgroup() -> tuple[jax.Array, Any]:
-    """This one's place, and its rows of a tile."""
-    own = lax.axis_index("warpgroup")
-    return own, pl.ds(own * ROWS, ROWS)
-
-
-def products(a: Any, b: Any, scaling: Callable[[], Callable[[jax.Array], jax.Array]]) -> jax.Array:
-    """A block's products by the tensor cores, a [64, 128] times the transpose of b [128, 128],
-    scaled. `scaling` fetches the scales while they multiply, and gives what scales the products.
-    """
-
-    def with_sums(sums: Any) -> jax.Array:
-        plgpu.wgmma(sums, a, b.transpose((1, 0)))
-        scaled = scaling()
-        return scaled(sums[...])
-
-    return pl.run_scoped(with_sums, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+    out: Any
+    blocks: int | jax.Array
+    """Of the inner size"""
+    parts: Callable[[jax.Array], Sequence[Any]]
+    """Block -> where its copies come from"""
+    total: Callable[[Ring, jax.Array], jax.Array]
+    """(ring, number of the first block there) -> this warpgroup's rows of the sum over all blocks,
+    float32 [64, width]. Each block is released once it has been used"""
 
 
 def place(index: jax.Array, tiles: tuple[int, int], walk: Walk) -> tuple[jax.Array, jax.Array]:
@@ -124,15 +63,48 @@ def place(index: jax.Array, tiles: tuple[int, int], walk: Walk) -> tuple[jax.Arr
     return plgpu.planar_snake(index, tiles, 0, walk.width)
 
 
+def resident(walk: Walk) -> int:
+    """Blocks of the grid: one on each multiprocessor of the device; where kernels are lowered
+    without one, of an H100 or H200 (SXM).
+    """
+    return walk.multiprocessors or getattr(jax.local_devices()[0], "core_count", 132)
+
+
 def walked(
-    body: Callable, arrays: Sequence[jax.Array], out: jax.ShapeDtypeStruct, walk: Walk
+    tile_of: Callable[..., Tile],
+    grid: Sequence[int],
+    arrays: Sequence[jax.Array],
+    parts: Sequence[Part],
+    out: jax.ShapeDtypeStruct,
+    width: int,
+    walk: Walk,
 ) -> jax.Array:
-    """What a kernel `body(*inputs, output)` of resident blocks writes."""
+    """What resident blocks write: the tiles [128, width] that `tile_of(*inputs, output, *index)`
+    describes for each index of a grid. A stage holds `parts`.
+    """
+    held = Part((WARPGROUPS, ROWS, width), out.dtype, swizzled(out.dtype))
+    stages = min(walk.stages, (_SHARED_BYTES - held.nbytes) // sum(part.nbytes for part in parts))
+
+    def body(*refs: Any) -> None:
+        @partial(
+            pl.run_scoped,
+            held=plgpu.SMEM(held.shape, held.dtype, transforms=held.transforms),
+            **Ring.allocations(parts, stages, WARPGROUPS),
+            collective_axes="warpgroup",
+        )
+        def _(held: Any, **ring: Any) -> None:
+            each = plgpu.nd_loop(grid, collective_axes="resident", init_carry=jnp.int32(0))
+            lax.cond(
+                lax.axis_index("warpgroup") < WARPGROUPS,
+                lambda: _multiply(each, partial(tile_of, *refs), Ring(**ring), held),
+                lambda: _copy(each, partial(tile_of, *refs), Ring(**ring)),
+            )
+
     (y,) = launched(
         body,
         arrays,
         [out],
-        grid=(walk.multiprocessors or _multiprocessors(),),
+        grid=(resident(walk),),
         grid_names=("resident",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -140,6 +112,34 @@ def walked(
     return y
 
 
-def _multiprocessors() -> int:
-    """The device's; where kernels are lowered without one, those of an H100 or H200 (SXM)."""
-    return getattr(jax.local_devices()[0], "core_count", 132)
+def _copy(each_tile: Callable, tile_at: Callable[..., Tile], ring: Ring) -> None:
+    plgpu.set_max_registers(_COPIER_REGISTERS, action="decrease")
+
+    @each_tile
+    def copied(loop: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
+        tile = tile_at(*loop.index)
+
+        def block(k: jax.Array, count: jax.Array) -> jax.Array:
+            ring.fill(count, tile.parts(k))
+            return count + 1
+
+        return lax.fori_loop(0, tile.blocks, block, carry)
+
+    ring.drain(copied)
+
+
+def _multiply(each_tile: Callable, tile_at: Callable[..., Tile], ring: Ring, held: Any) -> None:
+    plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
+    own = lax.axis_index("warpgroup")
+
+    @each_tile
+    def _(loop: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
+        tile = tile_at(*loop.index)
+        total = tile.total(ring, carry)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+        held[own] = total.astype(held.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(held.at[own], tile.out.at[pl.ds(own * ROWS, ROWS)])
+        return carry + tile.blocks
+
+    plgpu.wait_smem_to_gmem(0)

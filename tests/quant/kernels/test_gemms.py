@@ -11,7 +11,7 @@ from tests.quant.kernels.interpret import interpreted, lowered, needs_interprete
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from dsv3_jax.quant.kernels.rows_gemm import multiply_rows
+from dsv3_jax.quant.kernels.rows_gemm import _splits, multiply_rows
 from dsv3_jax.quant.kernels.walk import Walk
 from dsv3_jax.quant.kernels.wgrad_gemm import multiply_columns
 
@@ -54,7 +54,7 @@ def run_rows(a: Blocked, b: Blocked, expert_x: list[int], dtype=jnp.float32, wal
     ("expert_x", "columns", "walk"),
     [
         ([0, 2], 256, FEW),  # two tiles of rows an expert, one expert without rows
-        pytest.param([1], 128, Walk(8, stages=1, multiprocessors=3), marks=slow),
+        pytest.param([1], 128, Walk(8, stages=2, multiprocessors=3), marks=slow),
         pytest.param([2, 0, 0, 1], 384, Walk(8, multiprocessors=5), marks=slow),  # in any order
     ],
 )
@@ -65,6 +65,34 @@ def test_rows_meet_their_experts_weight(expert_x: list[int], columns: int, walk:
     for i, expert in enumerate(expert_x):
         own = slice(i * rows, (i + 1) * rows)
         assert_products(y[own], exact(a)[own], exact(b)[expert])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_few_tiles_split_the_inner_size(dtype):
+    a, b = rows_and_weights(256, 1024, 128)
+    y = run_rows(a, b, [2, 0], dtype, Walk(8, multiprocessors=5))
+    wanted = run_rows(a, b, [2, 0], dtype, FEW)  # as many tiles as blocks of the grid
+    share = SHARE if dtype == jnp.float32 else 2**-8
+    size = np.abs(exact(a)).max(1, keepdims=True) * np.abs(exact(b)).sum((0, 2))
+    assert (np.abs(np.asarray(y, float) - np.asarray(wanted, float)) <= share * size).all()
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "resident", "splits"),
+    [
+        (1024, 56, 132, 1),
+        (18, 56, 132, 7),
+        (56, 16, 132, 2),
+        (1, 12, 132, 3),  # of four blocks at least
+        (1, 3, 132, 1),
+        (40, 53, 132, 1),  # of equally many each
+        (3, 56, 2, 1),
+    ],
+)
+def test_splits_fit_beside_each_other(tiles: int, blocks: int, resident: int, splits: int):
+    assert _splits(tiles, blocks, resident) == splits
 
 
 @needs_interpreter
@@ -99,7 +127,7 @@ def run_columns(x: Blocked, y: Blocked, counts: list[int], walk: Walk = FEW) -> 
     ("counts", "width", "walk"),
     [
         ([3, 0, 1], 256, FEW),  # an expert without tokens, in the middle
-        pytest.param([4], 128, Walk(8, stages=1, multiprocessors=3), marks=slow),
+        pytest.param([4], 128, Walk(8, stages=2, multiprocessors=3), marks=slow),
         pytest.param(
             [0, 1, 2, 0], 384, Walk(8, multiprocessors=5), marks=slow
         ),  # last tokens unused

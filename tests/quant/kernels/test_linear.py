@@ -22,7 +22,6 @@ from tests.shapes import compiled, normal
 # Of the norm. Float32's rounding of sums, and now and then a number of bfloat16 or of 8 bits that
 # it turned.
 SHARE = 3e-4
-BF16_SHARE = 4e-3  # operands rounded to bfloat16: 1.7e-3 each
 ROWS, INNER, EXPERTS = 256, 128, 3
 OWN = [0, 2]  # of the two blocks of rows: one expert has none
 slow = pytest.mark.slow
@@ -115,70 +114,10 @@ def test_products_and_gradients_are_the_definitions(
     product, x, weights, dy, gate = case(kind, widths)
     rule = FP8[kind]
     expected = compiled(partial(with_gradients, product, rule))(x, weights, dy, gate)
-    by_kernels = partial(with_gradients, product, replace(rule, kernels="on"))
+    by_kernels = partial(with_gradients, product, replace(rule, by_kernels=True))
     assert not kernels_called
     assert_near(interpreted(by_kernels, x, weights, dy, gate), expected)
     assert kernels_called == ["forward", "input_gradient", "weight_gradient"]
-
-
-@pytest.fixture
-def rows_multiplied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Inner sizes of the products of rows that a kernel made."""
-    original, inner = fp8_gemm._kernels().multiply_rows, []
-
-    def noted(a_TK: jax.Array, *args):
-        inner.append(a_TK.shape[1])
-        return original(a_TK, *args)
-
-    monkeypatch.setattr(fp8_gemm._kernels(), "multiply_rows", noted)
-    return inner
-
-
-@needs_interpreter
-def test_where_bf16_is_faster_it_multiplies_what_fp8_stands_for(
-    rows_multiplied: list[int], monkeypatch: pytest.MonkeyPatch
-):
-    product, x, weights, dy, gate = case("linear", (128, 128))
-    expected = compiled(partial(with_gradients, product, FP8["linear"]))(x, weights, dy, gate)
-    auto = partial(with_gradients, product, replace(FP8["linear"], kernels="auto"))
-    monkeypatch.setattr(
-        fp8_gemm._kernels(), "SHORT_INNER", INNER
-    )  # of Fprop, and Dgrad's is 2 * INNER
-    found = interpreted(auto, x, weights, dy, gate)
-    assert_near(found[0], expected[0], BF16_SHARE)
-    assert_near(found[1:], expected[1:])
-    assert rows_multiplied == [2 * INNER]
-
-
-@needs_interpreter
-@pytest.mark.slow
-@pytest.mark.parametrize("few", [ROWS, ROWS - 1])
-def test_so_it_does_for_few_rows(
-    rows_multiplied: list[int], monkeypatch: pytest.MonkeyPatch, few: int
-):
-    product, x, weights, dy, gate = case("linear", (64,))  # filled up for Dgrad
-    rule = replace(FP8["linear"], kernels="auto")
-    expected = compiled(partial(with_gradients, product, FP8["linear"]))(x, weights, dy, gate)
-    monkeypatch.setattr(fp8_gemm._kernels(), "SHORT_INNER", 0)
-    monkeypatch.setattr(fp8_gemm._kernels(), "FEW_ROWS", few)
-    found = interpreted(partial(with_gradients, product, rule), x, weights, dy, gate)
-    assert_near(found, expected, BF16_SHARE)
-    assert rows_multiplied == ([] if few == ROWS else [INNER, INNER])
-
-
-@needs_interpreter
-@pytest.mark.slow
-def test_experts_are_always_multiplied_by_kernels(rows_multiplied: list[int]):
-    product, x, weights, dy, gate = case("dispatched", (128,))
-    rule = FP8["dispatched"]
-    found = [
-        interpreted(
-            partial(with_gradients, product, replace(rule, kernels=asked)), x, weights, dy, gate
-        )
-        for asked in ("on", "auto")
-    ]
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    assert rows_multiplied == [INNER, 128] * 2
 
 
 @needs_interpreter
@@ -186,7 +125,7 @@ def test_experts_are_always_multiplied_by_kernels(rows_multiplied: list[int]):
 @pytest.mark.parametrize("kind", ["linear", "expert_after_swiglu"])
 def test_gradients_put_off_are_those_made_at_once(kernels_called: list[str], kind: str):
     product, x, weights, dy, gate = case(kind, (128,))
-    rule, noted = replace(FP8[kind], kernels="on"), Tape()
+    rule, noted = replace(FP8[kind], by_kernels=True), Tape()
     at_once = interpreted(partial(with_gradients, product, rule), x, weights, dy, gate)
 
     def of(x, left):
@@ -210,7 +149,7 @@ def test_gradients_put_off_are_those_made_at_once(kernels_called: list[str], kin
 def test_layers_stacked_are_layers_one_by_one(kernels_called: list[str]):
     """W of a pipeline's stage maps over its layers."""
     product, x, weights, dy, gate = case("linear", (128,))
-    run = partial(with_gradients, product, replace(FP8["linear"], kernels="on"))
+    run = partial(with_gradients, product, replace(FP8["linear"], by_kernels=True))
 
     def stacked(x, weights, dy, gate):
         twice = [jnp.stack([w, 2 * w]) for w in weights]
@@ -228,7 +167,7 @@ def test_layers_stacked_are_layers_one_by_one(kernels_called: list[str]):
 def test_on_a_mesh_results_differ_where_rows_do(mesh: jax.sharding.Mesh):
     """As `shard_map` has it checked; weights are the same everywhere, their gradients are not."""
     product, x, weights, dy, gate = case("expert_after_swiglu", (128,))
-    run = partial(with_gradients, product, replace(FP8["expert_after_swiglu"], kernels="on"))
+    run = partial(with_gradients, product, replace(FP8["expert_after_swiglu"], by_kernels=True))
 
     def per_device(x, weights, dy, gate):
         here = jax.tree.map(lambda w: jax.lax.pcast(w, "rows", to="varying"), weights)
@@ -259,7 +198,7 @@ def test_what_kernels_cannot_take_is_the_definitions_bit_for_bit(
     weights = [normal(2 + i, inner, width) for i, width in enumerate(widths)]
     found = [
         compiled(partial(with_gradients, lambda x, ws, _: linear(x, *ws), rule))(x, weights, dy, {})
-        for rule in (FP8[kind], replace(FP8[kind], kernels="on"))
+        for rule in (FP8[kind], replace(FP8[kind], by_kernels=True))
     ]
     assert not kernels_called
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
