@@ -111,8 +111,9 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add(
         "--microbatches",
         type=int,
-        help="parts a step's rows are computed in; default: 1 where kernels may multiply, else one "
-        "for each row, since a weight is gathered for every block of rows",
+        help="parts a step's rows are computed in; default: 1 where kernels for Hopper GPUs multiply "
+        "experts (bf16, fp8, fp8_pow2), else one for each row, since a weight is gathered for every "
+        "block of rows",
     )
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
     add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
