@@ -62,8 +62,8 @@ TABLE: dict[str, tuple[Callable[..., Any], list[Shape]]] = {
         [((T, F), WIDE), ((1, D, F), WIDE), ((T // 128,), INDEX)],
     ),
     "multiply_bf16_columns": (
-        bf16_gemm.sum_blocks,
-        [((T, D), WIDE), ((T, F), WIDE), ((1,), INDEX), ((1,), INDEX)],
+        lambda *operands: bf16_gemm.sum_blocks(*operands, experts=1),
+        [((T, D), WIDE), ((T, F), WIDE), ((T // 128,), INDEX)],
     ),
 }
 
