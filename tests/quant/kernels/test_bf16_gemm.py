@@ -142,3 +142,36 @@ def test_gradients_lower_for_a_gpu():
     shapes = [((4096, 7168), jnp.bfloat16), ((4096, 2048), jnp.bfloat16), ((32,), jnp.int32)]
     operands = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     assert "mosaic_gpu" in lowered(partial(sum_blocks, experts=8), *operands)
+
+
+def with_gradients(x: jax.Array, weights: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+    y, pull = jax.vjp(lambda x, w: grouped_linear(x, jnp.asarray([0, 2], jnp.int32), w), x, weights)
+    return y, *pull(dy)
+
+
+@needs_interpreter
+def test_on_a_mesh_results_differ_where_rows_do(monkeypatch: pytest.MonkeyPatch):
+    """As `shard_map` has it checked; experts' weights are the same everywhere here."""
+    monkeypatch.setattr(gemm, "lacking", lambda: None)
+
+    def per_device(x, weights, dy):
+        here = jax.lax.pcast(weights, "rows", to="varying")
+        return jax.tree.map(
+            lambda y: jax.lax.psum(y.astype(jnp.float32), "rows"), with_gradients(x, here, dy)
+        )
+
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.P("rows"), jax.P(), jax.P("rows")
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    weights = normal(2, EXPERTS, D, F, dtype="float32")
+    x, dy = (jnp.concatenate([a, a]) for a in (rows(0, D), rows(1, F)))
+    assert lowered(mapped, x, weights, dy).count("@mosaic_gpu") == 3
+
+
+@needs_interpreter
+def test_layers_are_stacked(monkeypatch: pytest.MonkeyPatch):
+    """As a pipeline's stage maps W over them."""
+    monkeypatch.setattr(gemm, "lacking", lambda: None)
+    operands = rows(0, D), normal(2, EXPERTS, D, F, dtype="float32"), rows(1, F)
+    stacked = [jnp.stack([a, a]) for a in operands]
+    assert lowered(jax.vmap(with_gradients), *stacked).count("@mosaic_gpu") == 3
