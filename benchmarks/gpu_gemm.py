@@ -6,8 +6,7 @@ Products of V3's shapes (report 3.3.2), weights N x K: dense, for 4096 rows and 
 of several experts with M rows each; Wgrad, of one expert and of four uneven ones and an empty one.
 Beside each stands BF16 through XLA, beside several experts' also BF16 by this project's own kernel.
 N that is no multiple of 128 is multiplied filled up, as linears do, and cut again; FLOPs are those
-of N. Then the passes that
-quantise, beside a copy. JAX, flax, optax and numpy are all it needs.
+of N. Then the passes that quantise, beside a copy. JAX, flax, optax and numpy are all it needs.
 
 Each kernel is checked before it is timed, on random numbers: products against float32's of what
 their operands stand for, by relative error and by 1 - 2 sum(x y) / sum(x^2 + y^2); quantisation

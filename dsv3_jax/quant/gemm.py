@@ -151,10 +151,9 @@ def grouped_linear(
     """Every block of rows times its own expert's weight, or several side by side as in `linear`.
 
     x [X, D] holds `len(expert_x)` blocks of equally many rows; expert_x int32 names the expert of
-    each, in ascending order where kernels multiply; weights [E, D, F]. With an
-    `activation` the input is `activation(x, gate)`. Rows that are not live (bool [X]) count as
-    zeros, whatever they hold, and so do their gradients.
-    -> [X, F + ...] in x's dtype.
+    each, in ascending order where kernels multiply; weights [E, D, F]. With an `activation` the
+    input is `activation(x, gate)`. Rows that are not live (bool [X]) count as zeros, whatever they
+    hold, and so do their gradients. -> [X, F + ...] in x's dtype.
     """
     if live_X is not None:  # derivatives of choosing see to the gradients
         x_XD = only_live(x_XD, live_X)

@@ -1,5 +1,5 @@
 """Grouped products in bfloat16: blocks of rows of one expert each times that expert's weight, and
-the weights' gradients, as the BF16 recipe and FP8's emulation know them (`quant.gemm`).
+the weights' gradients, where no recipe rounds to FP8 (`quant.gemm`).
 
     Fprop   Y[t] = X[t] W[e]        of the expert e of each block of rows
     Dgrad   dX[t] = dY[t] W[e]^T
