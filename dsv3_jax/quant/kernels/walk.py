@@ -84,6 +84,7 @@ def walked(
     """
     held = Part((WARPGROUPS, ROWS, width), out.dtype, swizzled(out.dtype))
     stages = min(walk.stages, (_SHARED_BYTES - held.nbytes) // sum(part.nbytes for part in parts))
+    assert stages > 1, f"{stages} stage(s): readers hold one block while they wait for the next"
 
     def body(*refs: Any) -> None:
         @partial(
