@@ -161,7 +161,7 @@ def main(args: Sequence[str]) -> None:
     if len(runs) == 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
         gpu_flags.apply(os.environ)
-        results = [measured(runs[0], options)] if usable(options) else []
+        results = [measured(runs[0], options)] if usable(options, runs[0]) else []
     else:
         results, failed = in_processes(args, options.recipes)
         tell_ratio(results)
@@ -171,14 +171,22 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def usable(options: argparse.Namespace) -> bool:
-    """Whether this machine can run the preset; says so if not."""
+def usable(options: argparse.Namespace, cfg: RunConfig) -> bool:
+    """Whether this machine can run the preset; says so if not. SystemExit 2 for kernels that are
+    on and cannot run.
+    """
     import jax
 
-    if options.preset == "small" or jax.default_backend() == "gpu":
-        return True
-    print(f"skipped: {jax.default_backend()}, no GPU; --preset small runs anywhere")
-    return False
+    from dsv3_jax.quant.recipes import recipe_of
+
+    if options.preset != "small" and jax.default_backend() != "gpu":
+        print(f"skipped: {jax.default_backend()}, no GPU; --preset small runs anywhere")
+        return False
+    try:
+        recipe_of(cfg.quant)
+    except ValueError as error:
+        fail(str(error))
+    return True
 
 
 def in_processes(args: Sequence[str], recipes: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:

@@ -328,6 +328,16 @@ def test_a_mistake_in_the_gpus_options_is_one_line(
     assert said in line
 
 
+def test_kernels_that_cannot_run_are_one_line():
+    command = [sys.executable, "benchmarks/gpu_train.py", "--preset", "small", "--recipes", "fp8"]
+    ended = subprocess.run(
+        [*command, "--kernels", "on"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert "quant.kernels is on; allowed here: auto, off" in line
+
+
 def test_speeds_of_recipes_are_over_that_of_bf16(capsys: pytest.CaptureFixture):
     from gpu_train import tell_ratio
 
