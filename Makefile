@@ -57,7 +57,7 @@ clean:
 # One environment for all targets; made again when the project's needs or its pins change.
 $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	{ echo "Python >= 3.11 is needed, found $$($(PYTHON) --version 2>&1 | tail -n 1):" \
+	{ echo "Python >= 3.11 is needed, and $(PYTHON) says: $$($(PYTHON) --version 2>&1 | head -n 1);" \
 	  "name another with PYTHON=/path/to/python3.12"; exit 1; } >&2
 	@echo "Installing into $(VENV), once: about 1 GB, a minute or two on a fast connection ..."
 	@$(PYTHON) -m venv $(VENV)

@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     from contenders.attention_cases import QK, V, inputs, timed, usable, with_gradients
 
     if jax.default_backend() == "cpu" and options.length > WITHOUT_A_GPU:
-        print(f"skipped: there is no GPU here; a CPU takes --length up to {WITHOUT_A_GPU}")
+        print(f"skipped: JAX finds no GPU; a CPU takes --length up to {WITHOUT_A_GPU}")
         return
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, peak {PEAK / 1e12:,.1f} TFLOP/s")
     good = usable(options.length)

@@ -119,16 +119,16 @@ def main(args: Sequence[str]) -> None:
 
     printed, found = [describe()], []
     print(printed[0], flush=True)
+    asked = f"--preset {options.preset} --parts {' '.join(options.parts)}"
+    kept = {"command": f"python benchmarks/gpu_gemm.py {asked}", "machine": printed[0]}
     with interpreting():
         for text, figures in measured(options, begun):
             print(text, flush=True)
             printed += text.splitlines()
             found.append(figures)
-    if options.json:
-        asked = f"--preset {options.preset} --parts {' '.join(options.parts)}"
-        command = f"python benchmarks/gpu_gemm.py {asked}"
-        kept = {"command": command, "machine": printed[0], "printed": printed, "cases": found}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            if options.json:  # case by case: a machine may be taken away
+                whole = json.dumps(kept | {"printed": printed, "cases": found}, indent=1)
+                options.json.write_text(whole + "\n", encoding="utf-8")
     if any(figures.get("wrong") for figures in found):
         raise SystemExit(1)
 
@@ -145,7 +145,8 @@ def lacking(preset: str) -> str | None:
             return None
         return f"JAX {jax.__version__} does not interpret kernels of Mosaic GPU; 0.11.2 does"
     missing = lacking_for_kernels()
-    return missing and f"{missing}; --preset small runs on a CPU"
+    small = "; --preset small runs on a CPU" if hasattr(plgpu, "InterpretGPUParams") else ""
+    return missing and f"{missing}{small}"
 
 
 def interpreting() -> contextlib.AbstractContextManager:

@@ -2,7 +2,10 @@
 
     python benchmarks/gpu_train.py [--recipes bf16 fp8] [--steps 8] [--rows 4] [--json FILE]
 
-`--rows 8` is for an H200; `--kernels-told 30` adds where the time goes, kernel by kernel.
+`--rows 8` took 52 GiB in FP8 and 61 in BF16; `--kernels-told 30` adds where the time goes, kernel
+by kernel, and with XLA_FLAGS=--xla_gpu_enable_command_buffer= also of what in the code. Figures in
+README.md are with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false, since trying Triton for each of
+some hundred shapes takes long.
 
 A model of V3's shape that fills one 80 GB device: MLA with heads of 192 and 128, a dense layer,
 MoE layers of which a token uses 8 experts and a shared one, MTP; rows of 4096 random tokens, new
@@ -111,9 +114,9 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add(
         "--microbatches",
         type=int,
-        help="parts a step's rows are computed in; default: 1 where kernels for Hopper GPUs multiply "
-        "experts (bf16, fp8, fp8_pow2), else one for each row, since a weight is gathered for every "
-        "block of rows",
+        help="parts a step's rows are computed in; default: 1 where kernels for Hopper GPUs "
+        "multiply experts (bf16, fp8, fp8_pow2), else one for each row, since a weight is gathered "
+        "for every block of rows",
     )
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
     add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
@@ -122,20 +125,22 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add("--kernels-told", type=int, default=0, help="of one more step, traced: the longest")
     add("--json", type=command_line.new_file, help="file that keeps the figures")
     options = command_line.parsed(parser, args)
-    for name in ("steps", "warm_up"):
+    for name in ("steps", "warm_up", "rows"):
         if getattr(options, name) < 1:
             fail(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: at least 1")
     return options
 
 
-def config(options: argparse.Namespace, recipe: str) -> RunConfig:
-    """Of one recipe's run. ValueError for sizes that cannot be."""
+def config(options: argparse.Namespace, recipe: str, missing: str | None = None) -> RunConfig:
+    """Of one recipe's run, on a machine where kernels are missing something. ValueError for sizes
+    that cannot be.
+    """
     preset, length = PRESETS[options.preset]
     changes = {"num_experts": options.experts, "num_layers": options.layers}
     given = {name: value for name, value in changes.items() if value is not None}
     model = replace(preset(), **given)
     kernels = options.kernels if recipe in WITH_KERNELS else "auto"
-    gathers = recipe not in (*WITH_KERNELS, "bf16") or kernels == "off"
+    gathers = missing or kernels == "off" or recipe not in (*WITH_KERNELS, "bf16")
     return RunConfig(
         model=model,
         data=DataConfig(length=length),
@@ -154,14 +159,15 @@ def main(args: Sequence[str]) -> None:
     """Prints a line for each recipe."""
     options = parsed(args)
     try:
-        runs = [config(options, recipe) for recipe in options.recipes]
+        for recipe in options.recipes:
+            config(options, recipe)
     except ValueError as error:
         fail(str(error))
     failed = False
-    if len(runs) == 1:
+    if len(options.recipes) == 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
         gpu_flags.apply(os.environ)
-        results = [measured(runs[0], options)] if usable(options, runs[0]) else []
+        results = measured_alone(options)
     else:
         results, failed = in_processes(args, options.recipes)
         tell_ratio(results)
@@ -171,22 +177,27 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def usable(options: argparse.Namespace, cfg: RunConfig) -> bool:
-    """Whether this machine can run the preset; says so if not. SystemExit 2 for kernels that are
-    on and cannot run.
+def measured_alone(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures of the one recipe; none where the preset cannot run, which it says. SystemExit 2 for
+    kernels that are on and cannot run.
     """
     import jax
 
+    from dsv3_jax.quant.kernels.choice import lacking
     from dsv3_jax.quant.recipes import recipe_of
 
     if options.preset != "small" and jax.default_backend() != "gpu":
-        print(f"skipped: {jax.default_backend()}, no GPU; --preset small runs anywhere")
-        return False
+        print("skipped: JAX finds no GPU (nor does its CPU version); --preset small runs anywhere")
+        return []
+    missing = lacking()
+    cfg = config(options, options.recipes[0], missing)
     try:
         recipe_of(cfg.quant)
     except ValueError as error:
         fail(str(error))
-    return True
+    if missing:
+        print(f"no kernels of this project's: FP8 is emulated, since {missing}", flush=True)
+    return [measured(cfg, options)]
 
 
 def in_processes(args: Sequence[str], recipes: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
@@ -216,7 +227,8 @@ def tell_ratio(results: Sequence[Mapping[str, Any]]) -> None:
     for found in results:
         if base and found is not base:
             ratio = found["tokens_per_second"] / base["tokens_per_second"]
-            print(f"{found['recipe']} / bf16: {ratio:.3f} times the tokens/s")
+            means = "" if "gpu" in found["machine"] else ", which means nothing on a CPU"
+            print(f"{found['recipe']} / bf16: {ratio:.3f} times the tokens/s{means}")
 
 
 def measured(cfg: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +238,8 @@ def measured(cfg: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     from dsv3_jax.train.machine import describe, device_peak_memory
     from dsv3_jax.train.step import abstract_state, init_state, make_step
 
-    print(f"{describe()}; {sizes_of(cfg)}; XLA_FLAGS {os.environ.get('XLA_FLAGS', '')!r}")
+    flags = os.environ.get("XLA_FLAGS", "")
+    print(f"{describe()}; {sizes_of(cfg)}; XLA_FLAGS {flags!r}; tracing and compiling", flush=True)
     begun = time.perf_counter()
     graphdef, shapes = abstract_state(cfg)
     lowered = make_step(graphdef, cfg).lower(shapes, *abstract_arguments(cfg))

@@ -17,7 +17,7 @@ from dsv3_jax.quant import fp8
 from dsv3_jax.quant.kernels import bf16_gemm, rows_gemm, wgrad_gemm
 from dsv3_jax.quant.kernels import quantize as passes
 from dsv3_jax.quant.kernels.swiglu import swiglu_columns, swiglu_rows
-from dsv3_jax.quant.kernels.walk import WALK, WALK_OF_SUMS
+from dsv3_jax.quant.kernels.walk import WALK
 from dsv3_jax.quant.kernels.weights import quantize_weight
 from dsv3_jax.quant.swiglu import swiglu
 
@@ -28,7 +28,6 @@ MOST_SETS = 8
 ERROR, DIFF = 4e-3, 1e-3  # allowed; rounding to bfloat16 alone is an error of 1.7e-3
 # Of SwiGLU's bytes: in its exponential function each compiler has last bits of its own.
 BYTES = 0.01
-OWN_BF16 = "bf16 by kernel"
 
 Sets = Sequence[tuple]
 Errors = dict[str, float]
@@ -66,27 +65,24 @@ def rows_case(multiprocessors: int | None, experts: int, m: int, n: int, k: int)
     def kernel(*operands):
         return rows_gemm.multiply_rows(*operands, jnp.bfloat16, walk)[:, :n]
 
-    def exact(a, s, w, s_w, _):
-        x, w = dequantized(a, s).reshape(experts, m, k), fp8.Blocked(w, s_w).dequantize()
-        return jnp.einsum("emk,enk->emn", x, w[:, :n], precision="highest").reshape(-1, n)
+    def exact(x, w):
+        x, w = (each.astype(jnp.float32) for each in (x.reshape(experts, m, k), w))
+        return jnp.einsum("emk,ekn->emn", x, w, precision="highest").reshape(-1, n)
+
+    def exact_of_fp8(a, s, w, s_w, _):
+        w_EKN = fp8.Blocked(w, s_w).dequantize().swapaxes(1, 2)
+        return exact(dequantized(a, s), w_EKN[..., :n])
 
     def bf16(x, w):
         return jnp.einsum("emk,ekn->emn", x.reshape(experts, m, k), w)
 
-    sets = draws((experts * m, k), (experts, k, n))
-
     def own_bf16(x, w):
         return bf16_gemm.multiply_blocks(x, w, expert_x, walk=walk)
 
-    def exact_bf16(x, w):
-        x = x.reshape(experts, m, k).astype(jnp.float32)
-        y = jnp.einsum("emk,ekn->emn", x, w.astype(jnp.float32), precision="highest")
-        return y.reshape(-1, n)
-
-    flops = 2 * experts * m * n * k
-    found = products(sets, operands, kernel, bf16, exact, flops)
+    sets, flops = draws((experts * m, k), (experts, k, n)), 2 * experts * m * n * k
+    found = products(sets, operands, kernel, bf16, exact_of_fp8, flops)
     if experts > 1:
-        found.append(Variant(OWN_BF16, own_bf16, sets, flops, close_to(exact_bf16, sets)))
+        found.append(Variant("bf16 by kernel", own_bf16, sets, flops, close_to(exact, sets)))
     return found
 
 
@@ -94,7 +90,7 @@ def wgrad_case(multiprocessors: int | None, d: int, f: int, blocks: Sequence[int
     """dW [D, F] of experts that have so many blocks of 128 tokens. XLA's side has the same tokens
     in equal parts, for the experts that have any.
     """
-    walk = replace(WALK_OF_SUMS, multiprocessors=multiprocessors)
+    walk = replace(wgrad_gemm.WALK, multiprocessors=multiprocessors)
     tokens, used = sum(blocks) * BLOCK, sum(map(bool, blocks))
     ends, owners = np.cumsum(blocks), np.repeat(np.arange(len(blocks)), blocks)
     expert_x = jnp.asarray(owners, jnp.int32)
@@ -127,7 +123,7 @@ def wgrad_case(multiprocessors: int | None, d: int, f: int, blocks: Sequence[int
     sets, flops = draws((tokens, d), (tokens, f)), 2 * d * f * tokens
     found = products(sets, operands, kernel, bf16, exact_of_fp8, flops)
     if used > 1:
-        found.append(Variant(OWN_BF16, own_bf16, sets, flops, close_to(exact, sets)))
+        found.append(Variant("bf16 by kernel", own_bf16, sets, flops, close_to(exact, sets)))
     return found
 
 

@@ -11,7 +11,7 @@ gradient goes to it. With a `TrainedWeight` the gradient goes where that says, a
 rule, the product is that of `fp8_gemm`.
 
 On Hopper GPUs kernels multiply an expert's rows in bfloat16 with its weight in place
-(`kernels/bf16_gemm.py`); elsewhere a weight is gathered for every block of rows.
+(`kernels/bf16_gemm.py`); elsewhere, and of a `Blocked`, it is gathered for every block of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -219,7 +219,9 @@ def _grouped_wgrad(
 
 
 def _by_kernels(x_XD: jax.Array, width: int, expert_x: jax.Array) -> bool:
-    """Whether kernels for Hopper GPUs multiply blocks of these rows with weights of this width."""
+    """Whether kernels for Hopper GPUs multiply blocks of these rows with weights of this width: all
+    sizes are multiples of a tile's 128 (`kernels.tiles`, which old versions of JAX cannot import).
+    """
     sizes = len(x_XD) // expert_x.size, x_XD.shape[1], width
     fits = x_XD.dtype == jnp.bfloat16 and all(size and size % 128 == 0 for size in sizes)
     return fits and lacking() is None

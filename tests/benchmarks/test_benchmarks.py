@@ -299,12 +299,16 @@ def test_rows_are_computed_together_where_no_weight_is_gathered_for_each_block()
         )
     }
     assert [cfg.train.microbatches for cfg in counts.values()] == [1, 1, 1, 8, 8]
+    missing = config(parsed(["--rows", "8"]), "bf16", "kernels need Hopper GPUs")
+    assert missing.train.microbatches == 8
 
 
 def test_a_benchmark_for_gpus_says_once_that_there_is_none():
     command = [sys.executable, "benchmarks/gpu_train.py", "--recipes", "bf16", "fp8"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stdout == "skipped: cpu, no GPU; --preset small runs anywhere\n"
+    assert ended.stdout == (
+        "skipped: JAX finds no GPU (nor does its CPU version); --preset small runs anywhere\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,10 +345,12 @@ def test_kernels_that_cannot_run_are_one_line():
 def test_speeds_of_recipes_are_over_that_of_bf16(capsys: pytest.CaptureFixture):
     from gpu_train import tell_ratio
 
-    speeds = {"fp8": 300.0, "bf16": 200.0}
-    results = [{"recipe": name, "tokens_per_second": each} for name, each in speeds.items()]
+    speeds, machine = {"fp8": 300.0, "bf16": 200.0}, {"machine": "1 gpu device"}
+    results = [{"recipe": x, "tokens_per_second": y} | machine for x, y in speeds.items()]
     tell_ratio(results)
     assert capsys.readouterr().out == "fp8 / bf16: 1.500 times the tokens/s\n"
+    tell_ratio([each | {"machine": "1 cpu device"} for each in results])
+    assert capsys.readouterr().out.endswith(" times the tokens/s, which means nothing on a CPU\n")
     tell_ratio(results[:1])
     assert capsys.readouterr().out == ""
 

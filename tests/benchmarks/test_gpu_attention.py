@@ -33,7 +33,7 @@ def test_a_cpu_is_not_kept_busy(capsys: pytest.CaptureFixture):
 
     gpu_attention.main([])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == "skipped: there is no GPU here; a CPU takes --length up to 512"
+    assert line == "skipped: JAX finds no GPU; a CPU takes --length up to 512"
 
 
 def test_a_wrong_attention_shows():

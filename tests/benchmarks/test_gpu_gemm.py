@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.quant.kernels.interpret import needs_interpreter
@@ -141,7 +142,8 @@ def test_without_a_hopper_gpu_it_says_so_in_one_line():
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     (line,) = ended.stdout.splitlines()
     assert line.startswith("skipped: kernels need ")
-    assert line.endswith("; --preset small runs on a CPU")
+    interpreted = jax.__version_info__ >= (0, 11, 2)
+    assert line.endswith("; --preset small runs on a CPU") == interpreted
 
 
 @pytest.mark.parametrize("name", ["gpu_gemm", "gpu_train"])

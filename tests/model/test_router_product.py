@@ -55,12 +55,19 @@ def test_one_part_less_would_be_less_exact():
 
 
 def test_a_cpu_multiplies_in_float32():
-    assert not fits(operands()[0])
+    assert not fits(jnp.zeros((2, 256, D), jnp.bfloat16))
+
+
+def test_a_hopper_takes_it_for_many_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dsv3_jax.model.router_product.lacking", lambda: None)
+    assert fits(jnp.zeros((2, 256, D), jnp.bfloat16))
+    assert not fits(jnp.zeros((2, 255, D), jnp.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_hopper_takes_it_for_bfloat16(monkeypatch: pytest.MonkeyPatch, dtype):
     monkeypatch.setattr("dsv3_jax.model.router_product.lacking", lambda: None)
+    monkeypatch.setattr("dsv3_jax.model.router_product.LEAST_TOKENS", B * T)
     part, x = random_part(Router, CFG, jnp.float32), normal(0, B, T, CFG.d_model, dtype=dtype)
     run = partial(lambda x: part(x, np.ones((B, T), bool))[0])
     dots = [e for e in equations(run, x) if "dot" in e.primitive.name]

@@ -37,28 +37,28 @@ def _part(*shape: int) -> Part:
 @partial(jax.jit, static_argnames=("transposed", "walk"))
 def multiply_blocks(
     x_TK: jax.Array,
-    w_E: jax.Array,
+    w_EKN: jax.Array,
     expert_x: jax.Array,
     transposed: bool = False,
     walk: Walk = WALK,
 ) -> jax.Array:
     """x [T, K] times each block's expert's weight [K, N] -> bfloat16 [T, N].
 
-    Weights are [E, K, N], or transposed [E, N, K]. expert_x int32 [x] names the expert of each of x
-    equal blocks of rows, multiples of 128. K and N are multiples of 128 too.
+    Weights [E, K, N] are [E, N, K] if `transposed`. expert_x int32 [x] names the expert of each of
+    x equal blocks of rows, multiples of 128. K and N are multiples of 128 too.
     """
-    (tokens, inner), columns = x_TK.shape, w_E.shape[1 if transposed else 2]
+    (tokens, inner), columns = x_TK.shape, w_EKN.shape[1 if transposed else 2]
     width = BLOCK if columns % WIDE else WIDE
     tiles = tokens // BLOCK, columns // width
 
-    def tile_of(x_TK: Any, w_E: Any, expert_x: Any, out_TN: Any, index: jax.Array) -> Tile:
+    def tile_of(x_TK: Any, w_EKN: Any, expert_x: Any, out_TN: Any, index: jax.Array) -> Tile:
         m, n = place(index, tiles, walk)
         rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * width, width)
         expert = expert_x[lax.div(m * BLOCK, tokens // expert_x.size)]
 
         def parts(k: jax.Array) -> tuple:
             within = pl.ds(k * INNER, INNER)
-            w = w_E.at[expert, cols, within] if transposed else w_E.at[expert, within, cols]
+            w = w_EKN.at[expert, cols, within] if transposed else w_EKN.at[expert, within, cols]
             return x_TK.at[rows, within], w
 
         def product(sums: Any, x: Any, w: Any) -> None:
@@ -72,7 +72,7 @@ def multiply_blocks(
     return walked(
         tile_of,
         (tiles[0] * tiles[1],),
-        [x_TK, w_E, expert_x],
+        [x_TK, w_EKN, expert_x],
         (_part(BLOCK, INNER), _part(width, INNER) if transposed else _part(INNER, width)),
         jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
         width,

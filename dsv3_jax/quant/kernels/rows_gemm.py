@@ -86,7 +86,7 @@ def multiply_rows(
 
 def _splits(tiles: int, blocks: int, resident: int) -> int:
     """Parts of the inner size, each with an output of its own, so that few tiles keep more
-    multiprocessors busy.
+    multiprocessors busy. GPUs with another number of them round such products in another order.
     """
     most = max(1, min(resident // tiles, blocks // LEAST_BLOCKS))
     return max(parts for parts in range(1, most + 1) if blocks % parts == 0)

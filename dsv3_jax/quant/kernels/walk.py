@@ -40,8 +40,6 @@ class Walk:
 
 
 WALK = Walk()
-WALK_OF_SUMS = Walk(width=4)
-"""Of products whose inner size is the tokens: more tiles, each of fewer blocks"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from jax.experimental import pallas as pl
 
 from dsv3_jax.quant.kernels.sums import SCALES, VALUES, along, down, promoted, spread
 from dsv3_jax.quant.kernels.tiles import BLOCK
-from dsv3_jax.quant.kernels.walk import WALK_OF_SUMS, Tile, Walk, place, walked
+from dsv3_jax.quant.kernels.walk import Tile, Walk, place, walked
+
+WALK = Walk(width=4)  # 1.04 to 1.08 of the speed of 8 rows of tiles; 16 were no faster
 
 
 @partial(jax.jit, static_argnames="walk")
@@ -28,7 +30,7 @@ def multiply_columns(
     s_tF: jax.Array,
     first_E: jax.Array,
     count_E: jax.Array,
-    walk: Walk = WALK_OF_SUMS,
+    walk: Walk = WALK,
 ) -> jax.Array:
     """x [D, T] times the transpose of y [F, T], over each expert's tokens -> float32 [E, D, F].
 

@@ -82,6 +82,19 @@ def test_gradients_sum_over_an_experts_own_rows(owners: list[int], walk: Walk):
 
 
 @needs_interpreter
+def test_an_experts_numbers_that_are_none_are_nobody_elses():
+    x, dy, owners = rows(0, 128), rows(1, 128), jnp.asarray([0, 0, 1, 2], jnp.int32)
+    w = normal(2, EXPERTS, 128, 128, dtype="bfloat16")
+    y = interpreted(partial(multiply_blocks, walk=FEW), x, w.at[1, 3, 5].set(jnp.nan), owners)
+    assert jnp.isnan(y[256:384, 5]).all()
+    assert int(jnp.isnan(y).sum()) == 128
+    run = partial(sum_blocks, experts=EXPERTS, walk=FEW)
+    dw = interpreted(run, x.at[300, 7].set(jnp.nan), dy, owners)
+    assert jnp.isnan(dw[1, 7]).all()
+    assert int(jnp.isnan(dw).sum()) == 128
+
+
+@needs_interpreter
 @pytest.mark.parametrize("widths", [(F,), pytest.param((128, 256), marks=slow)])
 def test_linears_of_experts_take_them_on_a_hopper(
     monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...]
