@@ -32,11 +32,13 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     """Exits 0 after --help, 2 after a mistake."""
     parser = command_line.parser("gpu_attention.py", __doc__)
     add = parser.add_argument
-    add("--rows", type=int, nargs="+", default=[1, 4], help="of a product")
+    add(
+        "--rows", type=int, nargs="+", default=[1, 4], help="rows of a batch, each number by itself"
+    )
     add("--length", type=int, default=4096, help="tokens of a row")
-    add("--heads", type=int, default=16)
-    add("--seconds", type=float, default=120, help="after which no more is timed")
-    add("--turns", type=int, default=5, help="of each variant")
+    add("--heads", type=int, default=16, help="heads of a row")
+    add("--seconds", type=float, default=120, help="seconds after which no more is timed")
+    add("--turns", type=int, default=5, help="turns of each variant")
     options = command_line.parsed(parser, args)
     for name, least in (("length", 128), ("heads", 1), ("turns", 1)):
         if getattr(options, name) < least:

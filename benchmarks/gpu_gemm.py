@@ -100,7 +100,7 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="sizes; small: for CPUs, without times")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
-    add("--seconds", type=float, default=400, help="no case is begun that may end after them")
+    add("--seconds", type=float, default=400, help="no case is begun that may end later")
     add("--json", type=command_line.new_file, help="file that keeps the figures")
     options = command_line.parsed(parser, args)
     if not options.seconds > 0:

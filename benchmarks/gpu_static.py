@@ -94,8 +94,8 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser = command_line.parser("gpu_static.py", __doc__)
     add = parser.add_argument
     add("--packages", type=Path, metavar="FOLDER", help="where the packages named above are")
-    add("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    add("--keep", type=Path, metavar="FOLDER", help="that keeps PTX and SASS, a new one")
+    add("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="that are compiled")
+    add("--keep", type=Path, metavar="FOLDER", help="new folder that keeps PTX and SASS")
     options = command_line.parsed(parser, args)
     if options.packages and not (options.packages / PLUGIN).is_file():
         fail(f"--packages is {options.packages}; allowed: a folder with {PLUGIN}")

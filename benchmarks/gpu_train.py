@@ -107,7 +107,13 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
     parser = command_line.parser("gpu_train.py", __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="full", help="model and length of rows")
-    add("--recipes", nargs="+", choices=RECIPES, default=["bf16", "fp8"], help="of the linears")
+    add(
+        "--recipes",
+        nargs="+",
+        choices=RECIPES,
+        default=["bf16", "fp8"],
+        help="precisions of the linears, each by itself",
+    )
     add("--steps", type=int, default=8, help="measured steps")
     add("--warm-up", type=int, default=2, help="steps before them, after compilation")
     add("--rows", type=int, default=4, help="rows of a step")
@@ -119,10 +125,15 @@ def parsed(args: Sequence[str]) -> argparse.Namespace:
         "for every block of rows",
     )
     add("--remat", choices=("none", "report", "full"), default="report", help="recomputation")
-    add("--kernels", choices=("auto", "on", "off"), default="auto", help="of FP8: --quant.kernels")
+    add(
+        "--kernels",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="as --quant.kernels, of FP8",
+    )
     add("--experts", type=int, help="in place of the preset's")
     add("--layers", type=int, help="in place of the preset's; more than 9 are scanned")
-    add("--kernels-told", type=int, default=0, help="of one more step, traced: the longest")
+    add("--kernels-told", type=int, default=0, help="so many of the longest, of one more step")
     add("--json", type=command_line.new_file, help="file that keeps the figures")
     options = command_line.parsed(parser, args)
     for name in ("steps", "warm_up", "rows"):

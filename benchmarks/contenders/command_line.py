@@ -7,12 +7,24 @@ from pathlib import Path
 from dsv3_jax.cli import fail
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and behind each option its default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        if not text or action.default in (None, argparse.SUPPRESS) or "default:" in text:
+            return text
+        several = isinstance(action.default, list | tuple)
+        default = " ".join(map(str, action.default)) if several else action.default
+        return f"{text} (default: {default})"
+
+
 def parser(program: str, doc: str | None) -> argparse.ArgumentParser:
     """Whose --help begins with the program's own text."""
     return argparse.ArgumentParser(
         program,
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         exit_on_error=False,
     )
 
