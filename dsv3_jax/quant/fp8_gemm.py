@@ -171,7 +171,7 @@ def _left(static: _Static, arrays: _Arrays, dy_XF: jax.Array) -> Any:
 
 
 def _gradient_of(static: _Static, arrays: _Arrays) -> Callable[..., jax.Array]:
-    experts = arrays.blocked[0].shape[0]
+    experts = 1 if arrays.expert_x is None else arrays.blocked[0].shape[0]
     if static.by_kernels:
         sizes = {"experts": experts, "width": sum(_widths(arrays))}
         return partial(_kernels().weight_gradient, static.rule, static.activation, **sizes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config.quant import QuantConfig, RecipeName
+from dsv3_jax.config.quant import WITH_KERNELS, QuantConfig, RecipeName
 from dsv3_jax.quant.fp8 import Blocked, Scale, divided, fake_quantize, quantize
 from dsv3_jax.quant.kernels.choice import chosen
 
@@ -141,5 +141,5 @@ RECIPES: dict[RecipeName, Recipe] = {
 def recipe_of(quant: QuantConfig) -> Recipe:
     """The recipe that is asked for, with kernels where they are. ValueError as of `chosen`."""
     recipe = RECIPES[quant.recipe]
-    by_kernels = bool(recipe) and chosen(quant.kernels)
+    by_kernels = quant.recipe in WITH_KERNELS and chosen(quant.kernels)
     return {kind: replace(rule, by_kernels=by_kernels) for kind, rule in recipe.items()}

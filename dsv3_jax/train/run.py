@@ -18,7 +18,6 @@ from dsv3_jax.checkpoint.hf import copy_tokenizer, load_pretrained
 from dsv3_jax.checkpoint.hf_folder import is_hf_folder
 from dsv3_jax.cli import clean_on_signals
 from dsv3_jax.config import RunConfig
-from dsv3_jax.config.quant import WITH_KERNELS
 from dsv3_jax.files import replace_file
 from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import make_mesh
@@ -212,8 +211,7 @@ def _execute(prepared: Prepared, console: Console, watch: Watch) -> int:
     )
     if recipe := recipe_of(cfg.quant):
         by_kernels = any(rule.by_kernels for rule in recipe.values())
-        kernels = "kernels where sizes are multiples of 128, else "
-        how = kernels if by_kernels and cfg.quant.recipe in WITH_KERNELS else ""
+        how = "kernels where sizes are multiples of 128, else " if by_kernels else ""
         say(f"           linears by the recipe {cfg.quant.recipe}, in {how}emulated GEMMs")
     if cfg.mesh.size > 1:
         say(f"mesh       {described(cfg)}")

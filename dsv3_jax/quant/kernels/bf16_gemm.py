@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.quant.expert_rows import blocks_of_experts
 from dsv3_jax.quant.kernels.ring import Part, Ring
 from dsv3_jax.quant.kernels.tiles import BLOCK, swizzled
-from dsv3_jax.quant.kernels.walk import ROWS, WALK, Tile, Walk, place, walked
+from dsv3_jax.quant.kernels.walk import ROWS, WALK, Tile, Walk, own_rows, owner, place, walked
 
 INNER = 64
 """Of a stage: 128 bytes"""
@@ -47,34 +47,31 @@ def multiply_blocks(
     Weights [E, K, N] are [E, N, K] if `transposed`. expert_x int32 [x] names the expert of each of
     x equal blocks of rows, multiples of 128. K and N are multiples of 128 too.
     """
-    (tokens, inner), columns = x_TK.shape, w_EKN.shape[1 if transposed else 2]
-    width = BLOCK if columns % WIDE else WIDE
-    tiles = tokens // BLOCK, columns // width
+    (tokens, inner), outer = x_TK.shape, w_EKN.shape[1 if transposed else 2]
+    width = BLOCK if outer % WIDE else WIDE
+    tiles = tokens // BLOCK, outer // width
 
     def tile_of(x_TK: Any, w_EKN: Any, expert_x: Any, out_TN: Any, index: jax.Array) -> Tile:
-        m, n = place(index, tiles, walk)
-        rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * width, width)
-        expert = expert_x[lax.div(m * BLOCK, tokens // expert_x.size)]
+        m, _, rows, columns = place(index, tiles, walk, width)
+        expert = owner(expert_x, tokens, m)
 
         def parts(k: jax.Array) -> tuple:
             within = pl.ds(k * INNER, INNER)
-            w = w_EKN.at[expert, cols, within] if transposed else w_EKN.at[expert, within, cols]
-            return x_TK.at[rows, within], w
+            place_of_w = (columns, within) if transposed else (within, columns)
+            return x_TK.at[rows, within], w_EKN.at[expert, *place_of_w]
 
         def product(sums: Any, x: Any, w: Any) -> None:
-            own_rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
-            plgpu.wgmma(sums, x.at[own_rows], w.transpose((1, 0)) if transposed else w)
+            plgpu.wgmma(sums, x.at[own_rows()], w.transpose((1, 0)) if transposed else w)
 
-        blocks = inner // INNER
-        total = partial(_total, blocks=blocks, width=width, product=product)
-        return Tile(out_TN.at[rows, cols], blocks, parts, total)
+        total = partial(_total, width=width, product=product)
+        return Tile(out_TN.at[rows, columns], inner // INNER, parts, total)
 
     return walked(
         tile_of,
         (tiles[0] * tiles[1],),
         [x_TK, w_EKN, expert_x],
         (_part(BLOCK, INNER), _part(width, INNER) if transposed else _part(INNER, width)),
-        jax.ShapeDtypeStruct((tokens, columns), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens, outer), jnp.bfloat16),
         width,
         walk,
     )
@@ -102,20 +99,18 @@ def sum_blocks(
         expert: jax.Array,
         index: jax.Array,
     ) -> Tile:
-        m, n = place(index, tiles, walk)
-        rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
-        start, blocks = first[expert], count[expert]
+        *_, rows, columns = place(index, tiles, walk)
+        start = first[expert]
 
         def parts(k: jax.Array) -> tuple:
             tokens = pl.ds((start + k) * INNER, INNER)
-            return x_TD.at[tokens, rows], y_TF.at[tokens, cols]
+            return x_TD.at[tokens, rows], y_TF.at[tokens, columns]
 
         def product(sums: Any, x: Any, y: Any) -> None:
-            own_columns = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
-            plgpu.wgmma(sums, x.at[:, own_columns].transpose((1, 0)), y)
+            plgpu.wgmma(sums, x.at[:, own_rows()].transpose((1, 0)), y)  # rows of the output
 
-        total = partial(_total, blocks=blocks, width=BLOCK, product=product)
-        return Tile(out.at[expert, rows, cols], blocks, parts, total)
+        total = partial(_total, width=BLOCK, product=product)
+        return Tile(out.at[expert, rows, columns], count[expert], parts, total)
 
     return walked(
         tile_of,

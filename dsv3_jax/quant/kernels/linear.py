@@ -109,7 +109,6 @@ def weight_gradient(
     else:
         source = kept.dequantize()
         x = quantize_columns(activation(source, gate_X1) if activation else source, scale)
-    experts = 1 if expert_x is None else experts
     owned = blocks_of_experts(_owners(expert_x), experts, dy.values.shape[1] // BLOCK)
     dw = multiply_columns(*x, *dy, *owned)[..., :width]
     return dw[0] if expert_x is None else dw

@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from dsv3_jax.quant.kernels.sums import SCALES, VALUES, down, promoted, spread
 from dsv3_jax.quant.kernels.tiles import BLOCK
-from dsv3_jax.quant.kernels.walk import WALK, Tile, Walk, place, resident, walked
+from dsv3_jax.quant.kernels.walk import WALK, Tile, Walk, owner, place, resident, walked
 
 LEAST_BLOCKS = 4
-"""Of the inner size that a split one has: fewer are soon summed"""
+"""Of the inner size that each of its parts has: fewer are summed as fast as the parts' outputs"""
 
 
 @partial(jax.jit, static_argnames=("dtype", "walk"))
@@ -40,8 +39,8 @@ def multiply_rows(
     [x] names the expert of each of x equal blocks of rows, multiples of 128. N and K are multiples
     of 128 as well.
     """
-    (tokens, inner), columns = a_TK.shape, b_ENK.shape[1]
-    tiles = tokens // BLOCK, columns // BLOCK
+    (tokens, inner), width = a_TK.shape, b_ENK.shape[1]
+    tiles = tokens // BLOCK, width // BLOCK
     splits = _splits(tiles[0] * tiles[1], inner // BLOCK, resident(walk))
     blocks = inner // BLOCK // splits
 
@@ -55,23 +54,25 @@ def multiply_rows(
         split: jax.Array,
         index: jax.Array,
     ) -> Tile:
-        m, n = place(index, tiles, walk)
-        rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
-        expert, first = expert_x[lax.div(m * BLOCK, tokens // expert_x.size)], split * blocks
+        m, n, rows, columns = place(index, tiles, walk)
+        expert, first = owner(expert_x, tokens, m), split * blocks
 
         def parts(k: jax.Array) -> tuple:
             within = pl.ds((first + k) * BLOCK, BLOCK)
-            return a_TK.at[rows, within], b_ENK.at[expert, cols, within], s_kT.at[first + k, rows]
+            return (
+                a_TK.at[rows, within],
+                b_ENK.at[expert, columns, within],
+                s_kT.at[first + k, rows],
+            )
 
         total = partial(
             promoted,
-            blocks=blocks,
             scales=lambda k, s_R: (down(s_R), s_Enk[expert, n, first + k]),
             factors=lambda s_R, of_block: spread(s_R * of_block, 0),
         )
-        return Tile(out_STN.at[split, rows, cols], blocks, parts, total)
+        return Tile(out_STN.at[split, rows, columns], blocks, parts, total)
 
-    out = jax.ShapeDtypeStruct((splits, tokens, columns), jnp.float32 if splits > 1 else dtype)
+    out = jax.ShapeDtypeStruct((splits, tokens, width), jnp.float32 if splits > 1 else dtype)
     y_STN = walked(
         tile_of,
         (splits, tiles[0] * tiles[1]),

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.quant.kernels.ring import Part, Ring
 from dsv3_jax.quant.kernels.tiles import BLOCK, E4M3, swizzled
-from dsv3_jax.quant.kernels.walk import ROWS
+from dsv3_jax.quant.kernels.walk import ROWS, own_rows
 
 VALUES = Part((BLOCK, BLOCK), E4M3, swizzled(E4M3))
 SCALES = Part((BLOCK,), jnp.float32)
@@ -33,7 +33,8 @@ def promoted(
     The ring's parts are a, b, VALUES both, and any number of SCALES, the `refs`; `scales` reads
     what takes few registers, `factors` makes of it float32 [64, 128].
     """
-    own_rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+
+    own = own_rows()
 
     def scales_of(k: jax.Array | int, count: jax.Array) -> tuple:
         return scales(k, *ring.block(count)[2:])
@@ -43,7 +44,7 @@ def promoted(
         a, b, *_ = ring.block(count)
 
         def summed(products: Any) -> tuple:
-            plgpu.wgmma(products, a.at[own_rows], b.transpose((1, 0)))
+            plgpu.wgmma(products, a.at[own], b.transpose((1, 0)))
             factor = factors(*own_scales)
             # The next block's scales are read now, while the tensor cores are at work. They take
             # most of what shared memory gives, and a read that somebody waits for would keep the
@@ -65,8 +66,7 @@ def promoted(
 
 def down(scales_R: Any) -> jax.Array:
     """Scales of this warpgroup's rows, from shared memory."""
-    own_rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
-    return plgpu.load(scales_R.at[own_rows], layout=plgpu.Layout.WGMMA.reduce(1))
+    return plgpu.load(scales_R.at[own_rows()], layout=plgpu.Layout.WGMMA.reduce(1))
 
 
 def along(scales_C: Any) -> jax.Array:

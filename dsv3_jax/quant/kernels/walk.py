@@ -9,7 +9,7 @@ the copies ties the two warpgroups together.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +51,36 @@ class Tile:
     """Of the inner size"""
     parts: Callable[[jax.Array], Sequence[Any]]
     """Block -> where its copies come from"""
-    total: Callable[[Ring, jax.Array], jax.Array]
-    """(ring, number of the first block there) -> this warpgroup's rows of the sum over all blocks,
-    float32 [64, width]. Each block is released once it has been used"""
+    total: Callable[[Ring, jax.Array, int | jax.Array], jax.Array]
+    """(ring, number of the first block there, blocks) -> this warpgroup's rows of the sum over all
+    blocks, float32 [64, width]. Each block is released once it has been used"""
 
 
-def place(index: jax.Array, tiles: tuple[int, int], walk: Walk) -> tuple[jax.Array, jax.Array]:
-    """Row and column of the tile that comes at this place of the walk over rows x columns tiles."""
-    return plgpu.planar_snake(index, tiles, 0, walk.width)
+class Place(NamedTuple):
+    """Of a tile in the output."""
+
+    m: jax.Array
+    n: jax.Array
+    """Its row and column among the tiles"""
+    rows: Any
+    columns: Any
+    """Slices of the output"""
+
+
+def place(index: jax.Array, tiles: tuple[int, int], walk: Walk, width: int = BLOCK) -> Place:
+    """The tile that comes at this place of the walk over rows x columns tiles [128, width]."""
+    m, n = plgpu.planar_snake(index, tiles, 0, walk.width)
+    return Place(m, n, pl.ds(m * BLOCK, BLOCK), pl.ds(n * width, width))
+
+
+def owner(expert_x: Any, tokens: int, m: jax.Array) -> jax.Array:
+    """Expert of a tile's rows: of `tokens` in all each expert of expert_x has an equal block."""
+    return expert_x[lax.div(m * BLOCK, tokens // expert_x.size)]
+
+
+def own_rows() -> Any:
+    """Of a tile, those of this warpgroup."""
+    return pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
 
 
 def resident(walk: Walk) -> int:
@@ -129,16 +151,16 @@ def _copy(each_tile: Callable, tile_at: Callable[..., Tile], ring: Ring) -> None
 
 def _multiply(each_tile: Callable, tile_at: Callable[..., Tile], ring: Ring, held: Any) -> None:
     plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action="increase")
-    own = lax.axis_index("warpgroup")
+    own, rows = lax.axis_index("warpgroup"), own_rows()
 
     @each_tile
     def _(loop: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
         tile = tile_at(*loop.index)
-        total = tile.total(ring, carry)
+        total = tile.total(ring, carry, tile.blocks)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
         held[own] = total.astype(held.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(held.at[own], tile.out.at[pl.ds(own * ROWS, ROWS)])
+        plgpu.copy_smem_to_gmem(held.at[own], tile.out.at[rows])
         return carry + tile.blocks
 
     plgpu.wait_smem_to_gmem(0)

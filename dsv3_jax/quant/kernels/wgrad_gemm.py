@@ -52,22 +52,21 @@ def multiply_columns(
         expert: jax.Array,
         index: jax.Array,
     ) -> Tile:
-        m, n = place(index, tiles, walk)
-        rows, cols = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
+        *_, rows, columns = place(index, tiles, walk)
         start = first[expert]  # once: read before each copy, it would hold all of them up
 
         def parts(k: jax.Array) -> tuple:
             t = start + k
             tokens = pl.ds(t * BLOCK, BLOCK)
-            return x_DT.at[rows, tokens], y_FT.at[cols, tokens], s_tD.at[t, rows], s_tF.at[t, cols]
+            values = x_DT.at[rows, tokens], y_FT.at[columns, tokens]
+            return *values, s_tD.at[t, rows], s_tF.at[t, columns]
 
         total = partial(
             promoted,
-            blocks=count[expert],
             scales=lambda _, s_R, s_C: (down(s_R), along(s_C)),
             factors=lambda s_R, s_C: spread(s_R, 0) * spread(s_C, 1),
         )
-        return Tile(out.at[expert, rows, cols], count[expert], parts, total)
+        return Tile(out.at[expert, rows, columns], count[expert], parts, total)
 
     return walked(
         tile_of,
