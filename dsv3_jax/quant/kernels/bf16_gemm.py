@@ -22,7 +22,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.quant.expert_rows import blocks_of_experts
 from dsv3_jax.quant.kernels.ring import Part, Ring
 from dsv3_jax.quant.kernels.tiles import BLOCK, swizzled
-from dsv3_jax.quant.kernels.walk import ROWS, WALK, Tile, Walk, own_rows, owner, place, walked
+from dsv3_jax.quant.kernels.walk import (
+    ROWS,
+    WALK,
+    Tile,
+    Walk,
+    own_rows,
+    owner,
+    place,
+    walked,
+    walked_by_expert,
+)
 
 INNER = 64
 """Of a stage: 128 bytes"""
@@ -86,39 +96,21 @@ def sum_blocks(
     expert_x int32 [x] names the expert of each of x equal blocks of rows, multiples of 128, in
     ascending order; an expert without any has a gradient of zero. D and F are multiples of 128.
     """
-    first_E, count_E = blocks_of_experts(expert_x, experts, len(x_TD) // INNER)
-    d, f = x_TD.shape[1], y_TF.shape[1]
-    tiles = d // BLOCK, f // BLOCK
 
-    def tile_of(
-        x_TD: Any,
-        y_TF: Any,
-        first: Any,
-        count: Any,
-        out: Any,
-        expert: jax.Array,
-        index: jax.Array,
-    ) -> Tile:
-        *_, rows, columns = place(index, tiles, walk)
-        start = first[expert]
+    def sources(x_TD: Any, y_TF: Any, t: jax.Array, rows: Any, columns: Any) -> tuple:
+        tokens = pl.ds(t * INNER, INNER)
+        return x_TD.at[tokens, rows], y_TF.at[tokens, columns]
 
-        def parts(k: jax.Array) -> tuple:
-            tokens = pl.ds((start + k) * INNER, INNER)
-            return x_TD.at[tokens, rows], y_TF.at[tokens, columns]
+    def product(sums: Any, x: Any, y: Any) -> None:
+        plgpu.wgmma(sums, x.at[:, own_rows()].transpose((1, 0)), y)  # rows of the output
 
-        def product(sums: Any, x: Any, y: Any) -> None:
-            plgpu.wgmma(sums, x.at[:, own_rows()].transpose((1, 0)), y)  # rows of the output
-
-        total = partial(_total, width=BLOCK, product=product)
-        return Tile(out.at[expert, rows, columns], count[expert], parts, total)
-
-    return walked(
-        tile_of,
-        (experts, tiles[0] * tiles[1]),
-        [x_TD, y_TF, first_E, count_E],
+    return walked_by_expert(
+        sources,
+        partial(_total, width=BLOCK, product=product),
+        [x_TD, y_TF],
+        blocks_of_experts(expert_x, experts, len(x_TD) // INNER),
         (_part(INNER, BLOCK), _part(INNER, BLOCK)),
-        jax.ShapeDtypeStruct((experts, d, f), jnp.float32),
-        BLOCK,
+        (x_TD.shape[1], y_TF.shape[1]),
         walk,
     )
 

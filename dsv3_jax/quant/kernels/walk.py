@@ -133,6 +133,38 @@ def walked(
     return y
 
 
+def walked_by_expert(
+    sources: Callable[..., Sequence[Any]],
+    total: Callable[..., jax.Array],
+    operands: Sequence[jax.Array],
+    owned: tuple[jax.Array, jax.Array],
+    parts: Sequence[Part],
+    shape: tuple[int, int],
+    walk: Walk,
+) -> jax.Array:
+    """Sums over each expert's own blocks -> float32 [E, D, F] of this shape [D, F].
+
+    `owned` are each expert's first block and their count, int32 [E]; a block's copies come from
+    `sources(*operands, block, rows, columns)`; `total` is a tile's.
+    """
+    first_E, count_E = owned
+    tiles = shape[0] // BLOCK, shape[1] // BLOCK
+
+    def tile_of(*args: Any) -> Tile:
+        *refs, first, count, out, expert, index = args
+        *_, rows, columns = place(index, tiles, walk)
+        start = first[expert]  # once: read before each copy, it would hold all of them up
+
+        def parts_of(k: jax.Array) -> Sequence[Any]:
+            return sources(*refs, start + k, rows, columns)
+
+        return Tile(out.at[expert, rows, columns], count[expert], parts_of, total)
+
+    grid, arrays = (count_E.size, tiles[0] * tiles[1]), [*operands, first_E, count_E]
+    out = jax.ShapeDtypeStruct((count_E.size, *shape), jnp.float32)
+    return walked(tile_of, grid, arrays, parts, out, BLOCK, walk)
+
+
 def _copy(each_tile: Callable, tile_at: Callable[..., Tile], ring: Ring) -> None:
     plgpu.set_max_registers(_COPIER_REGISTERS, action="decrease")
 
