@@ -29,6 +29,7 @@ def test_on_one_kernels_do_unless_they_are_off(monkeypatch: pytest.MonkeyPatch):
         assert all(rule.by_kernels for rule in rules)
     assert recipe_of(QuantConfig("fp8", kernels="off")) == RECIPES["fp8"]
     assert not recipe_of(QuantConfig("bf16"))
+    assert recipe_of(QuantConfig("fp8_per_tensor")) == RECIPES["fp8_per_tensor"]  # has none
 
 
 def test_an_older_jax_has_none(monkeypatch: pytest.MonkeyPatch):
